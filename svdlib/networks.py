@@ -1,0 +1,197 @@
+"""Many perceptrons of one shape, held in stacked tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from svdlib import checks
+
+
+def perceptron(sizes: Sequence[int]) -> nn.Sequential:
+    """``Linear, ReLU, Linear, …, Linear``, initialised by torch from its global generator.
+
+    >>> perceptron((784, 15, 10))
+    Sequential(
+      (0): Linear(in_features=784, out_features=15, bias=True)
+      (1): ReLU()
+      (2): Linear(in_features=15, out_features=10, bias=True)
+    )
+    """
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class MLPEnsemble(nn.Module):
+    """S ReLU perceptrons of one shape, one for each seed.
+
+    Layer l of all networks is one weight tensor ``weights[l]`` of shape (S, out, in) and one
+    bias tensor ``biases[l]`` of shape (S, out), so that a step of training is a handful of
+    batched products, whatever S is. Network i starts bit for bit as
+
+        torch.manual_seed(seeds[i]); nn.Sequential(nn.Linear(…), nn.ReLU(), …, nn.Linear(…))
+
+    and ``ensemble[i]`` gives it as that ``nn.Sequential`` (a copy).
+
+    Args:
+        sizes: widths (in, hidden, …, out), at least two.
+        seeds: S integers. The global random state is left alone.
+        device: where the tensors live; ``"auto"`` is CUDA where there is one.
+
+    Raises:
+        ValueError: fewer than two sizes, a size below 1, or no seed.
+
+    >>> nets = MLPEnsemble((784, 15, 15, 10), seeds=range(32), device="cpu")
+    >>> nets.weights[0].shape
+    torch.Size([32, 15, 784])
+    >>> _ = torch.manual_seed(7)
+    >>> torch.equal(nets[7][0].weight, nn.Linear(784, 15).weight)
+    True
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        seeds: Iterable[int] = (0,),
+        device: str | torch.device = "auto",
+    ) -> None:
+        sizes = tuple(checks.positive_int(size, "a layer size") for size in sizes)
+        if len(sizes) < 2:
+            raise ValueError(f"sizes must hold at least (in, out), not {sizes}")
+        seeds = tuple(checks.positive_int(seed, "a seed", least=0) for seed in seeds)
+        if not seeds:
+            raise ValueError("an ensemble needs at least one seed, none was given")
+        modules = []
+        with torch.random.fork_rng(devices=[]):
+            for seed in seeds:
+                torch.manual_seed(seed)
+                modules.append(perceptron(sizes))
+        super().__init__()
+        self._stack(modules, seeds)
+        self.to(checks.device(device))
+
+    @classmethod
+    def from_modules(
+        cls, modules: Iterable[nn.Sequential], seeds: Iterable[int] | None = None
+    ) -> MLPEnsemble:
+        """An ensemble with copies of the weights of perceptrons ``Linear, ReLU, …, Linear``.
+
+        Raises:
+            ValueError: no module, another kind of layer, a Linear without bias, or shapes
+                that differ.
+
+        >>> nets = MLPEnsemble.from_modules([perceptron((4, 3, 2)) for _ in range(5)])
+        >>> len(nets), nets.sizes
+        (5, (4, 3, 2))
+        """
+        modules = list(modules)
+        if not modules:
+            raise ValueError("an ensemble needs at least one module, none was given")
+        shapes = []
+        for module in modules:
+            kinds = [nn.Linear if i % 2 == 0 else nn.ReLU for i in range(len(module))]
+            if len(module) % 2 == 0 or any(
+                type(layer) is not kind for layer, kind in zip(module, kinds, strict=True)
+            ):
+                raise ValueError(f"a perceptron is Linear, ReLU, …, Linear, not {module}")
+            linear = _linears(module)
+            if any(layer.bias is None for layer in linear):
+                raise ValueError("every Linear of an ensemble needs a bias")
+            shapes.append(tuple(layer.weight.shape for layer in linear))
+        if len(set(shapes)) > 1:
+            raise ValueError(f"the modules must have one shape, not {sorted(set(shapes))}")
+        ensemble = cls.__new__(cls)
+        nn.Module.__init__(ensemble)
+        ensemble._stack(modules, None if seeds is None else tuple(seeds))
+        return ensemble
+
+    def _stack(self, modules: Sequence[nn.Sequential], seeds: tuple[int, ...] | None) -> None:
+        if seeds is not None and len(seeds) != len(modules):
+            raise ValueError(f"{len(modules)} modules need as many seeds, not {len(seeds)}")
+        self.seeds = seeds
+        layers = list(zip(*(_linears(module) for module in modules), strict=True))
+        self.weights = nn.ParameterList(
+            torch.stack([linear.weight.detach() for linear in layer]) for layer in layers
+        )
+        self.biases = nn.ParameterList(
+            torch.stack([linear.bias.detach() for linear in layer]) for layer in layers
+        )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Widths (in, hidden, …, out)."""
+        return (self.weights[0].shape[2], *(weight.shape[1] for weight in self.weights))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        return self.weights[0].device
+
+    def __len__(self) -> int:
+        return self.weights[0].shape[0]
+
+    def __getitem__(self, index: int) -> nn.Sequential:
+        """Network ``index`` as an ordinary ``nn.Sequential``, a copy."""
+        index = range(len(self))[index]
+        with torch.random.fork_rng(devices=[]):
+            module = perceptron(self.sizes)
+        module.to(self.weights[0])
+        with torch.no_grad():
+            for linear, weight, bias in zip(
+                _linears(module), self.weights, self.biases, strict=True
+            ):
+                linear.weight.copy_(weight[index])
+                linear.bias.copy_(bias[index])
+        return module
+
+    def __iter__(self) -> Iterator[nn.Sequential]:
+        return (self[i] for i in range(len(self)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of shape (S, n, out) for inputs of shape (n, in), the same for all networks."""
+        return self.logits(x).mT
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits, feature-first: shape (S, out, n) for inputs of shape (n, in)."""
+        z = hidden = x.mT.expand(len(self), -1, -1)
+        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            if layer == 0:  # one product for all networks: they see the same inputs
+                flat = torch.addmm(bias.reshape(-1, 1), weight.flatten(0, 1), x.mT)
+                z = flat.unflatten(0, weight.shape[:2])
+            else:
+                z = torch.baddbmm(bias.unsqueeze(-1), weight, hidden)
+            hidden = z.relu()
+        return z
+
+    @torch.no_grad()
+    def losses(self, x: Tensor, y: Tensor, chunk: int = 2000) -> tuple[Tensor, Tensor]:
+        """Cross-entropy and correctness of every network on every image.
+
+        Args:
+            x, y: inputs (n, in) and labels (n,).
+            chunk: images at a time, which bounds the memory.
+
+        Returns:
+            losses (S, n), and whether the largest logit is the label's (S, n).
+
+        >>> nets = MLPEnsemble((4, 3, 2), seeds=(0, 1), device="cpu")
+        >>> losses, correct = nets.losses(torch.rand(6, 4), torch.zeros(6, dtype=torch.long))
+        >>> losses.shape, correct.dtype
+        (torch.Size([2, 6]), torch.bool)
+        """
+        losses, correct = [], []
+        for part, labels in zip(x.split(chunk), y.split(chunk), strict=True):
+            z = self.logits(part)
+            target = labels.expand(len(self), 1, -1)
+            losses.append((z.logsumexp(1) - z.gather(1, target).squeeze(1)))
+            correct.append(z.argmax(1) == labels)
+        return torch.cat(losses, 1), torch.cat(correct, 1)
+
+
+def _linears(module: nn.Sequential) -> list[nn.Linear]:
+    return [cast(nn.Linear, layer) for layer in module[::2]]

@@ -1,0 +1,225 @@
+"""Replacing weights by low-rank ones, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from svdlib import checks
+from svdlib.lowrank import (
+    dominant_basis,
+    gram,
+    randomized_basis,
+    randomized_svd,
+    sketched_basis,
+    truncated_svd,
+)
+
+METHODS = ("rsvd", "truncsvd")
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Which low-rank approximation replaces the weights while a network trains, and when.
+
+    Args:
+        method: "truncsvd" (the best approximation) or "rsvd" (the randomized one).
+        rank: one for all layers or one a layer; a layer whose smaller side is no larger than
+            its rank stays as it is.
+        every: "epoch", "step", or a number of steps.
+        oversample, power_iters: of the randomized method, see `randomized_svd`. Where
+            rank + oversample reaches the smaller side it equals the truncated method.
+
+    Raises:
+        ValueError: an unknown method or ``every``, a rank below 1 or not whole.
+
+    >>> Projection("rsvd", rank=10).every
+    'epoch'
+    """
+
+    method: Literal["rsvd", "truncsvd"]
+    rank: int | tuple[int, ...]
+    every: Literal["epoch", "step"] | int = "epoch"
+    oversample: int = 5
+    power_iters: int = 2
+
+    def __post_init__(self) -> None:
+        checks.one_of(self.method, METHODS, "method")
+        if isinstance(self.rank, Iterable):
+            ranks = tuple(checks.positive_int(rank, "rank") for rank in self.rank)
+            object.__setattr__(self, "rank", ranks)
+        else:
+            checks.positive_int(self.rank, "rank")
+        if isinstance(self.every, str):
+            checks.one_of(self.every, ("epoch", "step"), "every")
+        else:
+            checks.positive_int(self.every, "every")
+        checks.positive_int(self.oversample, "oversample", least=0)
+        checks.positive_int(self.power_iters, "power_iters", least=0)
+
+    @classmethod
+    def published(cls, method: Literal["rsvd", "truncsvd"], rank: int = 10) -> Projection:
+        """What the paper's code does, where it departs from the paper's text.
+
+        It projects after every step; its truncated SVD zeroes σ_j for j > rank counting from 0,
+        which keeps rank + 1 terms; its randomized SVD draws ``rank`` vectors in all, with two
+        power iterations.
+
+        >>> Projection.published("truncsvd").rank
+        11
+        """
+        checks.one_of(method, METHODS, "method")
+        exact = cls("truncsvd", checks.positive_int(rank, "rank") + 1, every="step")
+        if method == "truncsvd":
+            return exact
+        return replace(exact, method="rsvd", rank=rank, oversample=0, power_iters=2)
+
+    def ranks(self, layers: int) -> tuple[int, ...]:
+        """The rank of each of so many layers.
+
+        Raises:
+            ValueError: ranks were given one a layer, for another number of layers.
+        """
+        if isinstance(self.rank, int):
+            return (self.rank,) * layers
+        if len(self.rank) != layers:
+            raise ValueError(f"{layers} layers need {layers} ranks, not {self.rank}")
+        return self.rank
+
+
+@torch.no_grad()
+def project_(
+    model: nn.Module,
+    rank: int | Mapping[str, int],
+    method: str = "truncsvd",
+    *,
+    oversample: int = 10,
+    power_iters: int = 2,
+    generator: torch.Generator | None = None,
+) -> nn.Module:
+    """Replace weight matrices of any module by low-rank approximations, in place.
+
+    Every ``nn.Linear`` and ``nn.Conv2d`` (as its out × (in·kh·kw) matrix) takes part, or those
+    named. Biases, ``requires_grad`` and optimizer state are left alone, and nothing leaves the
+    device. A rank at or above a matrix's smaller side leaves it untouched.
+
+    Args:
+        model: the module, changed in place and returned.
+        rank: one for all layers, or {layer name: rank} for the layers named, as
+            `reveal_ranks` gives it.
+        method: "truncsvd" or "rsvd", the latter with ``oversample``, ``power_iters`` and
+            ``generator`` as in `randomized_svd`.
+
+    Raises:
+        ValueError: an unknown method or layer name, a rank below 1 or not whole, a model
+            without such layers, non-finite weights. The model is then untouched.
+
+    >>> model = nn.Sequential(nn.Linear(20, 15), nn.ReLU(), nn.Linear(15, 10))
+    >>> _ = project_(model, rank=4)
+    >>> torch.linalg.matrix_rank(model[0].weight).item()
+    4
+    """
+    checks.one_of(method, METHODS, "method")
+    known = matrices(model)
+    if not known:
+        raise ValueError("the model has no nn.Linear or nn.Conv2d to project")
+    ranks = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(known, rank)
+    projected = {}
+    for name, k in ranks.items():
+        checks.one_of(name, tuple(known), "layer")
+        k = checks.positive_int(k, f"the rank of layer {name!r}")
+        A = known[name].detach().flatten(1)
+        checks.finite(A, f"the weight of layer {name!r}")
+        if k >= min(A.shape):
+            continue
+        if method == "truncsvd":
+            svd = truncated_svd(A, k)
+        else:
+            svd = randomized_svd(
+                A, k, oversample=oversample, power_iters=power_iters, generator=generator
+            )
+        projected[name] = svd.matrix()
+    for name, A in projected.items():
+        known[name].copy_(A.view_as(known[name]))
+    return model
+
+
+def matrices(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a module's Linear and Conv2d layers, by layer name.
+
+    >>> list(matrices(nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1))))
+    ['0', '2']
+    """
+    return {
+        name: layer.weight
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+    }
+
+
+# Up to this many rows the randomized method works on the Gram matrix, beyond on the matrix.
+GRAM_ROWS = 64
+
+
+def project_stacks_(
+    weights: Sequence[Tensor],
+    ranks: Sequence[int],
+    projection: Projection,
+    generator: torch.Generator | None = None,
+    bases: Sequence[Tensor | None] | None = None,
+) -> list[Tensor | None]:
+    """Project the layers of an ensemble in place, without leaving the device.
+
+    The rank-k matrix of W is U Uᵀ W, with U the leading singular vectors of its shorter side:
+    exact ones for "truncsvd", those of a sketch for "rsvd". Layers whose shorter sides are equal
+    share one batched factorization.
+
+    Args:
+        weights: stacks (S, out, in), one a layer.
+        ranks: one a layer; a layer with rank ≥ min(out, in) is left untouched.
+        bases: what the previous call returned, where the weights have changed little since.
+
+    Returns:
+        the basis U (S, min(out, in), rank) of each layer, None for one left untouched.
+
+    >>> W = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0))
+    >>> _ = project_stacks_([W], [2], Projection("truncsvd", rank=2))
+    >>> torch.linalg.matrix_rank(W)
+    tensor([2, 2, 2])
+    """
+    sides = [W if W.shape[-2] <= W.shape[-1] else W.mT for W in weights]
+    found: list[Tensor | None] = [None] * len(sides)
+    alike: dict[tuple[int, int], list[int]] = {}
+    for layer, (A, rank) in enumerate(zip(sides, ranks, strict=True)):
+        if rank < A.shape[-2]:
+            alike.setdefault((A.shape[-2], rank), []).append(layer)
+    for (rows, rank), layers in alike.items():
+        starts = [bases[layer] if bases else None for layer in layers]
+        # With so many columns a sketch would span everything: the exact answer costs less.
+        exact = projection.method == "truncsvd" or rank + projection.oversample >= rows
+        if exact or rows <= GRAM_ROWS:
+            G = torch.cat([gram(sides[layer]) for layer in layers])
+            start = _joined(starts)
+            if exact:
+                U = dominant_basis(G, rank, start)
+            else:
+                sketch = (projection.oversample, projection.power_iters, generator)
+                U = sketched_basis(G, rank, *sketch, start)
+            parts = U.chunk(len(layers))
+        else:
+            sketch = (projection.oversample, projection.power_iters, generator)
+            parts = tuple(randomized_basis(sides[layer], rank, *sketch) for layer in layers)
+        for layer, U in zip(layers, parts, strict=True):
+            A = sides[layer]
+            A.copy_(U @ (U.mT @ A) if 4 * rank < rows else (U @ U.mT) @ A)
+            found[layer] = U
+    return found
+
+
+def _joined(starts: list[Tensor | None]) -> Tensor | None:
+    given = [U for U in starts if U is not None]
+    return torch.cat(given) if len(given) == len(starts) else None
