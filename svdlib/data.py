@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import platformdirs
 import torch
-import torchvision
 from torch import Tensor
 
 from svdlib import checks
@@ -216,6 +215,8 @@ def _whole(folder: Path, name: str) -> bool:
 
 def _from_torchvision(name: str, part: Path) -> Path:
     """Torchvision's mirrors, which check their archives' own MD5 sums."""
+    import torchvision  # a second of importing that only a download is worth
+
     with redirect_stdout(sys.stderr):
         getattr(torchvision.datasets, name)(str(part), download=True)
     return part / name / "raw"

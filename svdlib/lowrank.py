@@ -148,7 +148,6 @@ def _result(U: Tensor, S: Tensor, Vh: Tensor, dtype: torch.dtype) -> SVD:
     return SVD((U * sign).to(dtype), S.to(dtype), (Vh * sign.mT).to(dtype))
 
 
-
 def randomized_basis(
     A: Tensor, rank: int, oversample: int, power_iters: int, generator: torch.Generator | None
 ) -> Tensor:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import cast
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +25,7 @@ def perceptron(sizes: Sequence[int]) -> nn.Sequential:
     )
     """
     layers: list[nn.Module] = []
-    for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+    for fan_in, fan_out in pairwise(sizes):
         layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -188,9 +191,32 @@ class MLPEnsemble(nn.Module):
         for part, labels in zip(x.split(chunk), y.split(chunk), strict=True):
             z = self.logits(part)
             target = labels.expand(len(self), 1, -1)
-            losses.append((z.logsumexp(1) - z.gather(1, target).squeeze(1)))
+            losses.append(z.logsumexp(1) - z.gather(1, target).squeeze(1))
             correct.append(z.argmax(1) == labels)
         return torch.cat(losses, 1), torch.cat(correct, 1)
+
+    @torch.no_grad()
+    def spectra(self) -> pd.DataFrame:
+        """Singular values of every weight matrix: columns layer, network, index (from 1), sigma.
+
+        >>> MLPEnsemble((4, 3, 2), seeds=range(5), device="cpu").spectra().shape
+        (25, 4)
+        """
+        tables = []
+        for layer, weight in enumerate(self.weights):
+            values = torch.linalg.svdvals(weight).cpu()
+            networks, indices = values.shape
+            tables.append(
+                pd.DataFrame(
+                    {
+                        "layer": f"layer {layer + 1}: {weight.shape[1]}×{weight.shape[2]}",
+                        "network": np.repeat(np.arange(networks), indices),
+                        "index": np.tile(np.arange(1, indices + 1), networks),
+                        "sigma": values.flatten().numpy(),
+                    }
+                )
+            )
+        return pd.concat(tables, ignore_index=True)
 
 
 def _linears(module: nn.Sequential) -> list[nn.Linear]:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
-from torchvision.transforms.functional import to_pil_image, to_tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from tqdm.auto import tqdm
 
 from svdlib.data import Data
 from svdlib.networks import MLPEnsemble, perceptron
@@ -47,10 +49,13 @@ def svdlib_epoch(
     return float(history[history.epoch > 1].groupby("epoch").seconds.first().median())
 
 
-class _Images(torch.utils.data.Dataset):
+class _Images(Dataset):
     """Images that become tensors one at a time, as torchvision's MNIST with ToTensor does."""
 
     def __init__(self, data: Data):
+        from torchvision.transforms.functional import to_pil_image, to_tensor
+
+        self.picture, self.tensor = to_pil_image, to_tensor
         side = int(data.train_x.shape[1] ** 0.5)
         self.images = (data.train_x * 255).round().byte().view(-1, side, side).cpu()
         self.labels = data.train_y.tolist()
@@ -59,12 +64,10 @@ class _Images(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return to_tensor(to_pil_image(self.images[index])), self.labels[index]
+        return self.tensor(self.picture(self.images[index])), self.labels[index]
 
 
-def paper_epoch(
-    sizes: Sequence[int], data: Data, method: str | None = None, rank: int = 10, every: str = "step"
-) -> float:
+def paper_epoch(sizes: Sequence[int], data: Data, projection: Projection | None = None) -> float:
     """The paper's way, one network: DataLoader, ToTensor, autograd, and a state dict that is
     taken, projected by `torch.linalg.svd` or `torch.svd_lowrank` and loaded again.
 
@@ -80,19 +83,20 @@ def paper_epoch(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if method and every == "step":
-            _project_by_state_dict(model, method, rank)
-    if method and every == "epoch":
-        _project_by_state_dict(model, method, rank)
+        if projection and projection.every == "step":
+            _project_by_state_dict(model, projection)
+    if projection and projection.every == "epoch":
+        _project_by_state_dict(model, projection)
     return time.perf_counter() - start
 
 
-def _project_by_state_dict(model: nn.Module, method: str, rank: int) -> None:
+def _project_by_state_dict(model: nn.Module, projection: Projection) -> None:
+    rank = projection.ranks(1)[0]
     state = model.state_dict()
     for name, weight in state.items():
         if weight.ndim < 2:
             continue
-        if method == "rsvd":
+        if projection.method == "rsvd":
             U, S, V = torch.svd_lowrank(weight, min(rank, *weight.shape))
             Vh = V.mT
         else:
@@ -228,6 +232,44 @@ def product_bound(sizes: Sequence[int], data: Data, repeats: int = 5) -> float:
             torch.cuda.synchronize()
 
     rate = 4 * 2 * n**3 / seconds(products, repeats)
-    products_per_image = sum(3 * m * k for k, m in zip(sizes, sizes[1:], strict=False))
+    products_per_image = sum(3 * m * k for k, m in pairwise(sizes))
     products_per_image -= sizes[0] * sizes[1]
     return 2 * products_per_image * len(data.train_x) / rate
+
+
+def race(
+    sizes: Sequence[int],
+    counts: Sequence[int],
+    data: Data,
+    projections: Sequence[Projection | None],
+    repeats: int = 3,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Every way of training, for every number of networks and projection, in one run.
+
+    Returns:
+        columns way, networks, method, every, seconds (per network and epoch of
+        these data). The paper's way trains one network at a time, so it has one row a projection.
+    """
+    ways = {"svdlib": svdlib_epoch, "torch.func": torch_func_epoch, "JAX": jax_epoch}
+    rows: list[tuple[str, int, Projection | None, float]] = []
+    bar = tqdm(total=len(projections) * (1 + 3 * len(counts)), disable=not progress, unit="way")
+    with bar:
+        for projection in projections:
+            rows.append(("the paper's way", 1, projection, paper_epoch(sizes, data, projection)))
+            bar.update()
+            for count in counts:
+                for way, epoch in ways.items():
+                    taken = epoch(sizes, count, data, projection, repeats) / count
+                    rows.append((way, count, projection, taken))
+                    bar.update()
+    return pd.DataFrame(
+        {
+            "way": way,
+            "networks": networks,
+            "method": projection.method if projection else "stock",
+            "every": projection.every if projection else "never",
+            "seconds": taken,
+        }
+        for way, networks, projection, taken in rows
+    )

@@ -1,0 +1,161 @@
+"""Every plot of the study, from DataFrames alone. Each function returns a matplotlib figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from svdlib.statistics import interval, summarize
+
+STYLE = Path(__file__).with_name("svdlib.mplstyle")
+COLORS = {"stock": "#0072B2", "rsvd": "#D55E00", "truncsvd": "#009E73"}
+LABELS = {"stock": "stock", "rsvd": "rSVD", "truncsvd": "truncSVD"}
+
+
+def style() -> None:
+    """Use the project's style for the figures that follow."""
+    plt.style.use(STYLE)
+
+
+def save(figure: Figure, name: str, data: pd.DataFrame, folder: str | Path) -> None:
+    """Write ``name``.png and its data as ``name``.csv; nothing if ``folder`` is empty.
+
+    The PNG carries no metadata, so that equal figures are equal files.
+    """
+    if not str(folder):
+        return
+    figure.savefig(Path(folder) / f"{name}.png", metadata={"Software": None})
+    data.to_csv(Path(folder) / f"{name}.csv", index=False, float_format="%.6g")
+
+
+def learning_curves(history: pd.DataFrame, title: str = "") -> Figure:
+    """Test error, test loss and elapsed seconds by epoch: mean and 95 % interval of each method.
+
+    ``history`` is what `train` returns, of one call or of several concatenated; the seconds
+    are those of the whole ensemble, divided by its networks.
+    """
+    figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.4))
+    networks = history.groupby("method", sort=False).network.transform("nunique")
+    elapsed = history.assign(per_network=history.seconds / networks)
+    elapsed["elapsed"] = elapsed.groupby(["method", "network"]).per_network.cumsum()
+    for axis, value, label in (
+        (axes[0], "test_error", "test error (%)"),
+        (axes[1], "test_loss", "test loss (cross-entropy)"),
+        (axes[2], "elapsed", "training time (s per network)"),
+    ):
+        _bands(axis, elapsed, "epoch", value)
+        axis.set(xlabel="epoch", ylabel=label, ylim=(0, None))
+    axes[0].legend()
+    figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
+    return figure
+
+
+def _bands(axis: Axes, table: pd.DataFrame, x: str, y: str) -> None:
+    summary = summarize(table, y, ["method", x])
+    others = iter(["#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"])
+    for method, part in summary.groupby("method", sort=False):
+        color = COLORS.get(str(method)) or next(others)
+        label = LABELS.get(str(method), str(method))
+        axis.plot(part[x], part["mean"], "o-", color=color, label=label)
+        axis.fill_between(part[x], part.low, part.high, color=color, alpha=0.2, linewidth=0)
+
+
+def confusion(counts: pd.DataFrame, title: str = "") -> Figure:
+    """A confusion matrix: rows are true classes, columns predicted ones, entries per cent."""
+    figure, axis = plt.subplots(figsize=(5.4, 4.4))
+    share = 100 * counts.div(counts.sum(axis=1), axis=0)
+    sns.heatmap(
+        share,
+        annot=True,
+        fmt=".0f",
+        cmap="Blues",
+        vmin=0,
+        vmax=10,
+        cbar=False,
+        square=True,
+        ax=axis,
+    )
+    axis.set(xlabel="predicted digit", ylabel="true digit (rows add to 100 %)", title=title)
+    return figure
+
+
+def weight_pictures(weights: np.ndarray, title: str = "") -> Figure:
+    """The rows (n, 784) of a first layer as 28×28 pictures on one scale: red adds, blue takes."""
+    columns = min(len(weights), 8)
+    rows = -(-len(weights) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.1 * columns, 1.15 * rows + 0.4))
+    limit = np.abs(weights).max()
+    for axis in np.ravel(axes):
+        axis.axis("off")
+    for axis, row in zip(np.ravel(axes), weights, strict=False):
+        axis.imshow(row.reshape(28, 28), cmap="RdBu_r", vmin=-limit, vmax=limit)
+    figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
+    return figure
+
+
+def spectra(values: pd.DataFrame, title: str = "") -> Figure:
+    """Singular values by index, a panel a layer: columns layer, method, network, index, sigma.
+
+    Lines are means over networks, bands 95 % intervals.
+    """
+    layers = list(values.layer.unique())
+    figure, axes = plt.subplots(1, len(layers), figsize=(3.5 * len(layers), 3.3), squeeze=False)
+    for axis, layer in zip(axes[0], layers, strict=True):
+        _bands(axis, values[values.layer == layer], "index", "sigma")
+        axis.set(xlabel="index i", ylabel="singular value σᵢ", title=str(layer), ylim=(0, None))
+    axes[0][0].legend()
+    figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
+    return figure
+
+
+def differences(table: pd.DataFrame, value: str, label: str, title: str = "") -> Figure:
+    """Paired differences with intervals, a row each: columns ``value``, mean, low, high."""
+    figure, axis = plt.subplots(figsize=(7.5, 0.45 * len(table) + 1.3))
+    y = np.arange(len(table))[::-1]
+    spread = np.stack([table["mean"] - table.low, table.high - table["mean"]])
+    axis.errorbar(table["mean"], y, xerr=spread, fmt="o", capsize=3)
+    axis.axvline(0, color="0.3", linewidth=1)
+    axis.set_yticks(y, list(table[value]))
+    axis.set(xlabel=label, title=title, ylim=(-0.6, len(table) - 0.4))
+    return figure
+
+
+def error_by_rank(table: pd.DataFrame, reference: Sequence[float], title: str = "") -> Figure:
+    """Final test error against rank, by method: columns method, rank, test_error.
+
+    ``reference`` are the errors of stock networks, drawn as a horizontal band.
+    """
+    figure, axis = plt.subplots(figsize=(7.5, 3.8))
+    _bands(axis, table, "rank", "test_error")
+    stock = interval(reference)
+    axis.axhline(stock["mean"], color=COLORS["stock"], linestyle="--", label="stock, full rank")
+    axis.axvspan(0.5, 9.5, color="0.94", zorder=0)
+    axis.text(5, 93, "ranks said to destroy it", ha="center", color="0.35", fontsize=9)
+    axis.set(xlabel="rank of every weight matrix", ylabel="test error (%)", title=title)
+    axis.set(ylim=(0, 100), xlim=(0.5, table["rank"].max() + 0.5))
+    axis.set_xticks(sorted(table["rank"].unique()))
+    axis.legend()
+    return figure
+
+
+def speed(table: pd.DataFrame, bound: float, title: str = "") -> Figure:
+    """Seconds per network and epoch against the number of networks: columns way, networks,
+    seconds; ``bound`` is drawn as a line."""
+    figure, axis = plt.subplots(figsize=(7.5, 4.0))
+    for way, part in table.groupby("way", sort=False):
+        axis.plot(part.networks, part.seconds, "o-", label=str(way))
+    axis.axhline(bound, color="0.3", linestyle=":", label="matrix products alone")
+    axis.set(xscale="log", yscale="log", title=title)
+    axis.set(xlabel="networks trained at once", ylabel="seconds per network and epoch")
+    counts = sorted(table.networks.unique())
+    axis.set_xticks(counts, [str(count) for count in counts])
+    axis.minorticks_off()
+    axis.legend()
+    return figure

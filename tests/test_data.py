@@ -1,0 +1,157 @@
+import gzip
+import hashlib
+import os
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+import svdlib
+from svdlib import data as module
+
+
+def idx(array: np.ndarray) -> bytes:
+    return bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">i4").tobytes() + array.tobytes()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 20), ("t10k", 10)):
+        images = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        labels = rng.integers(0, 10, n, dtype=np.uint8)
+        (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(idx(images))
+        (tmp_path / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
+    return tmp_path
+
+
+def test_mnist_is_the_published_one(mnist):
+    assert mnist.train_x.shape == (60000, 784)
+    assert mnist.test_x.shape == (10000, 784)
+    assert torch.bincount(mnist.train_y).tolist() == [
+        5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949,
+    ]  # fmt: skip
+    pixels = (mnist.test_x * 255).round().byte().numpy()
+    digest = hashlib.md5(idx(pixels.reshape(-1, 28, 28))).hexdigest()
+    assert digest == module.MNIST_MD5["t10k-images-idx3-ubyte"]
+
+
+def test_own_folder_gzipped_or_not(folder):
+    data = svdlib.load("FashionMNIST", root=folder, device="cpu")
+    assert data.train_x.shape == (20, 784)
+    assert data.test_y.shape == (10,)
+    assert data.train_x.dtype == torch.float32
+    assert data.train_x.min() >= 0 and data.train_x.max() <= 1
+
+
+def test_cache_needs_no_network(mnist, monkeypatch):
+    monkeypatch.setattr(module, "_from_torchvision", None)
+    monkeypatch.setattr(module, "_from_wheel", None)
+    assert torch.equal(svdlib.load("MNIST", device="cpu").test_y, mnist.test_y)
+
+
+def no_network(name, part):
+    raise OSError("no network")
+
+
+def test_no_network_and_no_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("SVDLIB_DATA", str(tmp_path))
+    monkeypatch.setattr(module, "_from_torchvision", no_network)
+    monkeypatch.setattr(module, "_from_wheel", no_network)
+    with pytest.raises(ConnectionError, match=r"no network.*load\(root"):
+        svdlib.load("MNIST")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_wheel_that_pip_cannot_reach(monkeypatch, tmp_path):
+    failed = subprocess.CompletedProcess([], 1, "", "ERROR: no matching distribution")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: failed)
+    with pytest.raises(RuntimeError, match="no matching distribution"):
+        module._from_wheel("MNIST", tmp_path)
+
+
+def test_damaged_cache_is_fetched_anew(mnist, monkeypatch, tmp_path):
+    whole = module._cached("MNIST")
+    cache = tmp_path / "MNIST" / "raw"
+    cache.mkdir(parents=True)
+    for file in module.FILES:
+        os.link(whole / file, cache / file)
+    damaged = cache / module.FILES[3]
+    content = bytearray(damaged.read_bytes())
+    damaged.unlink()
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+
+    def again(name, part):
+        for file in module.FILES:
+            shutil.copy(whole / file, part)
+        return part
+
+    monkeypatch.setenv("SVDLIB_DATA", str(tmp_path))
+    monkeypatch.setattr(module, "_from_torchvision", again)
+    again.__name__ = "_from_torchvision"
+    assert torch.equal(svdlib.load("MNIST", device="cpu").test_y, mnist.test_y)
+    assert hashlib.md5(damaged.read_bytes()).hexdigest() == module.MNIST_MD5[damaged.name]
+
+
+def test_wrong_download_is_refused(monkeypatch, tmp_path, folder):
+    def wrong(name, part):
+        for file in module.FILES:
+            (part / file).write_bytes(b"half")
+        return part
+
+    wrong.__name__ = "_from_torchvision"
+    monkeypatch.setenv("SVDLIB_DATA", str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "_from_torchvision", wrong)
+    monkeypatch.setattr(module, "_from_wheel", wrong)
+    with pytest.raises(ConnectionError, match="other checksums"):
+        svdlib.load("MNIST")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content[:-5], "half downloaded"),
+        (lambda content: content + b"x", "should hold"),
+        (lambda content: b"PK" + content[2:], "not an IDX file"),
+        (lambda content: content[:3], "not an IDX file"),
+        (lambda content: b"", "not an IDX file"),
+    ],
+)
+def test_broken_files(folder, change, message):
+    path = folder / "train-images-idx3-ubyte"
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match=message):
+        svdlib.load("MNIST", root=folder)
+
+
+def test_half_gzip(folder):
+    path = folder / "t10k-labels-idx1-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:-6])
+    with pytest.raises(ValueError, match="half downloaded"):
+        svdlib.load("MNIST", root=folder)
+
+
+def test_images_and_labels_of_other_lengths(folder):
+    labels = np.zeros(3, np.uint8)
+    (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
+    with pytest.raises(ValueError, match="10 t10k images but 3 labels"):
+        svdlib.load("MNIST", root=folder)
+
+
+def test_missing_file(folder):
+    (folder / "train-images-idx3-ubyte").unlink()
+    with pytest.raises(FileNotFoundError, match="train-images"):
+        svdlib.load("MNIST", root=folder)
+
+
+def test_unknown_name_and_device():
+    with pytest.raises(ValueError, match="unknown data set 'CIFAR'; known: MNIST"):
+        svdlib.load("CIFAR")
+    with pytest.raises(ValueError, match="'quantum' is not there"):
+        svdlib.load("MNIST", device="quantum")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="'cuda' is not there"):
+            svdlib.load("MNIST", device="cuda")
