@@ -11,7 +11,7 @@ study: setup
 
 test: setup lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
-	$(BIN)/python -m pytest -q --nbval --nbval-current-env -p no:cacheprovider notebooks
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --nbval --nbval-current-env -p no:cacheprovider notebooks
 
 lint: setup
 	$(BIN)/ruff check .
