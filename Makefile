@@ -9,6 +9,8 @@ BIN := .venv/bin
 study: setup
 	$(BIN)/python -m svdlib run
 
+# Two processes with two spinning OpenMP threads each crawl on two cores; one thread each does not.
+test: export OMP_NUM_THREADS = 1
 test: setup lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --nbval --nbval-current-env -p no:cacheprovider notebooks

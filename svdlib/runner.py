@@ -123,7 +123,9 @@ def run(
     with (
         tempfile.TemporaryDirectory(dir=out, prefix="figures-") as staging,
         # Processes, since papermill changes the working folder while it executes.
-        ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as pool,
+        ProcessPoolExecutor(
+            jobs, multiprocessing.get_context("fork"), initializer=_share_cores, initargs=(jobs,)
+        ) as pool,
         tqdm(total=len(notebooks), unit="notebook", disable=not progress) as bar,
     ):
         futures = [
@@ -146,6 +148,12 @@ def run(
                 time.sleep(0.1)
             raise
     return outcomes
+
+
+def _share_cores(jobs: int) -> None:
+    """Kernels that each start a thread per core would wait for one another's barriers."""
+    if jobs > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
 
 
 def _check_writable(place: Path) -> None:

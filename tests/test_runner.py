@@ -63,6 +63,18 @@ def test_a_failure_is_named_and_the_others_go_on(folder, capsys):
     assert (folder / "bad.ipynb").read_bytes() == before
 
 
+def test_kernels_at_a_time_share_the_cores(folder, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    threads = (
+        "open(f'{figures}/threads', 'w').write(str(__import__('os').getenv('OMP_NUM_THREADS')))"
+    )
+    write(folder, "one", threads)
+    runner.run(progress=False)
+    assert Path("figures/threads").read_text() == "None"
+    runner.run(jobs=2, progress=False)
+    assert Path("figures/threads").read_text() == str(max(1, os.cpu_count() // 2))
+
+
 @pytest.mark.parametrize(
     ("name", "text", "value"),
     [
