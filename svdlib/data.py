@@ -82,6 +82,18 @@ class Data:
             self.test_y[:test],
         )
 
+    def hold_out(self, images: int) -> tuple[Data, Tensor, Tensor]:
+        """The data without their last training images, and these: a validation split (x, y).
+
+        >>> rest, x, y = load("MNIST", device="cpu").hold_out(10_000)
+        >>> len(rest.train_x), len(x), len(rest.test_x)
+        (50000, 10000, 10000)
+        """
+        if not 0 < images < len(self.train_x):
+            raise ValueError(f"hold out 1 to {len(self.train_x) - 1} images, not {images}")
+        rest = self.head(len(self.train_x) - images)
+        return rest, self.train_x[-images:], self.train_y[-images:]
+
 
 def load(
     name: str = "MNIST", root: str | Path | None = None, device: str | torch.device = "auto"

@@ -159,3 +159,42 @@ def speed(table: pd.DataFrame, bound: float, title: str = "") -> Figure:
     axis.minorticks_off()
     axis.legend()
     return figure
+
+
+def loss_profiles(profile: pd.DataFrame, title: str = "") -> Figure:
+    """Loss increase against rank, a line a layer: mean and 95 % interval over networks.
+
+    Columns layer, rank, increase, rows, columns, as `loss_profile` gives them for each network.
+    """
+    figure, axis = plt.subplots(figsize=(7.5, 3.8))
+    named = profile.assign(
+        method="layer "
+        + profile.layer
+        + ": "
+        + profile.rows.astype(str)
+        + "×"
+        + profile["columns"].astype(str)
+    )
+    _bands(axis, named, "rank", "increase")
+    axis.axhline(0, color="0.3", linewidth=1)
+    axis.set(xlabel="rank of this layer, the others full", ylabel="increase of the validation loss")
+    axis.set_title(title)
+    axis.set_yscale("symlog", linthresh=0.01)
+    axis.legend()
+    return figure
+
+
+def accuracy_by_parameters(table: pd.DataFrame, full: float, title: str = "") -> Figure:
+    """Test accuracy against parameters, a point with its interval a rule.
+
+    Columns rule, parameters, mean, low, high; ``full`` is the full network's accuracy.
+    """
+    figure, axis = plt.subplots(figsize=(7.5, 4.0))
+    for number, row in enumerate(table.to_dict("records")):
+        spread = [[row["mean"] - row["low"]], [row["high"] - row["mean"]]]
+        style = {"fmt": "osD^vP*Xp<>"[number % 11], "capsize": 3, "label": row["rule"]}
+        axis.errorbar(row["parameters"], row["mean"], yerr=spread, **style)
+    axis.axhline(full, color="0.3", linestyle="--", linewidth=1, label="full network")
+    axis.set(xlabel="parameters", ylabel="test accuracy (%)", title=title)
+    axis.legend(ncols=2, loc="lower right")
+    return figure

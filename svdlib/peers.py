@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +22,8 @@ from tqdm.auto import tqdm
 
 from svdlib.data import Data
 from svdlib.networks import MLPEnsemble, perceptron
-from svdlib.projection import Projection
+from svdlib.projection import Projection, matrices
+from svdlib.ranks import loss_profile, search_ranks
 from svdlib.training import train
 
 
@@ -222,19 +224,24 @@ def product_bound(sizes: Sequence[int], data: Data, repeats: int = 5) -> float:
     """Seconds that the matrix products of one network's epoch would take at this machine's
     best rate: forward and both products backward, but for the one to the inputs.
     """
+    rate = _product_rate(data.device, repeats)
+    products_per_image = sum(3 * m * k for k, m in pairwise(sizes))
+    products_per_image -= sizes[0] * sizes[1]
+    return 2 * products_per_image * len(data.train_x) / rate
+
+
+def _product_rate(device: torch.device, repeats: int = 5) -> float:
+    """Operations a second of a 1024³ matrix product."""
     n = 1024
-    A = torch.rand(n, n, device=data.device)
+    A = torch.rand(n, n, device=device)
 
     def products() -> None:
         for _ in range(4):
             A @ A
-        if data.device.type == "cuda":
+        if device.type == "cuda":
             torch.cuda.synchronize()
 
-    rate = 4 * 2 * n**3 / seconds(products, repeats)
-    products_per_image = sum(3 * m * k for k, m in pairwise(sizes))
-    products_per_image -= sizes[0] * sizes[1]
-    return 2 * products_per_image * len(data.train_x) / rate
+    return 4 * 2 * n**3 / seconds(products, repeats)
 
 
 def race(
@@ -273,3 +280,57 @@ def race(
         }
         for way, networks, projection, taken in rows
     )
+
+
+def _within_one_se(rows: pd.DataFrame) -> pd.Series:
+    return rows.increase <= rows.se
+
+
+@torch.no_grad()
+def _passes(
+    model: nn.Module,
+    name: str,
+    factors: Sequence[Tensor],
+    ranks: Sequence[int],
+    x: Tensor,
+    y: Tensor,
+) -> None:
+    U, S, Vh = factors
+    for rank in ranks:
+        weight = {f"{name}.weight": U[:, :rank] * S[:rank] @ Vh[:rank]}
+        z = torch.func.functional_call(model, weight, (x,))
+        nn.functional.cross_entropy(z, y).item()
+
+
+def profile_race(
+    sizes: Sequence[int], x: Tensor, y: Tensor, sample: int = 6, repeats: int = 1
+) -> dict[str, float]:
+    """Seconds of the loss profile of a perceptron, at every rank of every layer.
+
+    Returns:
+        ``paper``: an SVD and a whole forward pass for every layer and rank; ``one SVD``: an SVD a
+        layer and a whole forward pass for every rank, both from ``sample`` ranks of each layer,
+        scaled to all; ``nested``: `loss_profile`; ``search``: `search_ranks` by one standard
+        error; ``bound``: the products behind each layer alone, at this machine's best rate.
+    """
+    torch.manual_seed(0)
+    model = perceptron(sizes).to(x.device)
+    times = {"paper": 0.0, "one SVD": 0.0}
+    for name, parameter in matrices(model).items():
+        weight = parameter.detach()
+        count = min(weight.shape) + 1
+        svd = seconds(partial(torch.linalg.svd, weight, full_matrices=False), repeats)
+        ranks = torch.linspace(0, count - 1, sample).long().tolist()
+        factors = torch.linalg.svd(weight, full_matrices=False)
+        forward = seconds(partial(_passes, model, name, factors, ranks, x, y), repeats) / sample
+        times["paper"] += count * (svd + forward)
+        times["one SVD"] += svd + count * forward
+    times["nested"] = seconds(lambda: loss_profile(model, x, y, progress=False), repeats)
+    times["search"] = seconds(lambda: search_ranks(model, x, y, _within_one_se), repeats)
+    behind = list(pairwise(sizes))
+    work = sum(
+        (min(pair) + 1) * sum(2 * m * n for m, n in behind[number + 1 :])
+        for number, pair in enumerate(behind)
+    )
+    times["bound"] = work * len(x) / _product_rate(x.device)
+    return times

@@ -38,8 +38,8 @@ def loss_profile(
         Z_0 = b,    Z_j = Z_{j−1} + σ_j u_j (v_jᵀ X),
 
     and only the layers behind it are run again. The losses are those of the paper's procedure
-    to rounding. In any other module a hook replaces the layer's output, which gives the same
-    numbers from whole forward passes.
+    to rounding. In any other module, or where a layer is used twice, whole forward passes with
+    the weight replaced give the same numbers.
 
     Args:
         model: a module of Linear and Conv2d layers; called in evaluation mode, left as it was.
@@ -163,25 +163,26 @@ def refine_ranks(
         return current
 
 
-def search_rank(
+def search_ranks(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
     accept: Callable[[pd.DataFrame], pd.Series],
     *,
-    window: int = 4,
+    window: int = 8,
     memory: int = 2**28,
 ) -> dict[str, int]:
     """The smallest acceptable rank of each layer, without the whole profile.
 
     Loss is nearly but not quite monotone in rank. So: a geometric grid of ranks, bisection
     between its last refused and first accepted rank, and then, since a smaller rank may be
-    acceptable again, ``window`` ranks at a time below it until a whole window is refused.
+    acceptable again, a window of ranks at a time below it until a whole window is refused.
 
     Args:
         accept: takes a profile and says of each row whether its rank would do, such as
             ``lambda rows: rows.increase <= rows.se``. Full rank always will.
-        window: ranks that must be refused in a row before the search ends.
+        window: ranks that must be refused in a row before the search ends, or an eighth of the
+            rank found, if that is more.
 
     Raises:
         ValueError: as `loss_profile`.
@@ -189,7 +190,7 @@ def search_rank(
     >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
     >>> x, y = torch.rand(20, 8), torch.arange(20) % 3
-    >>> search_rank(net, x, y, lambda rows: rows.increase <= rows.se).keys()
+    >>> search_ranks(net, x, y, lambda rows: rows.increase <= rows.se).keys()
     dict_keys(['0', '2'])
     """
     _check_data(model, x, y)
@@ -217,7 +218,7 @@ def _smallest(sweep: _Sweep, accept: Callable[[pd.DataFrame], pd.Series], window
         else:
             low = middle
     while best > 1:
-        better = accepted(range(max(1, best - window), best))
+        better = accepted(range(max(1, best - max(window, best // 8)), best))
         if not better:
             break
         best = min(better)
@@ -302,8 +303,8 @@ class _Sweep:
         if not self.nested:
             for row, rank in enumerate(ranks):
                 weight = (self.US[:, :rank] @ self.Vh[:rank]).view_as(self.layer.weight)
-                replaced = {f"{self.name}.weight": weight}
-                z = torch.func.functional_call(self.model, replaced, (self.x[part],))
+                with _replaced({self.layer.weight: weight}):
+                    z = self.model(self.x[part])
                 yield slice(row, row + 1), z[None]
             return
         assert isinstance(self.model, nn.Sequential)
@@ -383,7 +384,7 @@ class _Reduced:
         """See `verify_ranks`; each choice of ranks is measured once."""
         key = tuple(ranks[name] for name in self.factors)
         if key not in self.known:
-            replaced = {}
+            replaced: dict[Tensor, Tensor] = {}
             for name, (US, Vh) in self.factors.items():
                 rank = checks.positive_int(ranks[name], f"the rank of layer {name!r}", least=0)
                 if rank > self.limit[name]:
@@ -392,13 +393,14 @@ class _Reduced:
                     )
                 weight = self.model.get_parameter(f"{name}.weight")
                 if rank < self.limit[name]:
-                    replaced[f"{name}.weight"] = (US[:, :rank] @ Vh[:rank]).view_as(weight)
+                    replaced[weight] = (US[:, :rank] @ Vh[:rank]).view_as(weight)
             moments = _Moments.zeros(1, self.x.device)
             size = max(1, self.memory // (8 * _width(self.model, self.x[:1]) * 4))
             for x, y, full in zip(
                 *(t.split(size) for t in (self.x, self.y, self.full)), strict=True
             ):
-                z = torch.func.functional_call(self.model, replaced, (x,))
+                with _replaced(replaced):
+                    z = self.model(x)
                 moments.add(slice(0, 1), z[None], y, full)
             n = len(self.x)
             mean = moments.difference.item() / n
@@ -456,6 +458,19 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def _replaced(weights: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """Other values for some parameters, wherever these are used; the old ones afterwards."""
+    kept = {parameter: parameter.data for parameter in weights}
+    try:
+        for parameter, value in weights.items():
+            parameter.data = value
+        yield
+    finally:
+        for parameter, value in kept.items():
+            parameter.data = value
 
 
 def _full_losses(model: nn.Module, x: Tensor, y: Tensor, memory: int) -> tuple[Tensor, Tensor]:

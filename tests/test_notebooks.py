@@ -22,6 +22,13 @@ SMALL = {
         "ranks": "[2, 9, 12]",
     },
     "05_speed": {"counts": "[1, 2]", "projected_counts": "[2]", "repeats": "1"},
+    "06_rank_revealer": {
+        "seeds": "2",
+        "epochs": "2",
+        "wide": "[784, 40, 40, 10]",
+        "wide_images": "100",
+        "bench": "[[784, 15, 15, 10]]",
+    },
 }
 
 
