@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -180,6 +181,10 @@ def loss_profiles(profile: pd.DataFrame, title: str = "") -> Figure:
     axis.set(xlabel="rank of this layer, the others full", ylabel="increase of the validation loss")
     axis.set_title(title)
     axis.set_yscale("symlog", linthresh=0.01)
+    axis.set_ylim(bottom=min(-0.005, axis.dataLim.y0))
+    if profile["rank"].max() > 100:
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:.0f}")
     axis.legend()
     return figure
 
@@ -190,11 +195,27 @@ def accuracy_by_parameters(table: pd.DataFrame, full: float, title: str = "") ->
     Columns rule, parameters, mean, low, high; ``full`` is the full network's accuracy.
     """
     figure, axis = plt.subplots(figsize=(7.5, 4.0))
-    for number, row in enumerate(table.to_dict("records")):
+    colors = sns.color_palette("colorblind", len(table))
+    rows = zip(table.to_dict("records"), colors, itertools.cycle("osD^vP*Xp<"), strict=False)
+    for row, color, marker in rows:
         spread = [[row["mean"] - row["low"]], [row["high"] - row["mean"]]]
-        style = {"fmt": "osD^vP*Xp<>"[number % 11], "capsize": 3, "label": row["rule"]}
-        axis.errorbar(row["parameters"], row["mean"], yerr=spread, **style)
+        bar = axis.errorbar(row["parameters"], row["mean"], yerr=spread, fmt=marker, color=color)
+        bar.lines[0].set(label=row["rule"], markersize=7)
     axis.axhline(full, color="0.3", linestyle="--", linewidth=1, label="full network")
     axis.set(xlabel="parameters", ylabel="test accuracy (%)", title=title)
-    axis.legend(ncols=2, loc="lower right")
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def profile_times(times: pd.DataFrame, title: str = "") -> Figure:
+    """Seconds of a loss profile: a row a network (the index), a column a way; ``bound`` dotted."""
+    figure, axis = plt.subplots(figsize=(7.5, 4.0))
+    places = range(len(times))
+    for way in times.drop(columns="bound"):
+        axis.plot(places, times[way], "o-", label=str(way))
+    axis.plot(places, times.bound, ":", color="0.3", label="products behind the layer alone")
+    axis.set(yscale="log", ylabel="seconds for all layers and ranks", title=title)
+    axis.set_xticks(places, list(times.index))
+    axis.set_xlim(-0.2, len(times) - 0.8)
+    axis.legend()
     return figure

@@ -325,8 +325,11 @@ def profile_race(
         forward = seconds(partial(_passes, model, name, factors, ranks, x, y), repeats) / sample
         times["paper"] += count * (svd + forward)
         times["one SVD"] += svd + count * forward
-    times["nested"] = seconds(lambda: loss_profile(model, x, y, progress=False), repeats)
-    times["search"] = seconds(lambda: search_ranks(model, x, y, _within_one_se), repeats)
+    loss_profile(model, x, y, ranks=(1,), progress=False)  # the warm-up
+    nested = partial(loss_profile, model, x, y, progress=False)
+    search = partial(search_ranks, model, x, y, _within_one_se)
+    times["nested"] = seconds(nested, repeats, warmup=0)
+    times["search"] = seconds(search, repeats, warmup=0)
     behind = list(pairwise(sizes))
     work = sum(
         (min(pair) + 1) * sum(2 * m * n for m, n in behind[number + 1 :])

@@ -69,11 +69,23 @@ def test_other_plots():
     sigma = pd.DataFrame(
         {"layer": "one", "method": "stock", "index": [1, 2, 1, 2], "sigma": [2.0, 1, 3, 1]}
     )
+    profile = pd.DataFrame(
+        {"layer": "0", "rank": [1, 500], "increase": [1.0, 0], "rows": 500, "columns": 600}
+    )
+    rule = pd.DataFrame(
+        {"rule": ["a"], "parameters": [9.0], "mean": [90.0], "low": [89.0], "high": [91.0]}
+    )
+    race = pd.DataFrame(
+        {"paper": [9.0, 90], "nested": [1.0, 2], "bound": [0.5, 1]}, index=["a", "b"]
+    )
     times = pd.DataFrame({"way": ["a", "a"], "networks": [1, 8], "seconds": [1.0, 0.1]})
     drawn = [
         figures.confusion(counts),
         figures.differences(spread, "what", "points"),
         figures.error_by_rank(ranks, [9.0, 10.0]),
+        figures.accuracy_by_parameters(rule, full=91.0),
+        figures.loss_profiles(profile.assign(network=0)),
+        figures.profile_times(race),
         figures.spectra(sigma),
         figures.speed(times, bound=0.01),
         figures.weight_pictures(np.ones((15, 784))),
