@@ -10,14 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from svdlib import checks
-from svdlib.lowrank import (
-    dominant_basis,
-    gram,
-    randomized_basis,
-    randomized_svd,
-    sketched_basis,
-    truncated_svd,
-)
+from svdlib.bases import dominant_basis, gram, randomized_basis, sketched_basis
+from svdlib.lowrank import randomized_svd, truncated_svd
 
 METHODS = ("rsvd", "truncsvd")
 

@@ -2,22 +2,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matrices import decaying, matrix
 
 import svdlib
-from svdlib.lowrank import dominant_basis, gram, sketched_basis
 
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 12))
-
-
-def matrix(shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def decaying(m, n, sigma, seed=0):
-    """A matrix with the given singular values and random singular vectors."""
-    U = torch.linalg.qr(matrix((m, len(sigma)), seed)).Q
-    V = torch.linalg.qr(matrix((n, len(sigma)), seed + 1)).Q
-    return U * sigma @ V.mT
 
 
 @settings(max_examples=40, deadline=None)
@@ -106,31 +95,129 @@ def test_small_and_degenerate(generator):
     assert half.U.dtype == torch.bfloat16 and half.rank == 3
 
 
-def test_gram_bases_agree_with_the_svd(generator):
-    A = decaying(15, 80, torch.cat([torch.ones(6), torch.full((9,), 1e-3)]).double())
-    A = A.expand(3, -1, -1)
-    U = torch.linalg.svd(A).U[..., :6]
-    exact = U @ U.mT
-    G = gram(A)
-    torch.testing.assert_close(G, A @ A.mT)
-    for basis in (
-        dominant_basis(G, 6),
-        dominant_basis(G, 6, start=dominant_basis(G + 1e-3 * matrix(G.shape), 6)),
-        sketched_basis(G, 6, 2, 3, generator),
+def steep(m, n, dtype=torch.float64):
+    """Singular values from 1 to 1e-12."""
+    return decaying(m, n, torch.logspace(0, -12, min(m, n, 100), dtype=torch.float64)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(20, 300), (300, 20), (70, 90), (64, 1500)])
+@pytest.mark.parametrize("kind", ["flat", "steep", "deficient", "zero"])
+def test_truncated_is_as_accurate_as_lapack(dtype, shape, kind):
+    A = {
+        "flat": matrix(shape),
+        "steep": steep(*shape),
+        "deficient": matrix((shape[0], 3)) @ matrix((3, shape[1]), 1),
+        "zero": torch.zeros(shape),
+    }[kind].to(dtype)
+    rank = min(shape) // 2
+    U, S, Vh = svd = svdlib.truncated_svd(A, rank)
+    eps = torch.finfo(dtype).eps
+    exact = torch.linalg.svdvals(A.double())
+    assert (S - exact[:rank]).abs().max() <= 10 * eps * exact[0]
+    eye = torch.eye(rank, dtype=dtype)
+    for product in (U.mT @ U, Vh @ Vh.mT):
+        torch.testing.assert_close(product, eye, atol=30 * eps, rtol=0)
+    best = exact[rank:].norm()
+    assert torch.linalg.matrix_norm(A - svd.matrix()) <= best + 100 * eps * exact[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(150, 400), (400, 150)])
+def test_ill_conditioned_input_does_not_break_the_sketch(dtype, shape, generator):
+    A = steep(*shape, dtype)
+    U, S, Vh = svd = svdlib.randomized_svd(A, 40, generator=generator)
+    eps = torch.finfo(dtype).eps
+    eye = torch.eye(40, dtype=dtype)
+    for product in (U.mT @ U, Vh @ Vh.mT):
+        torch.testing.assert_close(product, eye, atol=50 * eps, rtol=0)
+    exact = torch.linalg.svdvals(A.double())
+    assert (S - exact[:40]).abs().max() <= 50 * eps
+    assert torch.linalg.matrix_norm(A - svd.matrix()) <= 1.2 * exact[40:].norm() + 50 * eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", [svdlib.truncated_svd, svdlib.randomized_svd])
+@pytest.mark.parametrize("noise", [1.0, 1e-4, 0.0])
+def test_error_is_the_frobenius_error(dtype, method, noise):
+    A = matrix((3, 60, 8)) @ matrix((3, 8, 90), 1) + noise * matrix((3, 60, 90), 2)
+    A = A.to(dtype)
+    svd = method(A, 8)
+    formed = torch.linalg.matrix_norm(A.double() - svd.matrix().double())
+    floor = 20 * torch.finfo(dtype).eps * torch.linalg.matrix_norm(A).max().item()
+    torch.testing.assert_close(svd.error, formed, rtol=1e-2, atol=floor)
+
+
+@pytest.mark.parametrize("power_iters", [0, 4])
+def test_spectral_error_bounds_the_norm(power_iters, generator):
+    A = decaying(60, 80, 0.9 ** torch.arange(60, dtype=torch.float64)).expand(50, -1, -1)
+    svd = svdlib.randomized_svd(A, 10, oversample=2, power_iters=0, generator=generator)
+    bound = svd.spectral_error(A, power_iters=power_iters, generator=generator)
+    norm = torch.linalg.matrix_norm(A - svd.matrix(), 2)
+    assert (bound >= norm).all()
+    assert (bound <= (40 if power_iters == 0 else 2) * norm).all()
+
+
+def test_spectral_error_of_an_exact_or_another_matrix(generator):
+    svd = svdlib.truncated_svd(torch.zeros(4, 3), 2)
+    assert svd.spectral_error(torch.zeros(4, 3), generator=generator) == 0
+    with pytest.raises(ValueError, match=r"shape \(4, 3\), not \(3, 4\)"):
+        svd.spectral_error(torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("tol", [0.5, 0.05, 0.005])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tol_is_met_at_nearly_the_smallest_rank(tol, dtype, generator):
+    sigma = 0.95 ** torch.arange(120, dtype=torch.float64)
+    A = decaying(200, 150, sigma).to(dtype)
+    svd = svdlib.randomized_svd(A, tol=tol, relative=True, generator=generator)
+    norm = torch.linalg.matrix_norm(A)
+    assert torch.linalg.matrix_norm(A - svd.matrix()) <= 1.0001 * tol * norm
+    tails = sigma.square().flip(0).cumsum(0).flip(0).sqrt() / sigma.norm()
+    assert svd.rank <= 1 + int((tails > tol).sum())
+    absolute = svdlib.randomized_svd(A, tol=tol * norm.item(), generator=generator)
+    assert abs(absolute.rank - svd.rank) <= 1
+
+
+def test_tol_of_a_flat_small_or_zero_matrix(generator):
+    A = matrix((50, 70))
+    svd = svdlib.randomized_svd(A, tol=1e-6, relative=True, generator=generator)
+    assert svd.rank == 50
+    assert svdlib.randomized_svd(A, tol=1e3, generator=generator).rank == 1
+    assert svdlib.randomized_svd(0 * A, tol=1e-3, generator=generator).error == 0
+
+
+def test_gradients_are_those_of_the_svd(generator):
+    """Of the singular values of a low-rank matrix, which the sketch finds exactly."""
+    A = (matrix((40, 3)) @ matrix((3, 30), 1)).requires_grad_()
+    for method in (svdlib.truncated_svd, svdlib.randomized_svd):
+        given = {} if method is svdlib.truncated_svd else {"generator": generator}
+        (ours,) = torch.autograd.grad(method(A, 3, **given).S.sum(), A)
+        (reference,) = torch.autograd.grad(torch.linalg.svdvals(A)[:3].sum(), A)
+        torch.testing.assert_close(ours, reference)
+
+
+def test_noise_and_slow_decay_stay_near_the_best(generator):
+    """What scikit-learn asks of its own: low rank, low rank with noise, slow decay."""
+    for sigma in (0.5 ** torch.arange(60.0), 1 / (1 + torch.arange(60.0))):
+        A = decaying(150, 90, sigma.double()) + 1e-3 * matrix((150, 90), 5)
+        exact = torch.linalg.svdvals(A)
+        for B in (A, A.mT):
+            svd = svdlib.randomized_svd(B, 10, power_iters=5, generator=generator)
+            torch.testing.assert_close(svd.S, exact[:10], rtol=1e-2, atol=0)
+            assert svd.error <= 1.001 * exact[10:].norm()
+
+
+def test_equal_matrices_get_equal_factors_wherever_they_stand():
+    A = matrix((30, 500)).float()
+    for first, second in zip(
+        svdlib.truncated_svd(A, 5), svdlib.truncated_svd(A.mT, 5), strict=True
     ):
-        torch.testing.assert_close(basis @ basis.mT, exact, atol=1e-6, rtol=0)
-
-
-def test_gram_sketch_has_the_law_of_the_plain_sketch():
-    """Mean error over 2,000 draws, with and without the detour by the Gram matrix."""
-    A = decaying(12, 60, 0.7 ** torch.arange(12, dtype=torch.float64)).expand(2000, -1, -1)
-    g = torch.Generator().manual_seed(0)
-    Q = sketched_basis(gram(A), 4, 2, 0, g)
-    ours = torch.linalg.matrix_norm(A - Q @ (Q.mT @ A))
-    plain = svdlib.randomized_svd(A, 4, oversample=2, power_iters=0, generator=g)
-    theirs = torch.linalg.matrix_norm(A - plain.matrix())
-    spread = (ours.var() / 2000 + theirs.var() / 2000).sqrt()
-    assert (ours.mean() - theirs.mean()).abs() < 4 * spread
+        a, b = first.abs(), second.mT.abs() if second.ndim > 1 else second.abs()
+        if a.shape == b.shape:
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    turned = svdlib.truncated_svd(A.mT, 5)
+    assert (turned.U.gather(0, turned.U.abs().argmax(0, keepdim=True)) > 0).all()
 
 
 @pytest.mark.parametrize("method", [svdlib.truncated_svd, svdlib.randomized_svd])
@@ -159,3 +246,23 @@ def test_bad_sketch():
         svdlib.randomized_svd(torch.rand(4, 3), 1, oversample=-1)
     with pytest.raises(ValueError, match="power_iters must be at least 0"):
         svdlib.randomized_svd(torch.rand(4, 3), 1, power_iters=-1)
+    A = torch.rand(40, 30)
+    with pytest.raises(ValueError, match=r"either a rank or a tol, not rank=1 and tol=0\.1"):
+        svdlib.randomized_svd(A, 1, tol=0.1)
+    with pytest.raises(ValueError, match="either a rank or a tol"):
+        svdlib.randomized_svd(A)
+    for tol in (0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="tol must be positive"):
+            svdlib.randomized_svd(A, tol=tol)
+    with pytest.raises(ValueError, match=r"can't be certified in torch\.float32; at least"):
+        svdlib.randomized_svd(A, tol=1e-6, relative=True)
+    with pytest.raises(ValueError, match="one matrix"):
+        svdlib.randomized_svd(torch.rand(2, 4, 3), tol=0.1)
+    with pytest.raises(ValueError, match="norm overflows"):
+        svdlib.truncated_svd(torch.full((4, 3), 3e38), 1)
+    with pytest.raises(ValueError, match="generator is on meta"):
+        svdlib.randomized_svd(torch.rand(4, 3), 1, generator=_Elsewhere())
+
+
+class _Elsewhere:
+    device = torch.device("meta")
