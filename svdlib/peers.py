@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from tqdm.auto import tqdm
 
 from svdlib.data import Data
+from svdlib.modules import matrices
 from svdlib.networks import MLPEnsemble, perceptron
-from svdlib.projection import Projection, matrices
+from svdlib.projection import Projection
 from svdlib.ranks import loss_profile, search_ranks
 from svdlib.training import train
 

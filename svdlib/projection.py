@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from svdlib import checks
 from svdlib.bases import dominant_basis, gram, randomized_basis, sketched_basis
 from svdlib.lowrank import randomized_svd, truncated_svd
+from svdlib.modules import matrices
 
 METHODS = ("rsvd", "truncsvd")
 
@@ -140,19 +141,6 @@ def project_(
     for name, A in projected.items():
         known[name].copy_(A.view_as(known[name]))
     return model
-
-
-def matrices(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of a module's Linear and Conv2d layers, by layer name.
-
-    >>> list(matrices(nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1))))
-    ['0', '2']
-    """
-    return {
-        name: layer.weight
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d)
-    }
 
 
 # Up to this many rows the randomized method works on the Gram matrix, beyond on the matrix.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from svdlib import checks
-from svdlib.projection import matrices
+from svdlib.modules import evaluating, matrices
 
 
 def loss_profile(
@@ -68,7 +68,7 @@ def loss_profile(
     chosen = _layers(model, layers)
     _check_data(model, x, y)
     wanted = None if ranks is None else {checks.positive_int(r, "a rank", least=0) for r in ranks}
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         full, _ = _full_losses(model, x, y, memory)
         tables = []
         for name in tqdm(chosen, disable=not progress, desc="profile", unit="layer"):
@@ -100,7 +100,7 @@ def verify_ranks(
     55.0
     """
     _check_data(model, x, y)
-    with _evaluating(model):
+    with evaluating(model):
         return _Reduced(model, list(ranks), x, y, memory).measure(ranks)
 
 
@@ -137,7 +137,7 @@ def refine_ranks(
     if not tolerance >= 0:
         raise ValueError(f"tolerance must be at least 0, not {tolerance}")
     _check_data(model, x, y)
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         reduced = _Reduced(model, list(ranks), x, y, memory)
         current = {name: min(rank, reduced.limit[name]) for name, rank in ranks.items()}
         # Full rank in every layer is the network itself, up to rounding.
@@ -195,7 +195,7 @@ def search_ranks(
     """
     _check_data(model, x, y)
     found = {}
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         full, _ = _full_losses(model, x, y, memory)
         for name in _layers(model, None):
             sweep = _Sweep(model, name, x, y, full, memory)
@@ -446,18 +446,6 @@ def _check_data(model: nn.Module, x: Tensor, y: Tensor) -> None:
         raise ValueError(f"{len(x)} inputs need labels of shape ({len(x)},), not {tuple(y.shape)}")
     if int(y.min()) < 0:
         raise ValueError(f"labels must be at least 0, not {int(y.min())}")
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and each module's own mode again afterwards, whatever happens."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager
