@@ -66,15 +66,20 @@ def range_basis(
             [0.]])
     """
     shape = (*A.shape[:-2], A.shape[-1], columns)
-    Y = A @ torch.randn(shape, dtype=A.dtype, device=A.device, generator=generator)
+    Y = _product(A, torch.randn(shape, dtype=A.dtype, device=A.device, generator=generator))
     careful = None
     for _ in range(power_iters):
         Q, spread = normalized(Y)
         if careful is None:
             careful = spread > 0.1 * torch.finfo(A.dtype).eps ** -0.5
         Z = (Q.mT @ A).mT  # half as fast again as A.mT @ Q for few columns
-        Y = A @ (normalized(Z)[0] if careful else Z)
+        Y = _product(A, normalized(Z)[0] if careful else Z)
     return orthonormal(Y)
+
+
+def _product(A: Tensor, X: Tensor) -> Tensor:
+    """A X; for an A stored by columns as (Xᵀ Aᵀ)ᵀ, half as fast again for few columns."""
+    return (X.mT @ A.mT).mT if A.stride(-2) == 1 else A @ X
 
 
 def randomized_basis(

@@ -219,3 +219,84 @@ def profile_times(times: pd.DataFrame, title: str = "") -> Figure:
     axis.set_xlim(-0.2, len(times) - 0.8)
     axis.legend()
     return figure
+
+
+def sketch_errors(table: pd.DataFrame, title: str = "") -> Figure:
+    """Spectral error against oversampling, a panel a matrix, a line a number of power iterations.
+
+    Columns matrix, oversample, power_iters, error, bound: a row a draw, in units of σ_{k+1};
+    ``bound`` is that of the mean without power iterations. Bands hold 95 % of the draws.
+    """
+    names = list(dict.fromkeys(table.matrix))
+    figure, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 3.6), sharey=True)
+    for axis, name in zip(np.atleast_1d(axes), names, strict=True):
+        part = table[table.matrix == name]
+        for q, drawn in part.groupby("power_iters"):
+            errors = drawn.groupby("oversample").error
+            line = axis.plot(errors.mean(), "o-", label=f"q = {q}")[0]
+            low, high = errors.quantile(0.025), errors.quantile(0.975)
+            axis.fill_between(low.index, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        axis.plot(part.groupby("oversample").bound.first(), "--", color="0.3", label="bound, q = 0")
+        axis.axhline(1, color="0.6", linewidth=1)
+        axis.set(yscale="log", xlabel="oversampling p", title=name)
+        axis.yaxis.set_major_formatter("{x:g}")
+    axis.legend()
+    np.atleast_1d(axes)[0].set_ylabel("error / best possible")
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
+    return figure
+
+
+def exact_or_randomized(table: pd.DataFrame, title: str = "") -> Figure:
+    """How many times faster a randomized SVD is than the fastest exact one, by shape and rank.
+
+    Columns shape, rank, full, truncated, randomized: seconds. Under each ratio, the fastest way.
+    """
+    table = table.assign(
+        ratio=table[["full", "truncated"]].min(axis=1) / table.randomized,
+        fastest=table[["full", "truncated", "randomized"]].idxmin(axis=1),
+    )
+    shapes = list(dict.fromkeys(table["shape"]))
+    ratio, fastest = (
+        table.pivot(index="shape", columns="rank", values=value).loc[shapes]
+        for value in ("ratio", "fastest")
+    )
+    text = ratio.map("{:.2g}×\n".format) + fastest.fillna("")
+    figure, axis = plt.subplots(figsize=(7.0, 0.62 * len(shapes) + 1.0))
+    sns.heatmap(
+        np.log2(ratio),
+        annot=text,
+        fmt="",
+        annot_kws={"fontsize": 9},
+        cmap="vlag_r",
+        center=0,
+        cbar=False,
+        linewidths=1,
+        ax=axis,
+    )
+    axis.set(ylabel="", title=title)
+    axis.tick_params(axis="y", rotation=0)
+    axis.grid(visible=False)
+    return figure
+
+
+def svd_race(table: pd.DataFrame, title: str = "") -> Figure:
+    """Seconds against rank, a panel a shape, a line a way; ``products alone`` dotted."""
+    shapes = list(dict.fromkeys(table["shape"]))
+    figure, axes = plt.subplots(1, len(shapes), figsize=(2.9 * len(shapes), 3.8), sharey=True)
+    for axis, shape in zip(np.atleast_1d(axes), shapes, strict=True):
+        for way, part in table[table["shape"] == shape].groupby("way", sort=False):
+            look = ":" if way == "products alone" else "o-"
+            color = "0.3" if way == "products alone" else None
+            axis.plot(part["rank"], part.seconds, look, color=color, label=way)
+        axis.set(xscale="log", yscale="log", xlabel="rank", title=shape)
+        ranks = sorted(table["rank"].unique())
+        axis.set_xticks(ranks, list(map(str, ranks)))
+        axis.minorticks_off()
+    np.atleast_1d(axes)[0].set_ylabel("seconds")
+    handles, labels = axis.get_legend_handles_labels()
+    for axis in np.atleast_1d(axes):
+        if len(axis.lines) > len(handles):
+            handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center")
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
+    return figure

@@ -220,7 +220,7 @@ def _by_gram(A: Tensor, rank: int) -> Factors | None:
     lowest = float((squares[..., -1] / squares[..., 0]).nan_to_num().min())
     if lowest <= 1e-8:
         return None
-    U, S = U * _signs(U), squares.sqrt()
+    S = squares.sqrt()
     # A product in A's type would be off by σ_1/σ_k roundings, and takes half the time.
     right = wide if lowest < 1e-2 else A
     Vh = (U / S.unsqueeze(-2)).mT.to(right.dtype) @ right

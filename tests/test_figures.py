@@ -79,7 +79,19 @@ def test_other_plots():
         {"paper": [9.0, 90], "nested": [1.0, 2], "bound": [0.5, 1]}, index=["a", "b"]
     )
     times = pd.DataFrame({"way": ["a", "a"], "networks": [1, 8], "seconds": [1.0, 0.1]})
+    sketches = pd.DataFrame(
+        {"matrix": "A", "power_iters": [0, 0, 1, 1], "oversample": [2, 5] * 2, "error": 2.0}
+    ).assign(bound=9.0)
+    exact = pd.DataFrame(
+        {"shape": ["a", "a", "b"], "rank": [1, 5, 1], "full": 3.0, "truncated": 2.0}
+    ).assign(randomized=[1.0, 4.0, 2.5])
+    ways = pd.DataFrame(
+        {"shape": "a", "rank": [1, 5] * 2, "way": ["products alone"] * 2 + ["svdlib"] * 2}
+    ).assign(seconds=[1.0, 2.0, 3.0, 4.0])
     drawn = [
+        figures.sketch_errors(sketches),
+        figures.exact_or_randomized(exact),
+        figures.svd_race(ways),
         figures.confusion(counts),
         figures.differences(spread, "what", "points"),
         figures.error_by_rank(ranks, [9.0, 10.0]),

@@ -29,6 +29,15 @@ SMALL = {
         "wide_images": "100",
         "bench": "[[784, 15, 15, 10]]",
     },
+    "07_randomized_svd": {
+        "draws": "5",
+        "widths": "[784, 60, 60, 10]",
+        "shapes": "[[15, 60], [40, 40]]",
+        "ranks": "[2, 5]",
+        "race_shapes": "[[40, 60], [80, 50]]",
+        "race_ranks": "[2, 5]",
+        "repeats": "1",
+    },
 }
 
 
