@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from svdlib import checks
+from svdlib.modules import LowRank, thin_layers
 
 
 def perceptron(sizes: Sequence[int]) -> nn.Sequential:
@@ -40,6 +41,10 @@ class MLPEnsemble(nn.Module):
         torch.manual_seed(seeds[i]); nn.Sequential(nn.Linear(…), nn.ReLU(), …, nn.Linear(…))
 
     and ``ensemble[i]`` gives it as that ``nn.Sequential`` (a copy).
+
+    Layers may be factorized (see `from_modules`): such a layer has two entries in ``weights``, of
+    shapes (S, r, in) and (S, out, r), and one in ``biases``. r is the largest rank of the
+    networks; the factors of the others end in zeros, which stay zero while they train.
 
     Args:
         sizes: widths (in, hidden, …, out), at least two.
@@ -84,6 +89,9 @@ class MLPEnsemble(nn.Module):
     ) -> MLPEnsemble:
         """An ensemble with copies of the weights of perceptrons ``Linear, ReLU, …, Linear``.
 
+        A Linear may be a `LowRank` layer, as `factorize` makes them: then of all modules, but
+        not necessarily of the same rank.
+
         Raises:
             ValueError: no module, another kind of layer, a Linear without bias, or shapes
                 that differ.
@@ -97,15 +105,17 @@ class MLPEnsemble(nn.Module):
             raise ValueError("an ensemble needs at least one module, none was given")
         shapes = []
         for module in modules:
-            kinds = [nn.Linear if i % 2 == 0 else nn.ReLU for i in range(len(module))]
+            kinds = [(nn.Linear, LowRank) if i % 2 == 0 else (nn.ReLU,) for i in range(len(module))]
             if len(module) % 2 == 0 or any(
-                type(layer) is not kind for layer, kind in zip(module, kinds, strict=True)
+                type(layer) not in kind for layer, kind in zip(module, kinds, strict=True)
             ):
                 raise ValueError(f"a perceptron is Linear, ReLU, …, Linear, not {module}")
             linear = _linears(module)
             if any(layer.bias is None for layer in linear):
                 raise ValueError("every Linear of an ensemble needs a bias")
-            shapes.append(tuple(layer.weight.shape for layer in linear))
+            shapes.append(
+                tuple((type(layer).__name__, *_bias(layer).shape, _ins(layer)) for layer in linear)
+            )
         if len(set(shapes)) > 1:
             raise ValueError(f"the modules must have one shape, not {sorted(set(shapes))}")
         ensemble = cls.__new__(cls)
@@ -118,17 +128,55 @@ class MLPEnsemble(nn.Module):
             raise ValueError(f"{len(modules)} modules need as many seeds, not {len(seeds)}")
         self.seeds = seeds
         layers = list(zip(*(_linears(module) for module in modules), strict=True))
-        self.weights = nn.ParameterList(
-            torch.stack([linear.weight.detach() for linear in layer]) for layer in layers
-        )
+        weights, self.inner = [], []
+        for layer in layers:
+            factors = [part.factors if isinstance(part, LowRank) else (part,) for part in layer]
+            for same in zip(*factors, strict=True):
+                weights.append(stack_padded([factor.weight.detach() for factor in same]))
+                self.inner.append(len(factors[0]) == 2 and same[0] is factors[0][0])
+        self.weights = nn.ParameterList(weights)
         self.biases = nn.ParameterList(
-            torch.stack([linear.bias.detach() for linear in layer]) for layer in layers
+            torch.stack([_bias(linear).detach() for linear in layer]) for layer in layers
         )
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """Widths (in, hidden, …, out)."""
-        return (self.weights[0].shape[2], *(weight.shape[1] for weight in self.weights))
+        return (self.weights[0].shape[2], *(bias.shape[1] for bias in self.biases))
+
+    @property
+    def factorized(self) -> bool:
+        """Whether any layer is held as two factors."""
+        return any(self.inner)
+
+    @property
+    def ranks(self) -> list[tuple[int | None, ...]]:
+        """For each network, the rank of each factorized layer, and None for a dense one."""
+        columns: list[list[int | None]] = []
+        for entry, weight in enumerate(self.weights):
+            if self.inner[entry]:
+                columns.append((weight != 0).any(-1).sum(-1).clamp(min=1).tolist())
+            elif not (entry and self.inner[entry - 1]):
+                columns.append([None] * len(self))
+        return list(zip(*columns, strict=True))
+
+    def links(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Each of ``weights`` and its bias, None for the inner factor of a factorized layer."""
+        biases = iter(self.biases)
+        return [
+            (weight, None if inner else next(biases))
+            for weight, inner in zip(self.weights, self.inner, strict=True)
+        ]
+
+    def matrices(self) -> list[Tensor]:
+        """The weight of each layer (S, out, in): products, where it is factorized."""
+        found: list[Tensor] = []
+        for entry, weight in enumerate(self.weights):
+            if entry and self.inner[entry - 1]:
+                found.append(weight @ self.weights[entry - 1])
+            elif not self.inner[entry]:
+                found.append(weight)
+        return found
 
     @property
     def device(self) -> torch.device:
@@ -143,13 +191,17 @@ class MLPEnsemble(nn.Module):
         index = range(len(self))[index]
         with torch.random.fork_rng(devices=[]):
             module = perceptron(self.sizes)
+            for layer, rank in enumerate(self.ranks[index]):
+                if rank is not None:
+                    module[2 * layer] = thin_layers(cast(nn.Linear, module[2 * layer]), rank)
         module.to(self.weights[0])
+        flat = [linear for linear in module.modules() if isinstance(linear, nn.Linear)]
         with torch.no_grad():
-            for linear, weight, bias in zip(
-                _linears(module), self.weights, self.biases, strict=True
-            ):
-                linear.weight.copy_(weight[index])
-                linear.bias.copy_(bias[index])
+            for linear, (weight, bias) in zip(flat, self.links(), strict=True):
+                rows, columns = linear.weight.shape  # without the padding of a lower rank
+                linear.weight.copy_(weight[index, :rows, :columns])
+                if bias is not None:
+                    linear.bias.copy_(bias[index])
         return module
 
     def __iter__(self) -> Iterator[nn.Sequential]:
@@ -161,14 +213,17 @@ class MLPEnsemble(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits, feature-first: shape (S, out, n) for inputs of shape (n, in)."""
-        z = hidden = x.mT.expand(len(self), -1, -1)
-        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            if layer == 0:  # one product for all networks: they see the same inputs
-                flat = torch.addmm(bias.reshape(-1, 1), weight.flatten(0, 1), x.mT)
-                z = flat.unflatten(0, weight.shape[:2])
+        hidden = x.mT
+        for entry, (weight, bias) in enumerate(self.links()):
+            if entry == 0:  # one product for all networks: they see the same inputs
+                z = (weight.flatten(0, 1) @ hidden).unflatten(0, weight.shape[:2])
             else:
-                z = torch.baddbmm(bias.unsqueeze(-1), weight, hidden)
-            hidden = z.relu()
+                z = weight @ hidden
+            if bias is None:
+                hidden = z
+            else:
+                z = z + bias.unsqueeze(-1)
+                hidden = z.relu()
         return z
 
     @torch.no_grad()
@@ -203,7 +258,7 @@ class MLPEnsemble(nn.Module):
         (25, 4)
         """
         tables = []
-        for layer, weight in enumerate(self.weights):
+        for layer, weight in enumerate(self.matrices()):
             values = torch.linalg.svdvals(weight).cpu()
             networks, indices = values.shape
             tables.append(
@@ -219,5 +274,29 @@ class MLPEnsemble(nn.Module):
         return pd.concat(tables, ignore_index=True)
 
 
-def _linears(module: nn.Sequential) -> list[nn.Linear]:
-    return [cast(nn.Linear, layer) for layer in module[::2]]
+def stack_padded(tensors: Sequence[Tensor]) -> Tensor:
+    """A stack of tensors, those that are smaller filled up with zeros.
+
+    >>> stack_padded([torch.ones(1, 2), torch.ones(2, 2)])[0]
+    tensor([[1., 1.],
+            [0., 0.]])
+    """
+    shape = torch.Size(map(max, *(tensor.shape for tensor in tensors), tensors[0].shape))
+    stack = tensors[0].new_zeros(len(tensors), *shape)
+    for row, tensor in zip(stack, tensors, strict=True):
+        row[tuple(map(slice, tensor.shape))] = tensor
+    return stack
+
+
+def _linears(module: nn.Sequential) -> list[nn.Linear | LowRank]:
+    return [cast(nn.Linear | LowRank, layer) for layer in module[::2]]
+
+
+def _bias(layer: nn.Linear | LowRank) -> Tensor:
+    assert layer.bias is not None
+    return layer.bias
+
+
+def _ins(layer: nn.Linear | LowRank) -> int:
+    first = layer.factors[0] if isinstance(layer, LowRank) else layer
+    return first.weight.shape[1]

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -28,7 +30,7 @@ def test_a_step_is_that_of_autograd(sizes, generator):
     weights = [w.detach() for w in nets.weights]
     biases = [b.detach().unsqueeze(-1) for b in nets.biases]
     with torch.no_grad():
-        descend_(weights, biases, x, F.one_hot(y, 3).T.double().contiguous(), 0.1, losses)
+        descend_(weights, biases, x, F.one_hot(y, 3).T.double().contiguous(), -0.1, losses)
     for i, single in enumerate(singles):
         loss = autograd_step(single, x, y, 0.1)
         assert losses[i].item() / 9 == pytest.approx(loss, rel=1e-13)
@@ -140,11 +142,11 @@ def test_random_state_and_threads_are_left_alone(blobs):
 def test_interrupt_keeps_networks_and_rows(blobs, monkeypatch):
     calls = []
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **named):
         calls.append(1)
         if len(calls) == 10:  # in the third epoch of four steps
             raise KeyboardInterrupt
-        descend_(*arguments)
+        descend_(*arguments, **named)
 
     monkeypatch.setattr(training, "descend_", interrupted)
     nets = svdlib.MLPEnsemble((12, 8, 3), seeds=(0, 1), device="cpu")
@@ -215,7 +217,7 @@ def test_no_synchronisation_inside_a_step(method):
             bases = training.project_stacks_(weights, [10] * 3, projection, g)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            descend_(weights, biases, x, y, 0.01, losses)
+            descend_(weights, biases, x, y, -0.01, losses)
             if projection:
                 training.project_stacks_(weights, [10] * 3, projection, g, bases)
         finally:
@@ -235,3 +237,128 @@ def test_cuda_agrees_with_cpu(mnist):
         history = svdlib.train(nets, data, epochs=1, projection=projection, progress=False)
         losses.append(history.test_loss.values)
     np.testing.assert_allclose(*losses, rtol=1e-3)
+
+
+def factorized(sizes, ranks, count=3):
+    nets = svdlib.MLPEnsemble(sizes, seeds=range(count), device="cpu")
+    return svdlib.MLPEnsemble.from_modules([svdlib.factorize(net, ranks) for net in nets])
+
+
+def test_a_step_of_factors_is_that_of_autograd(generator):
+    nets = factorized((12, 10, 9, 3), {"0": 4, "2": 2}).double()
+    singles = list(nets)
+    x = torch.rand(9, 12, generator=generator, dtype=torch.float64)
+    y = torch.randint(3, (9,), generator=generator)
+    losses = torch.zeros(3, dtype=torch.float64)
+    weights = [w.detach() for w, _ in nets.links()]
+    biases = [None if b is None else b.detach().unsqueeze(-1) for _, b in nets.links()]
+    with torch.no_grad():
+        descend_(weights, biases, x, F.one_hot(y, 3).T.double().contiguous(), -0.1, losses)
+    for i, single in enumerate(singles):
+        assert losses[i].item() / 9 == pytest.approx(autograd_step(single, x, y, 0.1), rel=1e-13)
+        for ours, theirs in zip(nets[i].parameters(), single.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-14, rtol=1e-12)
+
+
+def test_adam_and_cosine_are_torch_s(blobs):
+    nets = svdlib.MLPEnsemble((12, 8, 3), seeds=(0, 1), device="cpu")
+    single = nets[1]
+    optimizer = torch.optim.Adam(single.parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=8)
+    settings = {"lr": 0.01, "optimizer": "adam", "schedule": "cosine", "batch_size": 50}
+    svdlib.train(nets, blobs, epochs=2, progress=False, **settings)
+    for _ in range(2):
+        for x, y in zip(blobs.train_x.split(50), blobs.train_y.split(50), strict=True):
+            optimizer.zero_grad()
+            F.cross_entropy(single(x), y).backward()
+            optimizer.step()
+            schedule.step()
+    for ours, theirs in zip(nets[1].parameters(), single.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_dropout_has_the_gradient_of_the_network_it_left(monkeypatch, generator):
+    """Against autograd through the same masks; inputs are dropped too."""
+    masks = []
+
+    def noted(x, dropout, generator):
+        masks.append(x.new_empty(x.shape[-2:]).bernoulli_(1 - dropout, generator=generator))
+        return x.mul_(masks[-1]).div_(1 - dropout)
+
+    monkeypatch.setattr(training, "_drop_", noted)
+    nets = svdlib.MLPEnsemble((6, 8, 3), device="cpu").double()
+    single = nets[0]
+    x = torch.rand(40, 6, generator=generator, dtype=torch.float64)
+    y = torch.randint(3, (40,), generator=generator)
+    weights = [w.detach() for w in nets.weights]
+    biases = [b.detach().unsqueeze(-1) for b in nets.biases]
+    one_hot = F.one_hot(y, 3).T.double().contiguous()
+    loss = torch.zeros(1, dtype=torch.float64)
+    with torch.no_grad():
+        descend_(weights, biases, x, one_hot, -0.1, loss, dropout=0.5, generator=generator)
+    assert 0.3 < masks[0].mean() < 0.7
+    hidden = single[0](x * masks[0] * 2).relu() * masks[1].T * 2
+    expected = F.cross_entropy(single[2](hidden), y)
+    assert loss.item() / 40 == pytest.approx(expected.item(), rel=1e-12)
+    parameters = list(single.parameters())
+    for ours, old, gradient in zip(
+        nets[0].parameters(), parameters, torch.autograd.grad(expected, parameters), strict=True
+    ):
+        torch.testing.assert_close(ours, old - 0.1 * gradient, atol=1e-14, rtol=1e-12)
+
+
+def test_tail_lowers_ranks_while_it_trains_and_networks_stay_usable(blobs):
+    nets = factorized((12, 10, 10, 3), {"0": 5, "2": 4})
+    settings = {"optimizer": "adam", "lr": 0.01, "shuffle": True}
+    history = svdlib.train(nets, blobs, epochs=8, tail=0.4, progress=False, **settings)
+    ranks = np.array(history["rank"].tolist(), float)
+    first = ranks[history.network == 0][:, 0]
+    assert (np.diff(first) <= 0).all() and first[-1] < 5
+    assert history.method.unique() == ["factorized"] and history.every.unique() == ["epoch"]
+    assert history[history.epoch == 8].accuracy.min() > 80
+    assert nets.ranks == history[history.epoch == 8]["rank"].tolist()
+    for i, net in enumerate(nets):
+        torch.testing.assert_close(net(blobs.test_x), nets(blobs.test_x)[i])
+    nets(blobs.test_x).sum().backward()  # no tensor is left in inference mode
+
+
+def test_validation_keeps_each_network_s_best_epoch(blobs):
+    labels = torch.randint(3, (200,), generator=torch.Generator().manual_seed(0))
+    noise = replace(blobs, train_y=labels)  # nothing to learn: the error goes up and down
+    rest, x, y = noise.hold_out(60)
+    for nets in (
+        svdlib.MLPEnsemble((12, 8, 3), seeds=range(3), device="cpu"),
+        factorized((12, 10, 10, 3), {"0": 5, "2": 4}),
+    ):
+        history = svdlib.train(
+            nets,
+            rest,
+            epochs=6,
+            lr=0.03,
+            optimizer="adam",
+            batch_size=10,
+            tail=0.3 if nets.factorized else None,
+            validation=(x, y),
+            progress=False,
+        )
+        least = history.groupby("network").validation_error.min()
+        _, correct = nets.losses(x, y)
+        ends = 100 - 100 * correct.double().mean(1)
+        np.testing.assert_allclose(ends, least)
+        assert (least < history[history.epoch == 6].validation_error.values).any()
+        nets(x).sum().backward()
+
+
+def test_bad_settings_of_factors_and_optimizers(blobs):
+    dense = svdlib.MLPEnsemble((12, 8, 3), device="cpu")
+    thin = factorized((12, 10, 10, 3), {"0": 5, "2": 4})
+    for nets, message, given in (
+        (dense, "unknown optimizer 'lion'; known: sgd, adam", {"optimizer": "lion"}),
+        (dense, "unknown schedule 'step'; known", {"schedule": "step"}),
+        (dense, "dropout must be at least 0 and below 1, not 1", {"dropout": 1}),
+        (dense, "a tail cuts factorized networks", {"tail": 0.1}),
+        (thin, "tail must be between 0 and 1, not 1", {"tail": 1}),
+        (thin, "have low rank already", {"projection": Projection("rsvd", 2)}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            svdlib.train(nets, blobs, progress=False, **given)
