@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -12,6 +12,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from svdlib.statistics import interval, summarize
 
@@ -299,4 +300,62 @@ def svd_race(table: pd.DataFrame, title: str = "") -> Figure:
             handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center")
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
+    return figure
+
+
+def compression(
+    table: pd.DataFrame,
+    dense: Mapping[str, float],
+    published: pd.DataFrame | None = None,
+    title: str = "",
+) -> Figure:
+    """Test error against parameters and against latency: a line a form, with 95 % intervals.
+
+    Columns form, parameters, milliseconds, and mean, low, high of the accuracy in per cent.
+    ``dense`` are the dense network's parameters, milliseconds and accuracy, ``published``
+    somebody else's points (columns parameters, accuracy).
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.4), sharey=True)
+    labels = {"parameters": "parameters", "milliseconds": "milliseconds for 256 images"}
+    for axis, (column, label) in zip(axes, labels.items(), strict=True):
+        for (form, part), marker in zip(table.groupby("form", sort=False), "osD^vP", strict=False):
+            rows = part.sort_values(column)
+            error, low, high = 100 - rows["mean"], 100 - rows.high, 100 - rows.low
+            spread = [error - low.clip(lower=0.5 * error), high - error]
+            axis.errorbar(rows[column], error, yerr=spread, marker=marker, label=str(form))
+        axis.axhline(100 - dense["accuracy"], color="0.3", linestyle="--", linewidth=1)
+        axis.plot(dense[column], 100 - dense["accuracy"], "k*", markersize=12, label="dense")
+        if published is not None and column in published:
+            named = "published: dynamical low-rank training"
+            axis.plot(published[column], 100 - published.accuracy, "x", color="0.35", label=named)
+        axis.set(xscale="log", yscale="log", xlabel=label)
+        for scale in (axis.xaxis, axis.yaxis):
+            low, high = scale.get_view_interval()
+            steps = (1, 2, 5) if high > 10 * low else (1, 1.2, 1.5, 2, 3, 4, 6, 8)
+            scale.set_major_locator(LogLocator(subs=steps))
+            scale.set_major_formatter(lambda value, _: f"{value:,.9g}")
+        axis.minorticks_off()
+    axes[0].set_ylabel("test error (%)")
+    axes[0].legend(fontsize=8.5)
+    figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
+    return figure
+
+
+def payoff(table: pd.DataFrame, side: int, title: str = "") -> Figure:
+    """Seconds and parameters of a factorized square layer, over the dense one's, by rank.
+
+    Columns batch, rank, ratio (of the seconds); ``side`` is the layer's number of inputs and of
+    outputs. Below 1 the factors win.
+    """
+    figure, axis = plt.subplots(figsize=(7.5, 3.8))
+    for batch, part in table.groupby("batch", sort=False):
+        axis.plot(part["rank"], part.ratio, "o-", label=f"seconds, batch {batch}")
+    ranks = np.array(sorted(table["rank"].unique()))
+    axis.plot(ranks, 2 * ranks / side, ":", color="0.3", label="parameters and multiply-adds")
+    axis.axhline(1, color="0.3", linewidth=1)
+    axis.set(xscale="log", yscale="log", xlabel="rank", ylabel="factorized / dense", title=title)
+    axis.set_xticks(ranks, list(map(str, ranks)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.minorticks_off()
+    axis.legend()
     return figure

@@ -88,7 +88,14 @@ def test_other_plots():
     ways = pd.DataFrame(
         {"shape": "a", "rank": [1, 5] * 2, "way": ["products alone"] * 2 + ["svdlib"] * 2}
     ).assign(seconds=[1.0, 2.0, 3.0, 4.0])
+    forms = rule.rename(columns={"rule": "form"}).assign(milliseconds=1.0)
+    rows = pd.DataFrame({"batch": 1, "rank": [2, 4], "ratio": [0.1, 0.2]})
+    published = pd.DataFrame({"accuracy": [90.0], "parameters": [10]})
     drawn = [
+        figures.compression(
+            forms, {"parameters": 20, "milliseconds": 2.0, "accuracy": 92.0}, published
+        ),
+        figures.payoff(rows, side=16),
         figures.sketch_errors(sketches),
         figures.exact_or_randomized(exact),
         figures.svd_race(ways),

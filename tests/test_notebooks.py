@@ -38,6 +38,20 @@ SMALL = {
         "race_ranks": "[2, 5]",
         "repeats": "1",
     },
+    "08_compression": {
+        "paper_seeds": "2",
+        "paper_epochs": "1",
+        "paper_ranks": "[3, 5]",
+        "wide": "[784, 40, 40, 10]",
+        "seeds": "2",
+        "epochs": "1",
+        "finetune": "1",
+        "budgets": "[20000, 5000]",
+        "start_rank": "10",
+        "narrow": "[784, 20, 20, 10]",
+        "narrow_rank": "4",
+        "narrow_epochs": "1",
+    },
 }
 
 
