@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -116,12 +115,13 @@ def train(
     best = _Best(nets) if validation else None
     bar = tqdm(total=epochs * steps, disable=not progress, unit="step", desc="training")
     try:
-        with torch.inference_mode(), _threads(nets), bar:
+        with torch.inference_mode(), bar:
             for epoch in range(1, epochs + 1):
                 start = _clock(data.device)
-                for step, (x, y) in enumerate(
-                    _batches(data.train_x, labels, batch_size, generator if shuffle else None)
-                ):
+                if shuffle or epoch == 1:
+                    order = generator if shuffle else None
+                    batches = _batches(data.train_x, labels, batch_size, order)
+                for step, (x, y) in enumerate(batches):
                     done = (epoch - 1) * steps + step
                     rate = lr
                     if schedule == "cosine":
@@ -359,26 +359,13 @@ def _groups(nets: MLPEnsemble, projection: Projections) -> list[_Group]:
 
 def _batches(
     x: Tensor, y: Tensor, size: int, generator: torch.Generator | None
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Sequence[tuple[Tensor, Tensor]]:
     """Batches of x (n, features), and of y (n, classes) feature-first, in order or shuffled."""
-    if generator is None:
-        parts: Iterable[tuple[Tensor, Tensor]] = zip(x.split(size), y.split(size), strict=True)
-    else:
+    if generator is not None:
         order = torch.randperm(len(x), generator=generator, device=x.device)
-        parts = ((x[part], y[part]) for part in order.split(size))
-    return ((images, labels.t().contiguous()) for images, labels in parts)
-
-
-@contextmanager
-def _threads(nets: MLPEnsemble) -> Iterator[None]:
-    """One thread for networks so small that sharing a product costs more than it saves."""
-    threads = torch.get_num_threads()
-    if len(nets) * nets.sizes[0] * nets.sizes[1] < 30_000:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+        x, y = x[order], y[order]
+    labels = (part.t().contiguous() for part in y.split(size))
+    return list(zip(x.split(size), labels, strict=True))
 
 
 def _clock(device: torch.device) -> float:
