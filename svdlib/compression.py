@@ -41,9 +41,9 @@ def factorize(
 
         W_r = U_r U_rᵀ W,    b_r = b + (W − W_r) μ,
 
-    with U_r the leading eigenvectors of W C Wᵀ. That is the truncated SVD of the whitened
-    W C^½, whitening undone, without the inverse of C^½ that a rank-deficient C does not have.
-    A layer without a bias takes the uncentred second moment for C.
+    with U_r the leading eigenvectors of W C Wᵀ (Zhang, Zou, He and Sun 2016, section 3.1). That is
+    the truncated SVD of the whitened W C^½, whitening undone, without the inverse of C^½ that a
+    rank-deficient C does not have. A layer without a bias takes the second moment for C.
 
     Either way the singular values are shared evenly, √σ to each factor. Factors keep the
     weight's type, device, mode and ``requires_grad``; the model is not changed.

@@ -24,6 +24,9 @@ from tqdm.auto import tqdm
 
 NOTEBOOKS = Path("notebooks")
 
+# Of a kernel: its own warnings, such as that of a local socket, are not the notebook's.
+QUIET = ["--log-level=ERROR"]
+
 # One cell may take as long as the largest sweep of the study does on a slow machine.
 CELL_TIMEOUT = 3600
 
@@ -187,6 +190,7 @@ def _run_one(
             kernel_name="python3",
             execution_timeout=CELL_TIMEOUT,
             progress_bar=bar,
+            extra_arguments=QUIET,
         )
         for figure in sorted(staged.iterdir()):
             shutil.copyfile(figure, figures / f".{figure.name}")
@@ -212,6 +216,7 @@ def refresh(notebook: Path) -> None:
         timeout=CELL_TIMEOUT,
         kernel_name="python3",
         store_widget_state=False,
+        extra_arguments=QUIET,
         resources={"metadata": {"path": str(notebook.parent)}},
     )
     client.execute()

@@ -258,3 +258,13 @@ def test_models_without_matrices_or_with_nan():
     idle.spare = nn.Linear(20, 20)
     with pytest.raises(ValueError, match="calibration does not reach layer 'spare'"):
         svdlib.factorize(idle, {"spare": 2}, calibration=torch.rand(5, 3, 16))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_agrees_with_cpu():
+    model, x = perceptron(), torch.rand(200, 40)
+    for calibration in (None, x):
+        expected = svdlib.factorize(model, 0.25, calibration=calibration)(x)
+        inputs = None if calibration is None else x.cuda()
+        small = svdlib.factorize(copy.deepcopy(model).cuda(), 0.25, calibration=inputs)
+        torch.testing.assert_close(small(x.cuda()).cpu(), expected, atol=1e-4, rtol=1e-4)

@@ -239,6 +239,19 @@ def test_cuda_agrees_with_cpu(mnist):
     np.testing.assert_allclose(*losses, rtol=1e-3)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_trains_factors_as_the_cpu_does(blobs):
+    accuracies = []
+    for device in ("cpu", "cuda"):
+        tensors = (blobs.train_x, blobs.train_y, blobs.test_x, blobs.test_y)
+        data = svdlib.Data("blobs", *(tensor.to(device) for tensor in tensors))
+        nets = factorized((12, 10, 10, 3), {"0": 5, "2": 4}, count=2).to(device)
+        settings = {"optimizer": "adam", "schedule": "cosine", "lr": 0.01, "tail": 0.1}
+        history = svdlib.train(nets, data, epochs=4, progress=False, **settings)
+        accuracies.append(history.accuracy.values)
+    np.testing.assert_allclose(*accuracies, atol=4)
+
+
 def factorized(sizes, ranks, count=3):
     nets = svdlib.MLPEnsemble(sizes, seeds=range(count), device="cpu")
     return svdlib.MLPEnsemble.from_modules([svdlib.factorize(net, ranks) for net in nets])
