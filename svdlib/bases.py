@@ -146,7 +146,8 @@ def sketched_basis(
     eye = torch.eye(G.shape[-1], dtype=small.dtype, device=G.device)
     L = torch.linalg.cholesky_ex(small + shift * eye).L
     shape = (*G.shape[:-1], rank + oversample)
-    Y = L @ torch.randn(shape, dtype=small.dtype, device=G.device, generator=generator)
+    # Drawn in G's type: normal numbers in float64 take four times as long.
+    Y = L @ torch.randn(shape, dtype=G.dtype, device=G.device, generator=generator).to(L.dtype)
     for _ in range(power_iters):
         Y = small @ torch.linalg.qr(Y).Q
     Q: Tensor = torch.linalg.qr(Y).Q
