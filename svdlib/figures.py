@@ -319,7 +319,7 @@ def compression(
     labels = {"parameters": "parameters", "milliseconds": "milliseconds for 256 images"}
     for axis, (column, label) in zip(axes, labels.items(), strict=True):
         for (form, part), marker in zip(table.groupby("form", sort=False), "osD^vP", strict=False):
-            rows = part.sort_values(column)
+            rows = part.sort_values("parameters")
             error, low, high = 100 - rows["mean"], 100 - rows.high, 100 - rows.low
             spread = [error - low.clip(lower=0.5 * error), high - error]
             axis.errorbar(rows[column], error, yerr=spread, marker=marker, label=str(form))
@@ -333,7 +333,9 @@ def compression(
             low, high = scale.get_view_interval()
             steps = (1, 2, 5) if high > 10 * low else (1, 1.2, 1.5, 2, 3, 4, 6, 8)
             scale.set_major_locator(LogLocator(subs=steps))
-            scale.set_major_formatter(lambda value, _: f"{value:,.9g}")
+            scale.set_major_formatter(
+                lambda value, _: f"{value / 1e6:g} M" if value >= 1e6 else f"{value:,.9g}"
+            )
         axis.minorticks_off()
     axes[0].set_ylabel("test error (%)")
     axes[0].legend(fontsize=8.5)

@@ -38,8 +38,9 @@ def loss_profile(
         Z_0 = b,    Z_j = Z_{j−1} + σ_j u_j (v_jᵀ X),
 
     and only the layers behind it are run again. The losses are those of the paper's procedure
-    to rounding. In any other module, or where a layer is used twice, whole forward passes with
-    the weight replaced give the same numbers.
+    to rounding. In any other module the whole model runs for each rank, with a hook that puts
+    the nested sum in the place of the layer's output; and where a layer is used twice, or its
+    weight is read without it, with the weight replaced.
 
     Args:
         model: a module of Linear and Conv2d layers; called in evaluation mode, left as it was.
@@ -262,6 +263,7 @@ class _Sweep:
         self.US = U * self.S
         self.limit = len(self.S)
         self.nested = _is_chain(model, name)
+        self.hooked = not self.nested and _is_called_once(model, name, x[:1])
         width = _width(model, x[:1], name if self.nested else None)
         # Four arrays of that width live at once: the sum, the stack, and two behind it.
         cells = max(1, memory // (4 * width * x.element_size()))
@@ -300,12 +302,22 @@ class _Sweep:
 
     def _logits(self, part: slice, ranks: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
         """Blocks of ranks, and the network's logits (R, b, classes) at each of them."""
+        if self.hooked:
+            code = self._code(part)
+            z, done = self._bias(code), 0
+            for row, rank in enumerate(ranks):
+                self._add_terms(z, code, slice(done, rank))
+                done = rank
+                with _hooked(self.layer, lambda *_, z=z: z.clone()):
+                    logits = self.model(self.x[part])
+                yield slice(row, row + 1), logits[None]
+            return
         if not self.nested:
             for row, rank in enumerate(ranks):
                 weight = (self.US[:, :rank] @ self.Vh[:rank]).view_as(self.layer.weight)
                 with _replaced({self.layer.weight: weight}):
-                    z = self.model(self.x[part])
-                yield slice(row, row + 1), z[None]
+                    logits = self.model(self.x[part])
+                yield slice(row, row + 1), logits[None]
             return
         assert isinstance(self.model, nn.Sequential)
         behind = self.model[self._position() + 1 :]
@@ -324,10 +336,9 @@ class _Sweep:
         return [name for name, _ in self.model.named_children()].index(self.name)
 
     def _code(self, part: slice) -> Tensor:
-        """The layer's input in the basis of right singular vectors: (b, k, …)."""
+        """The layer's input in the basis of right singular vectors, k in the features' place."""
         if part.start not in self.codes:
-            assert isinstance(self.model, nn.Sequential)
-            x = self.model[: self._position()](self.x[part])
+            x = self._input(part)
             if isinstance(self.layer, nn.Conv2d):
                 kernels = self.Vh.view(-1, *self.layer.weight.shape[1:])
                 layer = self.layer
@@ -339,17 +350,29 @@ class _Sweep:
             self.codes[part.start] = code
         return self.codes[part.start]
 
+    def _input(self, part: slice) -> Tensor:
+        if self.nested:
+            assert isinstance(self.model, nn.Sequential)
+            x: Tensor = self.model[: self._position()](self.x[part])
+            return x
+        seen: list[Tensor] = []
+        with _hooked(self.layer, lambda layer, inputs, output: seen.append(inputs[0].clone())):
+            self.model(self.x[part])
+        return seen[0]
+
     def _bias(self, code: Tensor) -> Tensor:
-        shape = (len(code), len(self.US), *code.shape[2:])
-        bias = self.layer.bias
-        if bias is None:
-            return code.new_zeros(shape)
-        return bias.detach().view(-1, *[1] * (code.ndim - 2)).expand(shape).clone()
+        """The layer's output at rank 0."""
+        bias, rows = self.layer.bias, len(self.US)
+        if isinstance(self.layer, nn.Linear):
+            z = code.new_zeros(*code.shape[:-1], rows)
+            return z if bias is None else z.add_(bias.detach())
+        z = code.new_zeros(len(code), rows, *code.shape[2:])
+        return z if bias is None else z.add_(bias.detach().view(-1, 1, 1))
 
     def _add_terms(self, z: Tensor, code: Tensor, terms: slice) -> None:
         """Z += Σ σ_j u_j (v_jᵀ X) over these terms, in place."""
-        if code.ndim == 2:
-            z.addmm_(code[:, terms], self.US[:, terms].mT)
+        if isinstance(self.layer, nn.Linear):
+            z.flatten(0, -2).addmm_(code.flatten(0, -2)[:, terms], self.US[:, terms].mT)
         elif terms.start < terms.stop:
             z.add_(F.conv2d(code[:, terms], self.US[:, terms, None, None]))
 
@@ -483,11 +506,35 @@ def _is_chain(model: nn.Module, name: str) -> bool:
     """Whether the layer is a step of an ``nn.Sequential`` that takes each step once."""
     if not isinstance(model, nn.Sequential) or "." in name:
         return False
-    layer = cast(nn.Linear | nn.Conv2d, model.get_submodule(name))
     once = len(set(map(id, model))) == len(model)
-    weights = [id(p) for m in model.modules() for p in m.parameters(recurse=False)]
-    plain = isinstance(layer, nn.Linear) or (layer.groups == 1 and layer.padding_mode == "zeros")
-    return plain and once and len(set(weights)) == len(weights)
+    return once and _is_plain(model, name)
+
+
+def _is_called_once(model: nn.Module, name: str, x: Tensor) -> bool:
+    """Whether a call of the model calls the layer once, and what it puts out is all it does."""
+    calls: list[int] = []
+    with _hooked(model.get_submodule(name), lambda *_: calls.append(1)):
+        model(x)
+    return calls == [1] and _is_plain(model, name)
+
+
+def _is_plain(model: nn.Module, name: str) -> bool:
+    """Whether the layer is its matrix and bias alone, without hooks or a shared weight."""
+    layer = cast(nn.Linear | nn.Conv2d, model.get_submodule(name))
+    owners = [m for m in model.modules() if any(p is layer.weight for p in m._parameters.values())]
+    plain = type(layer) is nn.Linear or (
+        type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros"
+    )
+    return plain and len(owners) == 1 and not (layer._forward_hooks or layer._forward_pre_hooks)
+
+
+@contextmanager
+def _hooked(layer: nn.Module, hook: Callable[..., object]) -> Iterator[None]:
+    handle = layer.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _width(model: nn.Module, x: Tensor, behind: str | None = None) -> int:

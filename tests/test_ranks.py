@@ -30,6 +30,23 @@ def network(kind: str) -> nn.Module:
     if kind == "tied":
         shared = nn.Linear(12, 12)
         return nn.Sequential(shared, nn.Tanh(), shared, nn.Linear(12, 3))
+    if kind == "hooked":
+        model = nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 3))
+        model[0].register_forward_hook(lambda layer, inputs, output: output * 2)
+        return model
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.out = nn.Linear(4, 8), nn.Linear(8, 3)
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x):
+            x = self.embed(x.view(-1, 3, 4)).relu_()
+            return self.out(self.attention(x, x, x)[0].mean(1))
+
+    if kind == "tokens":
+        return Tokens()
 
     class Residual(nn.Module):
         def __init__(self):
@@ -42,7 +59,7 @@ def network(kind: str) -> nn.Module:
     return Residual()
 
 
-KINDS = ["tanh", "in-place relu", "convolutions", "groups", "tied", "residual"]
+KINDS = ["tanh", "in-place relu", "convolutions", "groups", "tied", "residual", "hooked", "tokens"]
 
 
 def paper(model, layer, rank, x, y):
