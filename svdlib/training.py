@@ -77,8 +77,8 @@ def train(
 
     Raises:
         ValueError: sizes or labels that don't fit the data, projections that don't fit the
-            networks, a projection of factorized layers or a tail without them, an unknown
-            optimizer or schedule, a number out of range.
+            networks, a projection of factorized layers or a tail without them, a validation
+            split that doesn't fit, an unknown optimizer or schedule, a number out of range.
         FloatingPointError: NaN or infinite weights or losses; says which network, layer, step.
 
     Whatever stops the training, Ctrl-C included, the networks keep their last weights and the
@@ -103,6 +103,8 @@ def train(
     groups = _groups(nets, projection)
     _check_factors(nets, groups, tail)
     check_fit(nets, data)
+    if validation is not None:
+        _check_validation(nets, *validation)
     nets.to(data.device)
     step_of = _Step(nets, optimizer, dropout)
     _check_weights(step_of.weights, step_of.biases, "before the first step")
@@ -383,6 +385,16 @@ def _check_factors(nets: MLPEnsemble, groups: Sequence[_Group], tail: float | No
         raise ValueError("a tail cuts factorized networks; factorize them, or use a Projection")
     if nets.factorized and any(group.projection for group in groups):
         raise ValueError("factorized networks have low rank already; give a tail, no projection")
+
+
+def _check_validation(nets: MLPEnsemble, x: Tensor, y: Tensor) -> None:
+    features, classes = nets.sizes[0], nets.sizes[-1]
+    fits = len(x) > 0 and x.shape[1:] == (features,) and y.shape == (len(x),)
+    if not fits or int(y.min()) < 0 or int(y.max()) >= classes:
+        raise ValueError(
+            f"validation must be images (n, {features}), n ≥ 1, and labels (n,) from 0 to "
+            f"{classes - 1}, not shapes {tuple(x.shape)} and {tuple(y.shape)} or other labels"
+        )
 
 
 def _check_losses(losses: Tensor, step_of: _Step, epoch: int) -> None:

@@ -371,6 +371,9 @@ def test_bad_settings_of_factors_and_optimizers(blobs):
         (dense, "dropout must be at least 0 and below 1, not 1", {"dropout": 1}),
         (dense, "a tail cuts factorized networks", {"tail": 0.1}),
         (thin, "tail must be between 0 and 1, not 1", {"tail": 1}),
+        (dense, "validation must be images", {"validation": (torch.rand(3, 9), torch.ones(3))}),
+        (dense, "validation must be images", {"validation": (torch.rand(0, 12), torch.ones(0))}),
+        (dense, "from 0 to 2", {"validation": (torch.rand(2, 12), torch.tensor([0, 3]))}),
         (thin, "have low rank already", {"projection": Projection("rsvd", 2)}),
     ):
         with pytest.raises(ValueError, match=message):
