@@ -1,16 +1,18 @@
 """How much of a neural network's weights does it need?"""
 
-from svdlib.compression import factorize, merge
-from svdlib.cost import cost
 from svdlib.data import Data, load
-from svdlib.lowrank import SVD, randomized_svd, truncated_svd
-from svdlib.modules import LowRank
-from svdlib.networks import MLPEnsemble
-from svdlib.projection import Projection, project_
-from svdlib.ranks import loss_profile, refine_ranks, search_ranks, verify_ranks
-from svdlib.rules import reveal_ranks
-from svdlib.storage import export_onnx, load_factorized, save_factorized
-from svdlib.training import train
+from svdlib.ensemble.networks import MLPEnsemble
+from svdlib.ensemble.projection import Projection
+from svdlib.ensemble.training import train
+from svdlib.layers.cost import cost
+from svdlib.layers.factorize import factorize, merge
+from svdlib.layers.kinds import LowRank
+from svdlib.layers.project import project_
+from svdlib.layers.storage import export_onnx, load_factorized, save_factorized
+from svdlib.linalg.svd import SVD, randomized_svd, truncated_svd
+from svdlib.ranks.profile import loss_profile, search_ranks
+from svdlib.ranks.reduced import refine_ranks, verify_ranks
+from svdlib.ranks.rules import reveal_ranks
 
 __all__ = [
     "SVD",

@@ -2,7 +2,7 @@
 
 import sys
 
-from svdlib.runner import main
+from svdlib.study.runner import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,0 +1,39 @@
+"""The one clock."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+CPU = torch.device("cpu")
+
+
+def now(device: torch.device = CPU) -> float:
+    """Wall time in seconds, once the device has done what it was given.
+
+    >>> start = now()
+    >>> now() >= start
+    True
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def median(
+    run: Callable[[], object], repeats: int, *, warmup: int = 1, device: torch.device = CPU
+) -> float:
+    """The median seconds of ``run``, after runs that are not counted.
+
+    >>> median(lambda: None, repeats=3) < 1
+    True
+    """
+    times = []
+    for _ in range(warmup + repeats):
+        start = now(device)
+        run()
+        times.append(now(device) - start)
+    return statistics.median(times[warmup:])

@@ -1,0 +1,385 @@
+"""Many perceptrons of one shape, held in stacked tensors, their layers dense or factorized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import cast
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+from svdlib import checks
+from svdlib.layers.kinds import LowRank, thin_twin
+
+
+def perceptron(sizes: Sequence[int]) -> nn.Sequential:
+    """``Linear, ReLU, Linear, …, Linear``, initialised by torch from its global generator.
+
+    >>> perceptron((784, 15, 10))
+    Sequential(
+      (0): Linear(in_features=784, out_features=15, bias=True)
+      (1): ReLU()
+      (2): Linear(in_features=15, out_features=10, bias=True)
+    )
+    """
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in pairwise(sizes):
+        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class Layer(nn.Module):
+    """One layer of S networks: a matrix W, or two factors W = U V and their ranks; and a bias.
+
+    Attributes:
+        factors: [W] with W (S, out, in), or [V, U] with V (S, r, in) and U (S, out, r), r being
+            the largest rank; the factors of the other networks end in zeros, which stay zero
+            while they train.
+        bias: (S, out).
+        ranks: of a factorized layer, each network's rank (S,), else None.
+    """
+
+    ranks: Tensor | None
+
+    def __init__(self, factors: Sequence[Tensor], bias: Tensor, ranks: Tensor | None) -> None:
+        super().__init__()
+        self.factors = nn.ParameterList(factors)
+        self.bias = nn.Parameter(bias)
+        self.register_buffer("ranks", ranks)
+
+    @classmethod
+    def of(cls, linears: Sequence[nn.Linear | LowRank]) -> Layer:
+        """Copies of one layer of each network, all of them dense or all factorized.
+
+        >>> Layer.of([nn.Linear(3, 2), nn.Linear(3, 2)]).matrix().shape
+        torch.Size([2, 2, 3])
+        """
+        parts = [linear.factors if isinstance(linear, LowRank) else (linear,) for linear in linears]
+        factors = [
+            stack_padded([factor.weight.detach() for factor in same])
+            for same in zip(*parts, strict=True)
+        ]
+        ranks = [linear.rank for linear in linears if isinstance(linear, LowRank)]
+        bias = torch.stack([_bias(linear).detach() for linear in linears])
+        return cls(factors, bias, torch.tensor(ranks, device=bias.device) if ranks else None)
+
+    def matrix(self) -> Tensor:
+        """The weight W (S, out, in), a product where the layer is factorized."""
+        *inner, outer = self.factors
+        return outer @ inner[0] if inner else outer
+
+    def linear(self, network: int) -> nn.Linear | LowRank:
+        """The layer of one network as a module of its own, a copy."""
+        outer = self.factors[-1]
+        ins = self.factors[0].shape[-1]
+        like = {"device": outer.device, "dtype": outer.dtype}
+        linear: nn.Linear | LowRank = skip_init(nn.Linear, ins, outer.shape[1], **like)
+        parts: Sequence[nn.Module] = [linear]
+        if self.ranks is not None:
+            linear = thin_twin(cast(nn.Linear, linear), int(self.ranks[network]))
+            parts = linear.factors
+        with torch.no_grad():
+            for part, factor in zip(parts, self.factors, strict=True):
+                weight = cast(nn.Linear, part).weight
+                rows, columns = weight.shape  # without the padding of a lower rank
+                weight.copy_(factor[network, :rows, :columns])
+            _bias(linear).copy_(self.bias[network])
+        return linear
+
+    @torch.no_grad()
+    def cut_(self, tail: float) -> None:
+        """Cut a factorized layer to the smallest ranks that keep all but a tail, in place.
+
+        W = U V (m × r times r × n) is decomposed through U = Q_1 R_1 and Vᵀ = Q_2 R_2: the SVD of
+        the r × r matrix R_1 R_2ᵀ = P Σ Oᵀ gives W = (Q_1 P) Σ (Q_2 O)ᵀ. Each network keeps the
+        smallest rank j ≥ 1 with (Σ_{i>j} σ_i²)^½ ≤ tail · (Σ σ_i²)^½, its factors balanced,
+        √Σ each (Schotthöfer et al. 2022, Algorithm 1, the truncation).
+
+        >>> V, U = torch.eye(3, 5)[None], torch.diag(torch.tensor([2.0, 1.0, 0.1]))[None]
+        >>> layer = Layer([V, U], torch.zeros(1, 3), torch.tensor([3]))
+        >>> layer.cut_(tail=0.1)
+        >>> layer.ranks, [factor.shape for factor in layer.factors]
+        (tensor([2]), [torch.Size([1, 2, 5]), torch.Size([1, 3, 2])])
+        """
+        V, U = self.factors
+        Q1, R1 = torch.linalg.qr(U)
+        Q2, R2 = torch.linalg.qr(V.mT)
+        P, S, Oh = torch.linalg.svd(R1 @ R2.mT)
+        square = S.double().square()
+        beyond = square.flip(-1).cumsum(-1).flip(-1)  # the energy from the i-th on
+        kept = beyond > tail**2 * square.sum(-1, keepdim=True)
+        kept[:, 0] = True
+        root = S.sqrt() * kept
+        self.ranks = kept.sum(-1)
+        rank = int(self.ranks.max())
+        U, V = Q1 @ (P * root.unsqueeze(-2)), (root.unsqueeze(-1) * Oh) @ Q2.mT
+        self.factors = nn.ParameterList([V[:, :rank].contiguous(), U[..., :rank].contiguous()])
+
+
+class MLPEnsemble(nn.Module):
+    """S ReLU perceptrons of one shape, one for each seed.
+
+    Layer l of all networks is one `Layer`: a weight tensor ``weights[l]`` of shape (S, out, in)
+    and a bias tensor ``biases[l]`` of shape (S, out), so that a step of training is a handful of
+    batched products, whatever S is. Network i starts bit for bit as
+
+        torch.manual_seed(seeds[i]); nn.Sequential(nn.Linear(…), nn.ReLU(), …, nn.Linear(…))
+
+    and ``ensemble[i]`` gives it as that ``nn.Sequential`` (a copy).
+
+    Layers may be factorized (see `from_modules`): such a layer has two entries in ``weights``, of
+    shapes (S, r, in) and (S, out, r), and one in ``biases``.
+
+    Args:
+        sizes: widths (in, hidden, …, out), at least two.
+        seeds: S integers. The global random state is left alone.
+        device: where the tensors live; ``"auto"`` is CUDA where there is one.
+
+    Raises:
+        ValueError: fewer than two sizes, a size below 1, or no seed.
+
+    >>> nets = MLPEnsemble((784, 15, 15, 10), seeds=range(32), device="cpu")
+    >>> nets.weights[0].shape
+    torch.Size([32, 15, 784])
+    >>> _ = torch.manual_seed(7)
+    >>> torch.equal(nets[7][0].weight, nn.Linear(784, 15).weight)
+    True
+    """
+
+    layers: Sequence[Layer]
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        seeds: Iterable[int] = (0,),
+        device: str | torch.device = "auto",
+    ) -> None:
+        sizes = tuple(checks.positive_int(size, "a layer size") for size in sizes)
+        if len(sizes) < 2:
+            raise ValueError(f"sizes must hold at least (in, out), not {sizes}")
+        seeds = tuple(checks.positive_int(seed, "a seed", least=0) for seed in seeds)
+        if not seeds:
+            raise ValueError("an ensemble needs at least one seed, none was given")
+        modules = []
+        with torch.random.fork_rng(devices=[]):
+            for seed in seeds:
+                torch.manual_seed(seed)
+                modules.append(perceptron(sizes))
+        super().__init__()
+        self._stack(modules, seeds)
+        self.to(checks.device(device))
+
+    @classmethod
+    def from_modules(
+        cls, modules: Iterable[nn.Sequential], seeds: Iterable[int] | None = None
+    ) -> MLPEnsemble:
+        """An ensemble with copies of the weights of perceptrons ``Linear, ReLU, …, Linear``.
+
+        A Linear may be a `LowRank` layer, as `factorize` makes them: then of all modules, but
+        not necessarily of the same rank.
+
+        Raises:
+            ValueError: no module, another kind of layer, a Linear without bias, or shapes
+                that differ.
+
+        >>> nets = MLPEnsemble.from_modules([perceptron((4, 3, 2)) for _ in range(5)])
+        >>> len(nets), nets.sizes
+        (5, (4, 3, 2))
+        """
+        modules = list(modules)
+        if not modules:
+            raise ValueError("an ensemble needs at least one module, none was given")
+        shapes = []
+        for module in modules:
+            kinds = [(nn.Linear, LowRank) if i % 2 == 0 else (nn.ReLU,) for i in range(len(module))]
+            if len(module) % 2 == 0 or any(
+                type(layer) not in kind for layer, kind in zip(module, kinds, strict=True)
+            ):
+                raise ValueError(f"a perceptron is Linear, ReLU, …, Linear, not {module}")
+            linear = _linears(module)
+            if any(layer.bias is None for layer in linear):
+                raise ValueError("every Linear of an ensemble needs a bias")
+            shapes.append(
+                tuple((type(layer).__name__, *_bias(layer).shape, _ins(layer)) for layer in linear)
+            )
+        if len(set(shapes)) > 1:
+            raise ValueError(f"the modules must have one shape, not {sorted(set(shapes))}")
+        ensemble = cls.__new__(cls)
+        nn.Module.__init__(ensemble)
+        ensemble._stack(modules, None if seeds is None else tuple(seeds))
+        return ensemble
+
+    def _stack(self, modules: Sequence[nn.Sequential], seeds: tuple[int, ...] | None) -> None:
+        if seeds is not None and len(seeds) != len(modules):
+            raise ValueError(f"{len(modules)} modules need as many seeds, not {len(seeds)}")
+        self.seeds = seeds
+        stacks = zip(*(_linears(module) for module in modules), strict=True)
+        self.layers = nn.ModuleList(Layer.of(linears) for linears in stacks)  # type: ignore[assignment]
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """Each layer's matrix (S, out, in), or its two factors, the inner one first."""
+        return [factor for layer in self.layers for factor in layer.factors]
+
+    @property
+    def biases(self) -> list[Tensor]:
+        """Each layer's bias (S, out)."""
+        return [layer.bias for layer in self.layers]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Widths (in, hidden, …, out)."""
+        return (self.weights[0].shape[2], *(bias.shape[1] for bias in self.biases))
+
+    @property
+    def factorized(self) -> bool:
+        """Whether any layer is held as two factors."""
+        return any(layer.ranks is not None for layer in self.layers)
+
+    @property
+    def ranks(self) -> list[tuple[int | None, ...]]:
+        """For each network, the rank of each factorized layer, and None for a dense one."""
+        dense = [None] * len(self)
+        columns = [dense if layer.ranks is None else layer.ranks.tolist() for layer in self.layers]
+        return list(zip(*columns, strict=True))
+
+    def matrices(self) -> list[Tensor]:
+        """The weight of each layer (S, out, in): products, where it is factorized."""
+        return [layer.matrix() for layer in self.layers]
+
+    def truncate_(self, tail: float) -> None:
+        """Cut each factorized layer by a tail, see `Layer.cut_`; the dense ones stay.
+
+        >>> from svdlib import factorize
+        >>> dense = MLPEnsemble((99, 50, 9), device="cpu")
+        >>> nets = MLPEnsemble.from_modules([factorize(net, {"0": 20}) for net in dense])
+        >>> nets.truncate_(tail=0.5)
+        >>> nets.ranks[0][0] < 20
+        True
+        """
+        for layer in self.layers:
+            if layer.ranks is not None:
+                layer.cut_(tail)
+
+    def restack_(self, modules: Sequence[nn.Sequential]) -> None:
+        """Take over other networks of the same shape, as many as there are.
+
+        >>> nets = MLPEnsemble((4, 3, 2), device="cpu")
+        >>> nets.restack_([perceptron((4, 3, 2))])
+        """
+        self._stack(modules, self.seeds)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        return self.weights[0].device
+
+    def __len__(self) -> int:
+        return self.weights[0].shape[0]
+
+    def __getitem__(self, index: int) -> nn.Sequential:
+        """Network ``index`` as an ordinary ``nn.Sequential``, a copy."""
+        index = range(len(self))[index]
+        steps: list[nn.Module] = []
+        for layer in self.layers:
+            steps += [layer.linear(index), nn.ReLU()]
+        return nn.Sequential(*steps[:-1])
+
+    def __iter__(self) -> Iterator[nn.Sequential]:
+        return (self[i] for i in range(len(self)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of shape (S, n, out) for inputs of shape (n, in), the same for all networks."""
+        return self.logits(x).mT
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits, feature-first: shape (S, out, n) for inputs of shape (n, in)."""
+        hidden = x.mT
+        for layer in self.layers:
+            for factor in layer.factors:
+                if hidden.ndim == 2:  # one product for all networks: they see the same inputs
+                    hidden = (factor.flatten(0, 1) @ hidden).unflatten(0, factor.shape[:2])
+                else:
+                    hidden = factor @ hidden
+            z = hidden + layer.bias.unsqueeze(-1)
+            hidden = z.relu()
+        return z
+
+    @torch.no_grad()
+    def losses(self, x: Tensor, y: Tensor, chunk: int = 2000) -> tuple[Tensor, Tensor]:
+        """Cross-entropy and correctness of every network on every image.
+
+        Args:
+            x, y: inputs (n, in) and labels (n,).
+            chunk: images at a time, which bounds the memory.
+
+        Returns:
+            losses (S, n), and whether the largest logit is the label's (S, n).
+
+        >>> nets = MLPEnsemble((4, 3, 2), seeds=(0, 1), device="cpu")
+        >>> losses, correct = nets.losses(torch.rand(6, 4), torch.zeros(6, dtype=torch.long))
+        >>> losses.shape, correct.dtype
+        (torch.Size([2, 6]), torch.bool)
+        """
+        losses, correct = [], []
+        for part, labels in zip(x.split(chunk), y.split(chunk), strict=True):
+            z = self.logits(part)
+            target = labels.expand(len(self), 1, -1)
+            losses.append(z.logsumexp(1) - z.gather(1, target).squeeze(1))
+            correct.append(z.argmax(1) == labels)
+        return torch.cat(losses, 1), torch.cat(correct, 1)
+
+    @torch.no_grad()
+    def spectra(self) -> pd.DataFrame:
+        """Singular values of every weight matrix: columns layer, network, index (from 1), sigma.
+
+        >>> MLPEnsemble((4, 3, 2), seeds=range(5), device="cpu").spectra().shape
+        (25, 4)
+        """
+        tables = []
+        for layer, weight in enumerate(self.matrices()):
+            values = torch.linalg.svdvals(weight).cpu()
+            networks, indices = values.shape
+            tables.append(
+                pd.DataFrame(
+                    {
+                        "layer": f"layer {layer + 1}: {weight.shape[1]}×{weight.shape[2]}",
+                        "network": np.repeat(np.arange(networks), indices),
+                        "index": np.tile(np.arange(1, indices + 1), networks),
+                        "sigma": values.flatten().numpy(),
+                    }
+                )
+            )
+        return pd.concat(tables, ignore_index=True)
+
+
+def stack_padded(tensors: Sequence[Tensor]) -> Tensor:
+    """A stack of tensors, those that are smaller filled up with zeros.
+
+    >>> stack_padded([torch.ones(1, 2), torch.ones(2, 2)])[0]
+    tensor([[1., 1.],
+            [0., 0.]])
+    """
+    shape = torch.Size(map(max, *(tensor.shape for tensor in tensors), tensors[0].shape))
+    stack = tensors[0].new_zeros(len(tensors), *shape)
+    for row, tensor in zip(stack, tensors, strict=True):
+        row[tuple(map(slice, tensor.shape))] = tensor
+    return stack
+
+
+def _linears(module: nn.Sequential) -> list[nn.Linear | LowRank]:
+    return [cast(nn.Linear | LowRank, layer) for layer in module[::2]]
+
+
+def _bias(layer: nn.Linear | LowRank) -> Tensor:
+    assert layer.bias is not None
+    return layer.bias
+
+
+def _ins(layer: nn.Linear | LowRank) -> int:
+    first = layer.factors[0] if isinstance(layer, LowRank) else layer
+    return first.weight.shape[1]

@@ -1,0 +1,199 @@
+"""Networks that really shrink: layers stored, and computed, as two thin factors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from svdlib import checks
+from svdlib.layers.kinds import (
+    LowRank,
+    Matrix,
+    choose,
+    dense_twin,
+    evaluating,
+    hooked,
+    low_rank_layers,
+    matrix,
+    matrix_layers,
+    replace_module,
+    rows,
+    stored,
+    thin_twin,
+    warn_of,
+)
+from svdlib.linalg.svd import truncated_svd
+
+
+def factorize(
+    model: nn.Module,
+    ranks: float | Mapping[str, int],
+    *,
+    calibration: Tensor | None = None,
+) -> nn.Module:
+    """A copy of a model in which weight matrices W (m × n) are products of thin factors.
+
+    Without ``calibration``, W_r = U_r Σ_r V_rᵀ, the best approximation of W in itself, and the
+    output is that of `project_` with the same ranks. With it, the best approximation in what
+    the layer puts out on such inputs x, of mean μ and covariance C: the minimum of
+    E ‖(W − W_r) x + b − b_r‖² over all W_r of rank r and all b_r is at
+
+        W_r = U_r U_rᵀ W,    b_r = b + (W − W_r) μ,
+
+    with U_r the leading eigenvectors of W C Wᵀ (Zhang, Zou, He and Sun 2016, section 3.1). That is
+    the truncated SVD of the whitened W C^½, whitening undone, without the inverse of C^½ that a
+    rank-deficient C does not have. A layer without a bias takes the second moment for C.
+
+    Either way the singular values are shared evenly, √σ to each factor. Factors keep the
+    weight's type, device, mode and ``requires_grad``; the model is not changed.
+
+    A layer is left as it was, with a warning that names it, where two factors would not store
+    less, r (m + n) ≥ m n.
+
+    Args:
+        ranks: {layer: rank}, as `reveal_ranks` gives it; or one rank for all layers, or a
+            fraction in (0, 1) of each layer's min(m, n).
+        calibration: inputs of the model (some hundreds; no labels needed), on its device.
+
+    Raises:
+        ValueError: a model without matrices, an unknown layer, a rank that is not whole and
+            positive (or a fraction), NaN or infinite weights, empty or non-finite calibration
+            inputs. Also a layer that can't be factorized, if it is named: a grouped convolution,
+            a subclass of Linear or Conv2d (such as in ``nn.MultiheadAttention``) or a
+            parametrized layer, one with hooks, one whose weight others share. If it is not
+            named, it is left as it was, with a warning.
+
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Linear(100, 80), nn.ReLU(), nn.Linear(80, 60))
+    >>> small = factorize(model, {"0": 10, "2": 5})
+    >>> sum(p.numel() for p in model.parameters()), sum(p.numel() for p in small.parameters())
+    (12940, 2640)
+    >>> small[0]
+    LowRank(
+      (0): Linear(in_features=100, out_features=10, bias=False)
+      (1): Linear(in_features=10, out_features=80, bias=True)
+    )
+    """
+    named = ranks if isinstance(ranks, Mapping) else None
+    layers, left = choose(model, named, "factorize", twin=True)
+    small = copy.deepcopy(model)
+    layers = {name: layer for name, layer in matrix_layers(small).items() if name in layers}
+    chosen: dict[str, int] = {}
+    for name, rank in _ranks(layers, ranks).items():
+        m, n = matrix(layers[name]).shape
+        if stored(rank, m, n) == m * n:
+            factors = rank * (m + n)
+            left[name] = f"rank {rank} stores {factors:,} numbers as factors, {m * n:,} as a matrix"
+            continue
+        checks.finite(layers[name].weight, f"the weight of layer {name!r}")
+        chosen[name] = rank
+    warn_of(left)
+    inputs = {}
+    if calibration is not None:
+        inputs = _input_moments(small, {name: layers[name] for name in chosen}, calibration)
+    with torch.no_grad():
+        for name, rank in chosen.items():
+            small = replace_module(
+                small, layers[name], _factors(layers[name], rank, inputs.get(name))
+            )
+    return small
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> nn.Module:
+    """A copy of a model in which each `LowRank` layer is one dense layer again.
+
+    >>> small = factorize(nn.Sequential(nn.Linear(100, 80)), 10)
+    >>> merge(small)
+    Sequential(
+      (0): Linear(in_features=100, out_features=80, bias=True)
+    )
+    """
+    dense = copy.deepcopy(model)
+    for layer in low_rank_layers(dense).values():
+        whole = dense_twin(layer)
+        whole.weight.copy_(layer.weight).requires_grad_(layer.factors[0].weight.requires_grad)
+        if layer.bias is not None:
+            whole.bias = layer.bias
+        dense = replace_module(dense, layer, whole)
+    return dense
+
+
+def _ranks(layers: Mapping[str, Matrix], ranks: float | Mapping[str, int]) -> dict[str, int]:
+    if isinstance(ranks, Mapping):
+        wanted = {name: (rank, f"the rank of layer {name!r}") for name, rank in ranks.items()}
+        return {name: checks.positive_int(*rank) for name, rank in wanted.items()}
+    if isinstance(ranks, float):
+        if not 0 < ranks < 1:
+            raise ValueError(f"a fraction of the ranks must be between 0 and 1, not {ranks}")
+        full = {name: min(matrix(layer).shape) for name, layer in layers.items()}
+        return {name: max(1, round(ranks * rank)) for name, rank in full.items()}
+    return dict.fromkeys(layers, checks.positive_int(ranks, "rank"))
+
+
+def _factors(layer: Matrix, rank: int, inputs: tuple[Tensor, Tensor] | None) -> LowRank:
+    A = matrix(layer)
+    thin = thin_twin(layer, rank)
+    first, second = thin.factors
+    if inputs is None:
+        U, S, Vh = truncated_svd(A, rank)
+    else:
+        mean, moment = inputs
+        left = torch.linalg.eigh(A.double() @ moment @ A.double().mT).eigenvectors[:, -rank:]
+        inner, S, Vh = truncated_svd(left.mT.to(A.dtype) @ A, rank)
+        U = left.to(A.dtype) @ inner
+        if layer.bias is not None:
+            lost = A.double() @ mean - (U * S).double() @ (Vh.double() @ mean)
+    root = S.sqrt()
+    first.weight.copy_((root[:, None] * Vh).view_as(first.weight))
+    second.weight.copy_((U * root).view_as(second.weight))
+    for factor in (first, second):
+        factor.weight.requires_grad_(layer.weight.requires_grad)
+    if layer.bias is not None and second.bias is not None:
+        shift = 0 if inputs is None else lost.to(layer.bias.dtype)
+        second.bias.copy_(layer.bias + shift).requires_grad_(layer.bias.requires_grad)
+    return thin
+
+
+@torch.no_grad()
+def _input_moments(
+    model: nn.Module, layers: Mapping[str, Matrix], calibration: Tensor, batch: int = 16
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean (n,) and covariance (n, n) of what each layer's matrix is applied to, in float64.
+
+    For a layer without bias the second moment takes the covariance's place.
+    """
+    if len(calibration) == 0:
+        raise ValueError("calibration is empty; some hundreds of inputs would do")
+    checks.finite(calibration, "calibration")
+    counts = dict.fromkeys(layers, 0)
+    sums: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
+    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def note(name: str, inputs: tuple[Tensor, ...]) -> None:
+        seen[name].append(rows(layers[name], inputs[0]))
+
+    with evaluating(model), hooked(layers, before=note):
+        for part in calibration.split(batch):
+            model(part)
+            for name, parts in seen.items():
+                if parts:
+                    x = torch.cat(parts).double()
+                    counts[name] += len(x)
+                    sums[name] = sums.get(name, 0) + x.sum(0)
+                    squares[name] = squares.get(name, 0) + x.mT @ x
+                    parts.clear()
+    unused = [name for name in layers if not counts[name]]
+    if unused:
+        raise ValueError(f"calibration does not reach layer {unused[0]!r}")
+    moments = {}
+    for name, layer in layers.items():
+        mean, moment = sums[name] / counts[name], squares[name] / counts[name]
+        if layer.bias is not None:
+            moment = moment - torch.outer(mean, mean)
+        moments[name] = (mean, moment)
+    return moments

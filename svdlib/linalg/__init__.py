@@ -1,0 +1,1 @@
+"""Matrices, knowing nothing of networks: orthonormal bases, truncated and randomized SVDs."""

@@ -1,0 +1,1 @@
+"""How much rank does each layer need: losses by rank, and rules from losses to ranks."""

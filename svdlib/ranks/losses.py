@@ -1,0 +1,139 @@
+"""Losses of variants of one network on the same images, paired with its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from svdlib import checks
+from svdlib.layers.kinds import Matrix, choose, hooked, warn_of
+
+
+@dataclass
+class Moments:
+    """Per variant, summed over images: loss, correct answers, paired difference and its square."""
+
+    loss: Tensor
+    correct: Tensor
+    difference: Tensor
+    square: Tensor
+
+    @classmethod
+    def zeros(cls, variants: int, device: torch.device) -> Moments:
+        """Nothing seen yet."""
+        return cls(*torch.zeros(4, variants, dtype=torch.float64, device=device))
+
+    def add(self, at: slice, z: Tensor, y: Tensor, full: Tensor) -> None:
+        """Take in logits (R, b, classes) of the variants ``at``, for b images of labels y (b,).
+
+        ``full`` (b,) are the losses of the network itself.
+        """
+        losses = z.logsumexp(-1) - z.gather(-1, y.expand(len(z), -1)[..., None]).squeeze(-1)
+        difference = (losses - full).double()
+        self.loss[at] += losses.double().sum(1)
+        self.correct[at] += (z.argmax(-1) == y).sum(1)
+        self.difference[at] += difference.sum(1)
+        self.square[at] += difference.square().sum(1)
+
+    def means(self, n: int) -> dict[str, list[float]]:
+        """Over n images: loss, accuracy (per cent), increase of the loss, and its standard error.
+
+        >>> moments = Moments.zeros(1, torch.device("cpu"))
+        >>> z, y = torch.tensor([[[0.0, 0.0], [0.0, 0.0]]]), torch.tensor([0, 1])
+        >>> moments.add(slice(0, 1), z, y, full=torch.tensor([0.5, 0.5]))
+        >>> {name: round(value, 3) for name, [value] in moments.means(2).items()}
+        {'loss': 0.693, 'accuracy': 50.0, 'increase': 0.193, 'se': 0.0}
+        """
+        mean = self.difference / n
+        variance = (self.square - n * mean.square()).clamp(min=0) / max(n - 1, 1)
+        return {
+            "loss": (self.loss / n).tolist(),
+            "accuracy": (100 * self.correct / n).tolist(),
+            "increase": mean.tolist(),
+            "se": (variance / n).sqrt().tolist(),
+        }
+
+
+def full_losses(model: nn.Module, x: Tensor, y: Tensor, memory: int) -> tuple[Tensor, Tensor]:
+    """Loss and correctness of the network itself on every image.
+
+    Raises:
+        ValueError: labels beyond the outputs, NaN or infinite losses.
+    """
+    size = max(1, memory // (8 * width(model, x[:1]) * x.element_size()))
+    losses, correct = [], []
+    for images, labels in zip(x.split(size), y.split(size), strict=True):
+        z = model(images)
+        if int(labels.max()) >= z.shape[-1]:
+            raise ValueError(
+                f"labels run to {int(labels.max())} but the model has {z.shape[-1]} outputs"
+            )
+        losses.append(F.cross_entropy(z, labels, reduction="none"))
+        correct.append(z.argmax(-1) == labels)
+    full = torch.cat(losses)
+    if not bool(full.isfinite().all()):
+        raise ValueError("the model gives NaN or infinite losses on these data")
+    return full, torch.cat(correct)
+
+
+def profiled_layers(model: nn.Module, names: Iterable[str] | None) -> dict[str, Matrix]:
+    """The layers of these names, or all that hold a matrix; refused where that can't be cut."""
+    layers, left = choose(model, names, "profile")
+    for name, layer in layers.items():
+        checks.finite(layer.weight, f"the weight of layer {name!r}")
+    warn_of(left)
+    return layers
+
+
+def check_data(x: Tensor, y: Tensor) -> None:
+    """Refuse data that are empty or do not fit one another."""
+    if len(x) == 0:
+        raise ValueError("the data are empty; the loss needs at least one image")
+    if y.shape != (len(x),):
+        raise ValueError(f"{len(x)} inputs need labels of shape ({len(x)},), not {tuple(y.shape)}")
+    if int(y.min()) < 0:
+        raise ValueError(f"labels must be at least 0, not {int(y.min())}")
+
+
+@contextmanager
+def replaced(weights: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """Other values for some parameters, wherever these are used; the old ones afterwards."""
+    kept = {parameter: parameter.data for parameter in weights}
+    try:
+        for parameter, value in weights.items():
+            parameter.data = value
+        yield
+    finally:
+        for parameter, value in kept.items():
+            parameter.data = value
+
+
+def width(model: nn.Module, x: Tensor, behind: str | None = None) -> int:
+    """Numbers in the largest result for one image, of any module or of those from ``behind`` on.
+
+    >>> width(nn.Sequential(nn.Linear(3, 9), nn.Linear(9, 2)), torch.rand(1, 3))
+    9
+    """
+    largest = [1]
+    steps = dict(model.named_children())
+    if behind is not None:
+        names = list(steps)
+        steps = {name: steps[name] for name in names[names.index(behind) :]}
+    modules = {
+        f"{step}.{name}": module
+        for step, part in steps.items()
+        for name, module in part.named_modules()
+    }
+
+    def note(name: str, inputs: object, output: object) -> None:
+        if isinstance(output, Tensor):
+            largest.append(output.numel())
+
+    with torch.no_grad(), hooked(modules, after=note):
+        largest.append(model(x).numel())
+    return max(largest)

@@ -1,0 +1,285 @@
+"""How the loss of a network depends on the rank of each layer, measured cheaply and exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from svdlib import checks
+from svdlib.layers.kinds import apply_rows, evaluating, hooked, matrix_layers, obstacle
+from svdlib.ranks.losses import (
+    Moments,
+    check_data,
+    full_losses,
+    profiled_layers,
+    replaced,
+    width,
+)
+
+
+def loss_profile(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    layers: Iterable[str] | None = None,
+    ranks: Iterable[int] | None = None,
+    memory: int = 2**28,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """The network's loss with one layer at a time cut to each rank, and the others as they are.
+
+    The paper's Algorithm 3 asks for this and takes an SVD and a whole forward pass for each
+    layer and rank. Here, in an ``nn.Sequential``, each layer takes one SVD W = Σ σ_j u_j v_jᵀ
+    and its input X once, the layer's output at rank j is a nested sum
+
+        Z_0 = b,    Z_j = Z_{j−1} + σ_j u_j (v_jᵀ X),
+
+    and only the layers behind it are run again. The losses are those of the paper's procedure
+    to rounding. In any other module the whole model runs for each rank, with a hook that puts
+    the nested sum in the place of the layer's output; and where a layer is used twice, or its
+    weight is read without it, with the weight replaced.
+
+    Args:
+        model: a module of Linear and Conv2d layers; called in evaluation mode, left as it was.
+        x, y: inputs (n, …) and labels (n,), on the model's device.
+        layers: names of the layers to profile; all by default.
+        ranks: the ranks to evaluate, capped at each layer's min(m, n); 0 … min(m, n) by default.
+        memory: bytes that the stacked intermediate results may take, about.
+        progress: show a progress bar.
+
+    Returns:
+        one row a layer and rank: layer, rank, loss (mean cross-entropy), accuracy (per cent),
+        increase (of the loss over the full network, paired by image), se (its standard error),
+        rows and columns (the matrix's shape m × n), sigma (its singular value σ_rank, NaN at
+        rank 0). The full network's loss is in ``attrs["loss"]``.
+
+    Raises:
+        ValueError: empty data, labels of another length, a model without matrices, an unknown
+            layer or one whose weight is computed from other parameters, a rank below 0 or not
+            whole, NaN or infinite weights or losses.
+
+    >>> _ = torch.manual_seed(0)
+    >>> net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    >>> profile = loss_profile(net, torch.rand(20, 8), torch.arange(20) % 3, progress=False)
+    >>> profile.groupby("layer")["rank"].max().to_dict()
+    {'0': 6, '2': 3}
+    """
+    chosen = profiled_layers(model, layers)
+    check_data(x, y)
+    wanted = None if ranks is None else {checks.positive_int(r, "a rank", least=0) for r in ranks}
+    with torch.no_grad(), evaluating(model):
+        full, _ = full_losses(model, x, y, memory)
+        tables = []
+        for name in tqdm(chosen, disable=not progress, desc="profile", unit="layer"):
+            sweep = _Sweep(model, name, x, y, full, memory)
+            at = {min(rank, sweep.limit) for rank in wanted} if wanted is not None else None
+            tables.append(sweep.table(sorted(at) if at else range(sweep.limit + 1), progress))
+    profile = pd.concat(tables, ignore_index=True)
+    profile.attrs["loss"] = full.double().mean().item()
+    return profile
+
+
+def search_ranks(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    accept: Callable[[pd.DataFrame], pd.Series],
+    *,
+    window: int = 8,
+    memory: int = 2**28,
+) -> dict[str, int]:
+    """The smallest acceptable rank of each layer, without the whole profile.
+
+    Loss is nearly but not quite monotone in rank. So: a geometric grid of ranks, bisection
+    between its last refused and first accepted rank, and then, since a smaller rank may be
+    acceptable again, a window of ranks at a time below it until a whole window is refused.
+
+    Args:
+        accept: takes a profile and says of each row whether its rank would do, such as
+            ``lambda rows: rows.increase <= rows.se``. Full rank always will.
+        window: ranks that must be refused in a row before the search ends, or an eighth of the
+            rank found, if that is more.
+
+    Raises:
+        ValueError: as `loss_profile`.
+
+    >>> _ = torch.manual_seed(0)
+    >>> net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    >>> x, y = torch.rand(20, 8), torch.arange(20) % 3
+    >>> search_ranks(net, x, y, lambda rows: rows.increase <= rows.se).keys()
+    dict_keys(['0', '2'])
+    """
+    check_data(x, y)
+    found = {}
+    with torch.no_grad(), evaluating(model):
+        full, _ = full_losses(model, x, y, memory)
+        for name in profiled_layers(model, None):
+            sweep = _Sweep(model, name, x, y, full, memory)
+            found[name] = _smallest(sweep, accept, window)
+    return found
+
+
+def _smallest(sweep: _Sweep, accept: Callable[[pd.DataFrame], pd.Series], window: int) -> int:
+    def accepted(ranks: Iterable[int]) -> list[int]:
+        table = sweep.table(sorted(ranks), progress=False)
+        return table["rank"][accept(table)].tolist()
+
+    grid = {min(2**power, sweep.limit) for power in range(sweep.limit.bit_length() + 1)}
+    best = min(accepted(grid), default=sweep.limit)
+    low = max((rank for rank in grid if rank < best), default=0)
+    while best - low > 1:
+        middle = (low + best) // 2
+        if accepted([middle]):
+            best = middle
+        else:
+            low = middle
+    while best > 1:
+        better = accepted(range(max(1, best - max(window, best // 8)), best))
+        if not better:
+            break
+        best = min(better)
+    return best
+
+
+# Numbers that fit a processor's cache, about: stacks of this size are fastest.
+CACHED = 2**20
+
+Blocks = Iterator[tuple[slice, Tensor]]
+
+
+class _Sweep:
+    """One layer at any of its ranks, the others as they are."""
+
+    def __init__(
+        self, model: nn.Module, name: str, x: Tensor, y: Tensor, full: Tensor, memory: int
+    ) -> None:
+        self.model, self.name, self.x, self.y, self.full = model, name, x, y, full
+        self.layer = matrix_layers(model)[name]
+        U, self.S, self.Vh = torch.linalg.svd(self.layer.weight.detach().flatten(1), False)
+        self.US = U * self.S
+        self.limit = len(self.S)
+        chain = _is_step(model, name)
+        plain = obstacle(model, self.layer, twin=True) is None
+        if plain and chain:
+            self.logits = self._run_on
+        elif plain and _is_called_once(model, self.layer, x[:1]):
+            self.logits = self._put_out
+        else:
+            self.logits = self._rewrite
+        numbers = width(model, x[:1], name if plain and chain else None)
+        # Four arrays of that width live at once: the sum, the stack, and two behind it.
+        cells = max(1, memory // (4 * numbers * x.element_size()))
+        self.images = min(len(x), cells, max(256, CACHED // numbers))
+        self.block = max(1, min(cells, CACHED // numbers) // self.images)
+        self.codes: dict[int, Tensor] = {}
+        self.keep = len(x) * self.limit * x.element_size() <= memory
+
+    def table(self, ranks: Sequence[int], progress: bool) -> pd.DataFrame:
+        """The rows of `loss_profile` for these ranks, in rising order."""
+        moments = Moments.zeros(len(ranks), self.x.device)
+        starts = range(0, len(self.x), self.images)
+        for start in tqdm(starts, disable=not progress, desc=f"layer {self.name}", leave=False):
+            part = slice(start, start + self.images)
+            for at, logits in self.logits(part, ranks):
+                moments.add(at, logits, self.y[part], self.full[part])
+        means = moments.means(len(self.x))
+        if not all(map(math.isfinite, means["loss"])):
+            raise ValueError(f"layer {self.name!r} gives NaN or infinite losses on these data")
+        found = pd.DataFrame({"layer": self.name, "rank": list(ranks), **means})
+        return found.assign(
+            rows=self.US.shape[0],
+            columns=self.Vh.shape[1],
+            sigma=[self.S[rank - 1].item() if rank else math.nan for rank in ranks],
+        )
+
+    # Three ways to the network's logits (R, b, classes) at blocks of ranks, the fastest first.
+
+    def _run_on(self, part: slice, ranks: Sequence[int]) -> Blocks:
+        """In a chain: the nested sums of a block of ranks, run together through what is behind."""
+        assert isinstance(self.model, nn.Sequential)
+        place = list(dict(self.model.named_children())).index(self.name)
+        code = self._code(part, lambda: self.model[:place](self.x[part]))  # type: ignore[index]
+        sums = self._sums(code, ranks)
+        for start in range(0, len(ranks), self.block):
+            at = slice(start, min(start + self.block, len(ranks)))
+            first = next(sums)
+            stack = first.expand(at.stop - at.start, *first.shape).clone()
+            for row in stack[1:]:
+                row.copy_(next(sums))
+            logits = self.model[place + 1 :](stack.flatten(0, 1))
+            yield at, logits.view(len(stack), len(code), -1)
+
+    def _put_out(self, part: slice, ranks: Sequence[int]) -> Blocks:
+        """A layer that is called once: the whole model, the nested sum for the layer's output."""
+        code = self._code(part, lambda: self._seen(part))
+        for row, z in enumerate(self._sums(code, ranks)):
+            with hooked({self.name: self.layer}, after=lambda *_, z=z: z.clone()):
+                logits = self.model(self.x[part])
+            yield slice(row, row + 1), logits[None]
+
+    def _rewrite(self, part: slice, ranks: Sequence[int]) -> Blocks:
+        """Any other layer: the whole model, with the weight replaced."""
+        for row, rank in enumerate(ranks):
+            weight = (self.US[:, :rank] @ self.Vh[:rank]).view_as(self.layer.weight)
+            with replaced({self.layer.weight: weight}):
+                logits = self.model(self.x[part])
+            yield slice(row, row + 1), logits[None]
+
+    def _seen(self, part: slice) -> Tensor:
+        """The layer's input, as a call of the model shows it."""
+        seen: list[Tensor] = []
+        with hooked({self.name: self.layer}, before=lambda _, x: seen.append(x[0].clone())):
+            self.model(self.x[part])
+        return seen[0]
+
+    def _code(self, part: slice, inputs: Callable[[], Tensor]) -> Tensor:
+        """The layer's input in the basis of right singular vectors, k in the features' place."""
+        if part.start not in self.codes:
+            code = apply_rows(self.layer, inputs(), self.Vh)
+            if not self.keep:
+                return code
+            self.codes[part.start] = code
+        return self.codes[part.start]
+
+    def _sums(self, code: Tensor, ranks: Sequence[int]) -> Iterator[Tensor]:
+        """The layer's output at each of the ranks, one tensor that grows in place."""
+        bias, rows = self.layer.bias, len(self.US)
+        linear = isinstance(self.layer, nn.Linear)
+        places = (*code.shape[:-1], rows) if linear else (len(code), rows, *code.shape[2:])
+        z = code.new_zeros(places)
+        if bias is not None:
+            z += bias.detach() if linear else bias.detach().view(-1, 1, 1)
+        done = 0
+        for rank in ranks:
+            self._add_terms(z, code, slice(done, rank))
+            done = rank
+            yield z
+
+    def _add_terms(self, z: Tensor, code: Tensor, terms: slice) -> None:
+        """Z += Σ σ_j u_j (v_jᵀ X) over these terms, in place."""
+        if isinstance(self.layer, nn.Linear):
+            z.flatten(0, -2).addmm_(code.flatten(0, -2)[:, terms], self.US[:, terms].mT)
+        elif terms.start < terms.stop:
+            z.add_(F.conv2d(code[:, terms], self.US[:, terms, None, None]))
+
+
+def _is_step(model: nn.Module, name: str) -> bool:
+    """Whether the layer is a step of an ``nn.Sequential`` that takes each step once."""
+    if not isinstance(model, nn.Sequential) or "." in name:
+        return False
+    return len(set(map(id, model))) == len(model)
+
+
+def _is_called_once(model: nn.Module, layer: nn.Module, x: Tensor) -> bool:
+    """Whether a call of the model calls the layer once."""
+    calls: list[int] = []
+    with hooked({"": layer}, before=lambda *_: calls.append(1)):
+        model(x)
+    return calls == [1]

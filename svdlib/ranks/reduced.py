@@ -1,0 +1,160 @@
+"""Several layers reduced at once: what the network loses, and ranks that meet a tolerance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from svdlib import checks
+from svdlib.layers.kinds import evaluating, stored
+from svdlib.ranks.losses import Moments, check_data, full_losses, profiled_layers, replaced, width
+
+
+@torch.no_grad()
+def verify_ranks(
+    model: nn.Module, ranks: Mapping[str, int], x: Tensor, y: Tensor, memory: int = 2**28
+) -> dict[str, float]:
+    """What the network loses with all these layers reduced at once. Layer effects do not add.
+
+    Returns:
+        loss, accuracy (per cent), increase (of the loss, paired by image), se, error_increase
+        (per cent), and parameters: of the whole model with each reduced layer stored as two
+        factors, where that is smaller.
+
+    Raises:
+        ValueError: as `loss_profile`, or a rank above the matrix's smaller side.
+
+    >>> _ = torch.manual_seed(0)
+    >>> net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    >>> verify_ranks(net, {"0": 2}, torch.rand(20, 8), torch.arange(20) % 3)["parameters"]
+    55.0
+    """
+    check_data(x, y)
+    with evaluating(model):
+        return _Reduced(model, list(ranks), x, y, memory).measure(ranks)
+
+
+def refine_ranks(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    ranks: Mapping[str, int],
+    *,
+    tolerance: float,
+    memory: int = 2**28,
+) -> dict[str, int]:
+    """Raise or lower ranks until the verified loss increase meets a tolerance, cheaply stored.
+
+    A pattern search on the network with all layers reduced at once. While the increase is above
+    the tolerance, the layer whose rank buys the most loss per parameter is raised; then each
+    layer, the one that saves most first, is lowered as long as the tolerance holds, by steps
+    that start at a quarter of its rank and halve down to one.
+
+    Args:
+        x, y: data to choose by: a validation split, never the test set.
+        ranks: where to start, as `reveal_ranks` gives it.
+        tolerance: the largest admissible increase of the mean loss, at least 0.
+
+    Raises:
+        ValueError: a negative tolerance, or as `verify_ranks`.
+
+    >>> _ = torch.manual_seed(0)
+    >>> net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    >>> x, y = torch.rand(20, 8), net(torch.rand(20, 8)).argmax(1)
+    >>> refine_ranks(net, x, y, {"0": 6, "2": 3}, tolerance=1.0)
+    {'0': 1, '2': 1}
+    """
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must be at least 0, not {tolerance}")
+    check_data(x, y)
+    with torch.no_grad(), evaluating(model):
+        reduced = _Reduced(model, list(ranks), x, y, memory)
+        current = {name: min(rank, reduced.limit[name]) for name, rank in ranks.items()}
+        # Full rank in every layer is the network itself, up to rounding.
+        slack = tolerance + 1e-6 * abs(reduced.full.mean().item())
+        while reduced.increase(current) > slack:
+            raised = [
+                {**current, name: min(rank + max(1, rank // 4), reduced.limit[name])}
+                for name, rank in current.items()
+                if rank < reduced.limit[name]
+            ]
+            if not raised:
+                break
+            current = min(raised, key=partial(reduced.price, current))
+        for fraction in (4, 8, 16, 32, 64, None):
+            lowered = True
+            while lowered:
+                lowered = False
+                for name in sorted(current, key=lambda layer: -sum(reduced.shape[layer])):
+                    step = 1 if fraction is None else current[name] // fraction
+                    trial = {**current, name: current[name] - step}
+                    if 0 < step < current[name] and reduced.increase(trial) <= slack:
+                        current, lowered = trial, True
+        return current
+
+
+class _Reduced:
+    """The network with several layers reduced at once."""
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[str], x: Tensor, y: Tensor, memory: int
+    ) -> None:
+        known = profiled_layers(model, layers)
+        self.model, self.x, self.y, self.memory = model, x, y, memory
+        self.full, correct = full_losses(model, x, y, memory)
+        self.full_accuracy = 100 * correct.double().mean().item()
+        self.weight = {name: layer.weight for name, layer in known.items()}
+        self.factors, self.shape = {}, {}
+        for name, weight in self.weight.items():
+            U, S, Vh = torch.linalg.svd(weight.detach().flatten(1), full_matrices=False)
+            self.factors[name] = (U * S, Vh)
+            self.shape[name] = (len(U), Vh.shape[1])
+        self.limit = {name: min(shape) for name, shape in self.shape.items()}
+        self.others = sum(p.numel() for p in model.parameters())
+        self.others -= sum(weight.numel() for weight in self.weight.values())
+        self.known: dict[tuple[int, ...], dict[str, float]] = {}
+
+    def parameters(self, ranks: Mapping[str, int]) -> int:
+        """Of the whole model, each layer as two factors where that is smaller."""
+        return self.others + sum(stored(rank, *self.shape[name]) for name, rank in ranks.items())
+
+    def measure(self, ranks: Mapping[str, int]) -> dict[str, float]:
+        """See `verify_ranks`; each choice of ranks is measured once."""
+        key = tuple(ranks[name] for name in self.factors)
+        if key not in self.known:
+            weights: dict[Tensor, Tensor] = {}
+            for name, (US, Vh) in self.factors.items():
+                rank = checks.positive_int(ranks[name], f"the rank of layer {name!r}", least=0)
+                if rank > self.limit[name]:
+                    raise ValueError(
+                        f"layer {name!r} has rank {self.limit[name]} at most, not {rank}"
+                    )
+                if rank < self.limit[name]:
+                    weight = self.weight[name]
+                    weights[weight] = (US[:, :rank] @ Vh[:rank]).view_as(weight)
+            moments = Moments.zeros(1, self.x.device)
+            size = max(1, self.memory // (8 * width(self.model, self.x[:1]) * 4))
+            for x, y, full in zip(
+                *(t.split(size) for t in (self.x, self.y, self.full)), strict=True
+            ):
+                with replaced(weights):
+                    z = self.model(x)
+                moments.add(slice(0, 1), z[None], y, full)
+            means = {name: mean for name, [mean] in moments.means(len(self.x)).items()}
+            self.known[key] = {
+                **means,
+                "error_increase": self.full_accuracy - means["accuracy"],
+                "parameters": float(self.parameters(ranks)),
+            }
+        return self.known[key]
+
+    def increase(self, ranks: Mapping[str, int]) -> float:
+        return self.measure(ranks)["increase"]
+
+    def price(self, now: Mapping[str, int], then: Mapping[str, int]) -> float:
+        """Change of loss per parameter; a free change costs nothing but its loss."""
+        spent = max(self.parameters(then) - self.parameters(now), 1)
+        return (self.increase(then) - self.increase(now)) / spent

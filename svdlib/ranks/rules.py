@@ -1,0 +1,264 @@
+"""From a loss profile to ranks: pure functions of one table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import minimize_scalar
+
+from svdlib import checks
+from svdlib.layers.kinds import stored
+
+Tolerance = float | Mapping[str, float]
+
+
+def reveal_ranks(
+    profile: pd.DataFrame,
+    rule: str = "one-se",
+    *,
+    tolerance: Tolerance | None = None,
+    parameters: int | None = None,
+    increase: float | None = None,
+) -> dict[str, int]:
+    """The rank of each layer, by a rule, from what `loss_profile` measured.
+
+    One layer at a time, by the loss ℓ_j at rank j (a profile of every rank is needed for the
+    first two):
+
+    - ``"printed"``: Algorithm 3 of the paper to the letter, which assigns rank j wherever
+      ℓ_j − ℓ_{j+1} ≥ ε: the last such j stands, one short of where the gain arrives.
+    - ``"marginal"``: its sensible reading, the smallest j beyond which no further rank gains ε:
+      ℓ_j − min_{i>j} ℓ_i < ε.
+    - ``"one-se"``: the smallest rank whose loss increase, paired by image, is within one
+      standard error of the full network (Breiman et al. 1984, section 3.4.3). No tolerance.
+
+    From the singular values σ alone:
+
+    - ``"energy"``: the smallest j with Σ_{i≤j} σ_i² ≥ (1 − ε) Σ σ_i²; ε = 0.01 by default.
+    - ``"tail"``: the smallest j with (Σ_{i>j} σ_i²)^½ ≤ ε (Σ σ_i²)^½, the truncation of
+      dynamical low-rank training (Schotthöfer et al. 2022, Algorithm 1); ε = 0.1 by default.
+    - ``"stable-rank"``: ‖W‖_F² / σ_1² rounded up (Rudelson and Vershynin 2007).
+    - ``"gavish-donoho"``: the σ above ω(β) · median(σ), β = m/n, the optimal hard threshold for
+      unknown noise (Gavish and Donoho 2014, section IV and its cubic fit of ω).
+    - ``"evbmf"``: the global analytic solution of empirical variational Bayes matrix
+      factorization, its noise variance estimated (Nakajima et al. 2013, Theorems 2 and 3).
+
+    Under a budget, all layers at once, layer effects taken to add (`verify_ranks` tells):
+
+    - ``"budget"`` with ``parameters``: the least total increase with so many weights at most;
+      or with ``increase``: the fewest weights with so much total increase at most. A layer of
+      rank j stores min(j (m+n), m n) weights.
+
+    Every rank is looked at, so that a plateau or bump of the profile ends no search early. The
+    smallest rank given is 1.
+
+    Args:
+        profile: what `loss_profile` returns.
+        rule: one of the names above.
+        tolerance: ε, one or {layer: ε}; needed by "printed" and "marginal".
+        parameters, increase: the budget, exactly one of them.
+
+    Raises:
+        ValueError: an unknown rule, a profile that lacks columns, layers or ranks, NaN losses, a
+            missing, negative or unused tolerance, contradicting or unmeetable budgets.
+
+    >>> profile = pd.DataFrame({
+    ...     "layer": "a", "rank": [0, 1, 2, 3], "loss": [9.0, 4.0, 1.1, 1.0],
+    ...     "increase": [8.0, 3.0, 0.1, 0.0], "se": [0.2, 0.2, 0.2, 0.0],
+    ...     "rows": 3, "columns": 5, "sigma": [float("nan"), 3.0, 2.0, 0.1]})
+    >>> reveal_ranks(profile), reveal_ranks(profile, "marginal", tolerance=0.5)
+    ({'a': 2}, {'a': 2})
+    >>> reveal_ranks(profile, "printed", tolerance=0.5)
+    {'a': 1}
+    """
+    checks.one_of(rule, (*ONE_LAYER, "budget"), "rule")
+    _check_profile(profile)
+    layers = {str(name): table for name, table in profile.groupby("layer", sort=False)}
+    if rule == "budget":
+        if tolerance is not None:
+            raise ValueError("a budget takes parameters=… or increase=…, not a tolerance")
+        return _budget(layers, parameters, increase)
+    if parameters is not None or increase is not None:
+        raise ValueError(f"parameters and increase belong to rule 'budget', not {rule!r}")
+    choose, needs, default = ONE_LAYER[rule]
+    found = {}
+    for name, table in layers.items():
+        epsilon = _epsilon(rule, name, tolerance, default)
+        full = int(table[["rows", "columns"]].iloc[0].min())
+        ranks = set(table["rank"])
+        needed = set(range(1, full + 1)) if needs == "all" else {full}
+        if not needed <= ranks:
+            raise ValueError(
+                f"rule {rule!r} needs a profile of {needs} ranks of layer {name!r}; "
+                f"missing: {sorted(needed - ranks)[:5]}"
+            )
+        rank = choose(table.sort_values("rank"), epsilon)
+        found[name] = min(max(int(rank), 1), full)
+    return found
+
+
+def _printed(table: pd.DataFrame, epsilon: float) -> int:
+    loss = table.loss.to_numpy()
+    gains = np.flatnonzero(loss[:-1] - loss[1:] >= epsilon)
+    ranks = table["rank"].to_numpy()
+    return ranks[gains[-1]] if len(gains) else ranks[-1]
+
+
+def _marginal(table: pd.DataFrame, epsilon: float) -> int:
+    loss = table.loss.to_numpy()
+    best_beyond = np.append(np.minimum.accumulate(loss[::-1])[::-1][1:], math.inf)
+    return table["rank"].to_numpy()[np.argmax(loss - best_beyond < epsilon)]
+
+
+def _one_se(table: pd.DataFrame, epsilon: float) -> int:
+    within = table[(table.increase <= table.se) & (table["rank"] > 0)]["rank"]
+    return within.min() if len(within) else table["rank"].max()
+
+
+def _sigma(table: pd.DataFrame) -> np.ndarray:
+    return table.sigma[table["rank"] > 0].to_numpy()
+
+
+def _energy(table: pd.DataFrame, epsilon: float) -> int:
+    energy = np.cumsum(_sigma(table) ** 2)
+    return 1 + int(np.argmax(energy >= (1 - epsilon) * energy[-1]))
+
+
+def _tail(table: pd.DataFrame, epsilon: float) -> int:
+    square = _sigma(table) ** 2
+    tail = square.sum() - np.cumsum(square)
+    return 1 + int(np.argmax(tail <= epsilon**2 * square.sum()))
+
+
+def _stable_rank(table: pd.DataFrame, epsilon: float) -> int:
+    square = _sigma(table) ** 2
+    return math.ceil(square.sum() / square[0] - 1e-9) if square[0] else 1
+
+
+def _gavish_donoho(table: pd.DataFrame, epsilon: float) -> int:
+    sides = table[["rows", "columns"]].iloc[0]
+    beta = sides.min() / sides.max()
+    omega = 0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43
+    sigma = _sigma(table)
+    return int((sigma > omega * np.median(sigma)).sum())
+
+
+def _evbmf(table: pd.DataFrame, epsilon: float) -> int:
+    sigma = _sigma(table)
+    sides = table[["rows", "columns"]].iloc[0]
+    small, large = int(sides.min()), int(sides.max())
+    alpha = small / large
+    tau_bound = 2.5129 * math.sqrt(alpha)
+    x_bound = (1 + tau_bound) * (1 + alpha / tau_bound)
+
+    def free_energy(variance: float) -> float:
+        x = sigma**2 / (large * variance)
+        noise, signal = x[x <= x_bound], x[x > x_bound]
+        shifted = signal - (1 + alpha)
+        tau = (shifted + np.sqrt(shifted**2 - 4 * alpha)) / 2
+        terms = np.sum(noise - np.log(np.maximum(noise, 1e-300)))
+        terms += np.sum(signal - tau) + np.sum(np.log((tau + 1) / signal))
+        return float(terms + alpha * np.sum(np.log(tau / alpha + 1)))
+
+    first_noise = min(math.ceil(small / (1 + alpha)) - 1, small - 1)
+    rest = sigma[first_noise:] ** 2
+    low = max(rest[0] / (large * x_bound), rest.mean() / large)
+    high = (sigma**2).sum() / (small * large)
+    if not 0 < low < high:
+        return int((sigma > 0).sum())
+    variance = minimize_scalar(free_energy, bounds=(low, high), method="bounded").x
+    return int((sigma > math.sqrt(large * variance * x_bound)).sum())
+
+
+# name: the rule for one layer, the ranks that it needs in the profile, its default tolerance
+ONE_LAYER: dict[str, tuple[Callable[[pd.DataFrame, float], int], str, float | None]] = {
+    "printed": (_printed, "all", None),
+    "marginal": (_marginal, "all", None),
+    "one-se": (_one_se, "full", 0.0),
+    "energy": (_energy, "all", 0.01),
+    "tail": (_tail, "all", 0.1),
+    "stable-rank": (_stable_rank, "all", 0.0),
+    "gavish-donoho": (_gavish_donoho, "all", 0.0),
+    "evbmf": (_evbmf, "all", 0.0),
+}
+
+
+def _epsilon(rule: str, layer: str, tolerance: Tolerance | None, default: float | None) -> float:
+    if rule in ("one-se", "stable-rank", "gavish-donoho", "evbmf"):
+        if tolerance is not None:
+            raise ValueError(f"rule {rule!r} takes no tolerance")
+        return 0.0
+    if isinstance(tolerance, Mapping):
+        if layer not in tolerance:
+            raise ValueError(f"tolerance lacks layer {layer!r}; it has {', '.join(tolerance)}")
+        value: float | None = tolerance[layer]
+    else:
+        value = default if tolerance is None else tolerance
+    if value is None:
+        raise ValueError(f"rule {rule!r} needs a tolerance, a loss difference such as 0.01")
+    if not value >= 0 or (rule in ("energy", "tail") and value >= 1):
+        limits = "at least 0 and below 1" if rule in ("energy", "tail") else "at least 0"
+        raise ValueError(f"the tolerance of rule {rule!r} must be {limits}, not {value}")
+    return float(value)
+
+
+def _check_profile(profile: pd.DataFrame) -> None:
+    columns = {"layer", "rank", "loss", "increase", "se", "rows", "columns", "sigma"}
+    missing = columns - set(profile.columns)
+    if missing:
+        raise ValueError(f"the profile lacks {', '.join(sorted(missing))}; see loss_profile")
+    if profile.empty:
+        raise ValueError("the profile has no layer")
+    if profile[["loss", "increase", "se"]].isna().to_numpy().any():
+        raise ValueError("the profile has NaN losses")
+
+
+def _budget(
+    layers: Mapping[str, pd.DataFrame], parameters: int | None, increase: float | None
+) -> dict[str, int]:
+    if (parameters is None) == (increase is None):
+        raise ValueError("a budget is either parameters=… or increase=…, exactly one of them")
+    # The Pareto front of (weights, total increase), a layer at a time: exact for additive effects.
+    weights, losses = np.zeros(1, int), np.zeros(1)
+    choices: list[tuple[np.ndarray, np.ndarray]] = []
+    for table in layers.values():
+        able = table[table["rank"] > 0].sort_values("rank")
+        if not len(able):
+            raise ValueError(f"the profile lacks ranks above 0 of layer {table.layer.iloc[0]!r}")
+        m, n = table[["rows", "columns"]].iloc[0]
+        cost = stored(able["rank"].to_numpy(), m, n)
+        total = np.add.outer(weights, cost).ravel()
+        loss = np.add.outer(losses, able.increase.to_numpy()).ravel()
+        order = np.lexsort((loss, total))
+        front = order[_falls(loss[order])]
+        choices.append((front // len(able), able["rank"].to_numpy()[front % len(able)]))
+        weights, losses = total[front], loss[front]
+    if parameters is not None:
+        meets = np.flatnonzero(weights <= parameters)
+        if not len(meets):
+            raise ValueError(
+                f"{parameters} weights are too few; rank 1 everywhere has {weights[0]}"
+            )
+        at = meets[-1]
+    else:
+        assert increase is not None
+        meets = np.flatnonzero(losses <= increase)
+        if not len(meets):
+            raise ValueError(
+                f"no ranks keep the increase to {increase}; {losses.min():.3g} is least"
+            )
+        at = meets[0]
+    ranks: list[int] = []
+    for parent, rank in reversed(choices):
+        ranks.append(int(rank[at]))
+        at = parent[at]
+    return dict(zip(layers, reversed(ranks), strict=True))
+
+
+def _falls(values: np.ndarray) -> np.ndarray:
+    """Where a value is below all before it."""
+    before = np.append(math.inf, np.minimum.accumulate(values)[:-1])
+    return np.flatnonzero(values < before)

@@ -1,0 +1,1 @@
+"""What the notebooks need on top of the library; nothing in the library imports it."""

@@ -1,0 +1,1 @@
+"""Other people's ways to the same results, to measure the library against."""

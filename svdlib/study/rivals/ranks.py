@@ -1,0 +1,76 @@
+"""Other ways to the loss at every rank of every layer, to measure `loss_profile` against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from svdlib import clock
+from svdlib.ensemble.networks import perceptron
+from svdlib.layers.kinds import matrix_layers
+from svdlib.ranks.profile import loss_profile, search_ranks
+from svdlib.study.rivals.timing import product_rate
+
+
+def _within_one_se(rows: pd.DataFrame) -> pd.Series:
+    return rows.increase <= rows.se
+
+
+@torch.no_grad()
+def _passes(
+    model: nn.Module,
+    name: str,
+    factors: Sequence[Tensor],
+    ranks: Sequence[int],
+    x: Tensor,
+    y: Tensor,
+) -> None:
+    U, S, Vh = factors
+    for rank in ranks:
+        weight = {f"{name}.weight": U[:, :rank] * S[:rank] @ Vh[:rank]}
+        z = torch.func.functional_call(model, weight, (x,))
+        nn.functional.cross_entropy(z, y).item()
+
+
+def profile_race(
+    sizes: Sequence[int], x: Tensor, y: Tensor, sample: int = 6, repeats: int = 1
+) -> dict[str, float]:
+    """Seconds of the loss profile of a perceptron, at every rank of every layer.
+
+    Returns:
+        ``paper``: an SVD and a whole forward pass for every layer and rank; ``one SVD``: an SVD a
+        layer and a whole forward pass for every rank, both from ``sample`` ranks of each layer,
+        scaled to all; ``nested``: `loss_profile`; ``search``: `search_ranks` by one standard
+        error; ``bound``: the products behind each layer alone, at this machine's best rate.
+    """
+    torch.manual_seed(0)
+    model = perceptron(sizes).to(x.device)
+    times = {"paper": 0.0, "one SVD": 0.0}
+    for name, layer in matrix_layers(model).items():
+        weight = layer.weight.detach()
+        count = min(weight.shape) + 1
+        svd = clock.median(partial(torch.linalg.svd, weight, full_matrices=False), repeats)
+        ranks = torch.linspace(0, count - 1, sample).long().tolist()
+        factors = torch.linalg.svd(weight, full_matrices=False)
+        forward = (
+            clock.median(partial(_passes, model, name, factors, ranks, x, y), repeats) / sample
+        )
+        times["paper"] += count * (svd + forward)
+        times["one SVD"] += svd + count * forward
+    loss_profile(model, x, y, ranks=(1,), progress=False)  # the warm-up
+    nested = partial(loss_profile, model, x, y, progress=False)
+    search = partial(search_ranks, model, x, y, _within_one_se)
+    times["nested"] = clock.median(nested, repeats, warmup=0)
+    times["search"] = clock.median(search, repeats, warmup=0)
+    behind = list(pairwise(sizes))
+    work = sum(
+        (min(pair) + 1) * sum(2 * m * n for m, n in behind[number + 1 :])
+        for number, pair in enumerate(behind)
+    )
+    times["bound"] = work * len(x) / product_rate(x.device)
+    return times

@@ -1,0 +1,187 @@
+"""Other ways to a low-rank approximation, to measure `randomized_svd` against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from svdlib import clock
+from svdlib.linalg.svd import OVERSAMPLE, POWER_ITERS, randomized_svd, truncated_svd
+
+# From so many m·n·k on, SciPy's two take up to minutes.
+LIMIT = 2**30
+
+
+def slow_decay(m: int, n: int, generator: torch.Generator) -> Tensor:
+    """A float32 matrix (m, n) with σ_j near 1/√j for 512 terms, and noise of norm about 1e-3.
+
+    >>> slow_decay(30, 20, torch.Generator().manual_seed(0)).shape
+    torch.Size([30, 20])
+    """
+    terms = min(512, m, n)
+    sigma = torch.arange(1, terms + 1, dtype=torch.float32).rsqrt()
+    left = torch.randn(m, terms, generator=generator) * sigma / m**0.5
+    right = torch.randn(terms, n, generator=generator) / n**0.5
+    noise = torch.randn(m, n, generator=generator)
+    return left @ right + 1e-3 * noise / max(m, n) ** 0.5
+
+
+def with_spectrum(m: int, n: int, sigma: Tensor, generator: torch.Generator) -> Tensor:
+    """A matrix (m, n) with singular values ``sigma`` (k,) and random singular vectors.
+
+    >>> A = with_spectrum(4, 5, torch.tensor([2.0, 1.0]), torch.Generator().manual_seed(0))
+    >>> torch.linalg.svdvals(A)[:2]
+    tensor([2.0000, 1.0000])
+    """
+    left, right = (
+        torch.linalg.qr(torch.randn(side, len(sigma), dtype=sigma.dtype, generator=generator)).Q
+        for side in (m, n)
+    )
+    return (left * sigma) @ right.mT
+
+
+def ways(A: Tensor, rank: int, generator: torch.Generator) -> dict[str, Callable[[], Any]]:
+    """Each way's call for U, S and Vh of this float32 matrix, with the same sketch size and power
+    iterations where it has them."""
+    import fbpca
+    from scipy.linalg import interpolative
+    from scipy.sparse.linalg import svds
+    from sklearn.utils.extmath import randomized_svd as scikit_svd
+
+    columns, array = rank + OVERSAMPLE, A.numpy()
+
+    def torch_lowrank() -> tuple[Tensor, Tensor, Tensor]:
+        U, S, V = torch.svd_lowrank(A, columns, niter=POWER_ITERS)
+        return U[:, :rank], S[:rank], V[:, :rank].mT
+
+    def interpolative_svd() -> tuple[Any, Any, Any]:
+        U, S, V = interpolative.svd(array.astype("float64"), rank)
+        return U, S, V.T
+
+    settings: dict[str, Any] = {"n_iter": POWER_ITERS}
+    sketch: dict[str, Any] = {"oversample": OVERSAMPLE, "power_iters": POWER_ITERS}
+    found: dict[str, Callable[[], Any]] = {
+        "svdlib": partial(randomized_svd, A, rank, generator=generator, **sketch),
+        "torch.svd_lowrank": torch_lowrank,
+        "scikit-learn": partial(
+            scikit_svd, array, rank, n_oversamples=OVERSAMPLE, random_state=0, **settings
+        ),
+        "fbpca": partial(fbpca.pca, array, rank, raw=True, l=columns, **settings),
+    }
+    if A.numel() * rank < LIMIT:
+        found["SciPy svds"] = partial(svds, array, rank, random_state=0)
+        found["SciPy interpolative"] = interpolative_svd
+    return found
+
+
+def products(A: Tensor, columns: int, power_iters: int) -> None:
+    """The products with A that a randomized SVD can't do without, and nothing else."""
+    left, right = A.new_ones(columns, A.shape[0]), A.new_ones(A.shape[1], columns)
+    for _ in range(power_iters + 1):
+        A @ right
+        left @ A
+
+
+def svd_race(
+    shapes: Sequence[tuple[int, int]],
+    ranks: Sequence[int],
+    repeats: int = 3,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Every way on a `slow_decay` matrix of each shape, on the CPU, in one run.
+
+    Returns:
+        columns shape, rank, way, seconds (the median; ways that take over a second run once),
+        error: Frobenius, as a multiple of the smallest of that shape and rank.
+    """
+    rows = []
+    generator = torch.Generator().manual_seed(0)
+    cases = [(shape, rank) for shape in shapes for rank in ranks]
+    for (m, n), rank in tqdm(cases, disable=not progress, unit="case"):
+        A = slow_decay(m, n, generator)
+        case = {"shape": f"{m}×{n}", "rank": rank}
+        bound = clock.median(partial(products, A, rank + OVERSAMPLE, POWER_ITERS), 3 * repeats)
+        rows.append({**case, "way": "products alone", "seconds": bound})
+        for way, run in ways(A, rank, generator).items():
+            start = clock.now()
+            factors = run()
+            taken = clock.now() - start
+            if taken < 1:
+                # Short ones again and again: a shared machine disturbs them most.
+                taken = clock.median(run, max(repeats, round(0.1 / taken)), warmup=0)
+            # SciPy's have negative strides.
+            U, S, Vh = (torch.as_tensor(np.ascontiguousarray(part)) for part in factors)
+            error = torch.linalg.matrix_norm(A - (U * S) @ Vh).item()
+            rows.append({**case, "way": way, "seconds": taken, "error": error})
+    table = pd.DataFrame(rows)
+    table["error"] /= table.groupby(["shape", "rank"]).error.transform("min")
+    return table
+
+
+def exact_or_randomized(
+    shapes: Sequence[tuple[int, int]], ranks: Sequence[int], device: torch.device, repeats: int = 3
+) -> pd.DataFrame:
+    """Seconds of LAPACK's (or cuSOLVER's) SVD, `truncated_svd` and `randomized_svd`.
+
+    The sketch has p = 10, or less where it would span everything, so that it is always one.
+
+    Returns:
+        a row a shape and rank (below the shorter side): shape, rank, full, truncated, randomized.
+    """
+    rows = []
+    generator = torch.Generator(device).manual_seed(0)
+    for m, n in shapes:
+        A = torch.randn(m, n, generator=generator, device=device)
+        full = clock.median(
+            partial(torch.linalg.svd, A, full_matrices=False), repeats, device=device
+        )
+        for rank in (rank for rank in ranks if rank < min(m, n)):
+            truncated = clock.median(partial(truncated_svd, A, rank), repeats, device=device)
+            p = min(OVERSAMPLE, min(m, n) - rank - 1)
+            sketch = partial(randomized_svd, A, rank, oversample=p, generator=generator)
+            rows.append(
+                (f"{m}×{n}", rank, full, truncated, clock.median(sketch, repeats, device=device))
+            )
+    return pd.DataFrame(rows, columns=["shape", "rank", "full", "truncated", "randomized"])
+
+
+def batch_times(
+    batch: int, m: int, n: int, rank: int, device: torch.device, repeats: int = 10
+) -> dict[str, float]:
+    """Seconds of the SVDs of a batch of Gaussian matrices, by each exact way."""
+    A = torch.randn(batch, m, n, generator=torch.Generator(device).manual_seed(0), device=device)
+    return {
+        "torch.linalg.svd": clock.median(
+            partial(torch.linalg.svd, A, full_matrices=False), repeats, device=device
+        ),
+        "truncated_svd": clock.median(partial(truncated_svd, A, rank), repeats, device=device),
+    }
+
+
+def paper_call_times(
+    sizes: Sequence[int], rank: int, device: torch.device, repeats: int = 100
+) -> pd.DataFrame:
+    """Seconds of the two calls of the paper's code, on matrices of its network's shapes.
+
+    Returns:
+        a row a layer: shape, svd (`torch.linalg.svd`), svd_lowrank (`torch.svd_lowrank`).
+    """
+    rows = []
+    for n, m in pairwise(sizes):
+        A = torch.randn(m, n, generator=torch.Generator(device).manual_seed(0), device=device)
+        exact = clock.median(
+            partial(torch.linalg.svd, A, full_matrices=False), repeats, device=device
+        )
+        sketch = clock.median(
+            partial(torch.svd_lowrank, A, min(rank, m, n)), repeats, device=device
+        )
+        rows.append((f"{m}×{n}", exact, sketch))
+    return pd.DataFrame(rows, columns=["shape", "svd", "svd_lowrank"])

@@ -1,0 +1,54 @@
+import pytest
+import torch
+
+from svdlib.ensemble.projection import Projection, project_stacks_
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("svd", 10), "unknown method"),
+        (("rsvd", 0), "rank must be at least 1"),
+        (("rsvd", 1.5), "whole number"),
+        (("rsvd", (10, 0)), "rank must be at least 1"),
+        (("rsvd", 10, "batch"), "unknown every 'batch'; known: epoch, step"),
+        (("rsvd", 10, 0), "every must be at least 1"),
+        (("rsvd", 10, "step", -1), "oversample"),
+        (("rsvd", 10, "step", 0, -1), "power_iters"),
+    ],
+)
+def test_bad_projection(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Projection(*arguments)
+
+
+def test_published_deviations_by_name():
+    assert Projection.published("rsvd", 10) == Projection("rsvd", 10, "step", 0, 2)
+    assert Projection.published("truncsvd", 10) == Projection("truncsvd", 11, "step")
+    with pytest.raises(ValueError, match="2 layers need 2 ranks"):
+        Projection("rsvd", (3, 4, 5)).ranks(2)
+
+
+@pytest.mark.parametrize("shape", [(15, 40), (40, 15), (70, 90)])
+@pytest.mark.parametrize("method", ["truncsvd", "rsvd"])
+def test_stacks_agree_with_the_svd(shape, method, generator):
+    """With a gap after the fifth singular value every method finds the same subspace."""
+    g = torch.Generator().manual_seed(1)
+    U = torch.linalg.qr(torch.randn(3, shape[0], 5, generator=g)).Q
+    V = torch.linalg.qr(torch.randn(3, shape[1], 5, generator=g)).Q
+    low = U @ V.mT
+    W = low + 1e-4 * torch.randn(3, *shape, generator=g)
+    full_U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    expected = (full_U[..., :5] * S[:, None, :5]) @ Vh[:, :5]
+    small = torch.randn(3, 4, 4, generator=g)
+    projection = Projection(method, 5, oversample=2, power_iters=2)
+    ours, kept = W.clone(), small.clone()
+    bases = project_stacks_([ours, kept], [5, 5], projection, generator)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+    assert torch.equal(kept, small) and bases[1] is None
+
+    moved = expected + 1e-4 * torch.randn(3, *shape, generator=g)
+    warm, cold = moved.clone(), moved.clone()
+    project_stacks_([warm, kept], [5, 5], projection, generator, bases)
+    project_stacks_([cold, kept], [5, 5], Projection("truncsvd", 5))
+    torch.testing.assert_close(warm, cold, atol=1e-5, rtol=0)

@@ -1,0 +1,270 @@
+import copy
+import warnings
+
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matrices import matrix
+from torch import nn
+
+import svdlib
+from svdlib.layers.kinds import low_rank_layers, matrix_layers
+
+
+def perceptron(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 20))
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def unchanged(model):
+    """A fixture's worth of proof that the caller's model was not touched."""
+    before = copy.deepcopy(model.state_dict())
+    return lambda: all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@settings(max_examples=25, deadline=None)
+@given(rank=st.integers(1, 11), seed=st.integers(0, 20), bias=st.booleans())
+def test_output_is_the_projected_model_s(rank, seed, bias):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(40, 30, bias=bias), nn.ReLU(), nn.Linear(30, 20)).double()
+    ranks = {"0": rank, "2": rank}
+    x = torch.randn(7, 40, dtype=torch.float64)
+    small = svdlib.factorize(model, ranks)
+    projected = svdlib.project_(copy.deepcopy(model), ranks)
+    torch.testing.assert_close(small(x), projected(x))
+    assert parameters(small) < parameters(model)
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular", "reflect"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_convolutions_of_any_window(padding_mode, stride, generator):
+    window = {"stride": stride, "padding": (2, 1), "dilation": (2, 1), "padding_mode": padding_mode}
+    model = nn.Sequential(nn.Conv2d(6, 20, 3, **window), nn.ReLU(), nn.Conv2d(20, 9, 1)).double()
+    x = torch.randn(2, 6, 13, 11, generator=generator, dtype=torch.float64)
+    ranks = {"0": 5, "2": 3}
+    small = svdlib.factorize(model, ranks)
+    torch.testing.assert_close(small(x), svdlib.project_(copy.deepcopy(model), ranks)(x))
+    torch.testing.assert_close(svdlib.merge(small)(x), small(x))
+
+
+def test_factors_are_balanced_and_weight_reads_as_before():
+    model = perceptron()
+    layer = svdlib.factorize(model, {"0": 4})[0]
+    first, second = layer.factors
+    torch.testing.assert_close(first.weight.norm(dim=1), second.weight.norm(dim=0))
+    torch.testing.assert_close(
+        layer.weight, svdlib.truncated_svd(model[0].weight.detach(), 4).matrix()
+    )
+    assert layer.rank == 4 and torch.equal(layer.bias, model[0].bias)
+
+
+def test_ranks_from_a_number_a_fraction_or_a_profile():
+    model = perceptron()
+    with pytest.warns(UserWarning, match="left as they were: '2' .rank 14 stores 700 numbers"):
+        small = svdlib.factorize(model, 14)
+    assert {name: layer.rank for name, layer in low_rank_layers(small).items()} == {"0": 14}
+    half = svdlib.factorize(model, 0.25)
+    assert {name: layer.rank for name, layer in low_rank_layers(half).items()} == {"0": 8, "2": 5}
+    x, y = torch.rand(50, 40), torch.randint(20, (50,))
+    profile = svdlib.loss_profile(model, x, y, progress=False)
+    ranks = svdlib.reveal_ranks(profile, "budget", parameters=900)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        revealed = svdlib.factorize(model, ranks)
+    assert parameters(revealed) <= 900 + 50
+
+
+def test_calibration_minimises_the_error_of_the_output(generator):
+    """Against the plain factors, and against random rank-r changes of its own."""
+    layer = nn.Linear(30, 20).double()
+    mixing = matrix((30, 30), 3) * torch.logspace(0, -2, 30, dtype=torch.float64)
+    x = matrix((400, 30), 4) @ mixing + 1
+    small = svdlib.factorize(layer, 5, calibration=x)
+    plain = svdlib.factorize(layer, 5)
+
+    def error(model):
+        return (model(x) - layer(x)).square().sum().item()
+
+    assert error(small) < 0.8 * error(plain)
+    # The optimum: the discarded part of the centred outputs' spectrum (Eckart and Young).
+    outputs = layer(x).detach()
+    sigma = torch.linalg.svdvals(outputs - outputs.mean(0))
+    assert error(small) == pytest.approx(sigma[5:].square().sum().item(), rel=1e-8)
+
+
+def test_calibration_without_bias_with_rank_deficient_inputs_and_for_convolutions(generator):
+    torch.manual_seed(0)
+    layer = nn.Linear(30, 20, bias=False)
+    x = matrix((100, 3)).float() @ matrix((3, 30), 1).float()  # of rank 3
+    small = svdlib.factorize(layer, 3, calibration=x)
+    torch.testing.assert_close(small(x), layer(x), atol=1e-4, rtol=1e-4)
+    conv = nn.Sequential(nn.Conv2d(6, 20, 3, stride=2, padding=1), nn.ReLU())
+    images = torch.randn(40, 6, 9, 9, generator=generator).cumsum(-1)
+    plain, aware = (svdlib.factorize(conv, 6, calibration=c) for c in (None, images))
+    errors = [(model[0](images) - conv[0](images)).norm() for model in (plain, aware)]
+    assert errors[1] < errors[0]
+
+
+def test_type_mode_and_requires_grad_are_kept_and_factors_can_be_trained():
+    model = perceptron().bfloat16().eval()
+    model[0].weight.requires_grad_(False)
+    small = svdlib.factorize(model, {"0": 4, "2": 3})
+    assert all(p.dtype == torch.bfloat16 for p in small.parameters())
+    assert not any(module.training for module in small.modules())
+    assert [p.requires_grad for p in small[0].parameters()] == [False, False, True]
+    small = svdlib.factorize(perceptron(), {"0": 4, "2": 3})
+    x, y = torch.rand(64, 40), torch.arange(64) % 20
+    optimizer = torch.optim.AdamW(small.parameters(), lr=0.01)
+    losses = []
+    for _ in range(20):
+        loss = nn.functional.cross_entropy(small(x), y)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    merged = svdlib.merge(small)
+    torch.testing.assert_close(merged(x), small(x))
+    assert not low_rank_layers(merged) and list(matrix_layers(merged)) == ["0", "2"]
+
+
+def test_a_layer_used_twice_is_replaced_twice_and_a_bare_layer_too():
+    shared = nn.Linear(30, 30)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    small = svdlib.factorize(model, {"0": 5})
+    assert small[0] is small[2]
+    bare = svdlib.factorize(nn.Linear(30, 20), 3)
+    assert isinstance(bare, svdlib.LowRank)
+    assert isinstance(svdlib.merge(bare), nn.Linear)
+
+
+def tied():
+    model = nn.Sequential(nn.Embedding(30, 20), nn.Linear(20, 30))
+    model[1].weight = model[0].weight
+    return model
+
+
+def hooked():
+    model = nn.Sequential(nn.Linear(30, 30))
+    model[0].register_forward_hook(lambda *_: None)
+    return model
+
+
+def parametrized():
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(30, 30)))
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "message"),
+    [
+        (tied(), "1", "its weight is shared with another layer"),
+        (hooked(), "0", "its hooks would be lost"),
+        (parametrized(), "0", "its weight is computed from other parameters"),
+        (nn.Sequential(nn.Conv2d(8, 8, 3, groups=8)), "0", "its 8 groups"),
+        (nn.MultiheadAttention(32, 2), "out_proj", "NonDynamicallyQuantizableLinear may do"),
+    ],
+)
+def test_what_can_not_be_factorized_is_refused_by_name(model, name, message):
+    with pytest.raises(ValueError, match=f"can't factorize layer '{name}': .*{message}"):
+        svdlib.factorize(model, {name: 2})
+    with pytest.warns(UserWarning, match=message):
+        assert not low_rank_layers(svdlib.factorize(model, 2))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(16, 32, batch_first=True)
+        self.attention = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+        self.head = nn.Linear(32, 20)
+
+    def forward(self, x):
+        return self.head(self.attention(self.lstm(x)[0])[:, -1])
+
+
+def test_a_recurrent_network_with_attention():
+    torch.manual_seed(0)
+    model = Recurrent().eval()
+    same = unchanged(model)
+    x = torch.randn(3, 7, 16)
+    with pytest.warns(UserWarning, match=r"attention\.self_attn\.out_proj"):
+        small = svdlib.factorize(model, 6)
+    ranks = {name: layer.rank for name, layer in low_rank_layers(small).items()}
+    assert list(ranks) == ["attention.linear1", "attention.linear2", "head"]
+    expected = svdlib.project_(copy.deepcopy(model), ranks)
+    for training in (False, True):  # torch reads the weights itself in evaluation mode
+        torch.manual_seed(1)
+        found = small.train(training)(x)
+        torch.manual_seed(1)
+        torch.testing.assert_close(found, expected.train(training)(x))
+    assert same()
+    with pytest.raises(ValueError, match=r"unknown layer 'lstm'; known: attention"):
+        svdlib.factorize(model, {"lstm": 3})
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_b_16"])
+def test_networks_of_real_size(name):
+    torch.manual_seed(0)
+    model = getattr(torchvision.models, name)(weights=None, num_classes=10).eval()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        small = svdlib.factorize(model, 16)
+    ranks = {layer: part.rank for layer, part in low_rank_layers(small).items()}
+    assert len(ranks) >= 20
+    assert parameters(small) < 0.45 * parameters(model)
+    said = " ".join(str(warning.message) for warning in caught)
+    left = set(matrix_layers(model)) - set(ranks)
+    assert left and all(f"'{layer}'" in said for layer in left)
+    x = torch.rand(1, 3, 224, 224)
+    with torch.no_grad():
+        expected = svdlib.project_(copy.deepcopy(model), ranks)(x)
+        torch.testing.assert_close(small(x), expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "more", "message"),
+    [
+        (0, {}, "rank must be at least 1"),
+        (1.5, {}, "fraction of the ranks must be between 0 and 1"),
+        (0.0, {}, "fraction of the ranks must be between 0 and 1"),
+        ({"0": 2.5}, {}, "the rank of layer '0' must be a whole number"),
+        ({"9": 2}, {}, "unknown layer '9'; known: 0, 2"),
+        (2, {"calibration": torch.rand(0, 40)}, "calibration is empty"),
+        (2, {"calibration": torch.full((3, 40), torch.nan)}, "calibration has NaN"),
+    ],
+)
+def test_bad_input(ranks, more, message):
+    model = perceptron()
+    same = unchanged(model)
+    with pytest.raises(ValueError, match=message):
+        svdlib.factorize(model, ranks, **more)
+    assert same()
+
+
+def test_models_without_matrices_or_with_nan():
+    with pytest.raises(ValueError, match=r"no nn\.Linear or nn\.Conv2d to factorize"):
+        svdlib.factorize(nn.LSTM(4, 4), 2)
+    model = perceptron()
+    model[2].weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="weight of layer '2' has NaN"):
+        svdlib.factorize(model, 2)
+    idle = Recurrent()
+    idle.spare = nn.Linear(20, 20)
+    with pytest.raises(ValueError, match="calibration does not reach layer 'spare'"):
+        svdlib.factorize(idle, {"spare": 2}, calibration=torch.rand(5, 3, 16))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_agrees_with_cpu():
+    model, x = perceptron(), torch.rand(200, 40)
+    for calibration in (None, x):
+        expected = svdlib.factorize(model, 0.25, calibration=calibration)(x)
+        inputs = None if calibration is None else x.cuda()
+        small = svdlib.factorize(copy.deepcopy(model).cuda(), 0.25, calibration=inputs)
+        torch.testing.assert_close(small(x.cuda()).cpu(), expected, atol=1e-4, rtol=1e-4)

@@ -1,0 +1,113 @@
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from svdlib.study import plots as figures
+
+
+@pytest.fixture(autouse=True)
+def style():
+    mpl.use("Agg")
+    with mpl.rc_context():
+        figures.style()
+        yield
+
+
+def history(methods=("stock", "rsvd"), networks=3, epochs=2) -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    index = pd.MultiIndex.from_product(
+        [methods, range(networks), range(1, epochs + 1)], names=["method", "network", "epoch"]
+    )
+    table = index.to_frame(index=False)
+    for column in ("test_error", "test_loss", "seconds"):
+        table[column] = rng.random(len(table))
+    return table
+
+
+def test_learning_curves_draw_every_method():
+    figure = figures.learning_curves(history(), "a title")
+    assert [axis.get_ylabel() for axis in figure.axes] == [
+        "test error (%)",
+        "test loss (cross-entropy)",
+        "training time (s per network)",
+    ]
+    assert [text.get_text() for text in figure.axes[0].get_legend().texts] == ["stock", "rSVD"]
+    line = figure.axes[0].lines[0]
+    table = history()
+    expected = table[table.method == "stock"].groupby("epoch").test_error.mean()
+    np.testing.assert_allclose(line.get_ydata(), expected)
+
+
+def test_unknown_methods_get_colours_of_their_own():
+    figure = figures.learning_curves(history(("stock", "one", "two")))
+    colors = {line.get_color() for line in figure.axes[0].lines}
+    assert len(colors) == 3
+
+
+def test_saved_files_are_reproducible(tmp_path):
+    for run in ("a", "b"):
+        (tmp_path / run).mkdir()
+        figures.save(figures.learning_curves(history()), "curves", history(), tmp_path / run)
+    for name in ("curves.png", "curves.csv"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_nothing_is_saved_without_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    figures.save(figures.learning_curves(history()), "curves", history(), "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_plots():
+    counts = pd.DataFrame(np.eye(3) + 1)
+    spread = pd.DataFrame({"what": ["x"], "mean": [1.0], "low": [0.0], "high": [2.0]})
+    ranks = pd.DataFrame(
+        {"method": ["rsvd"] * 4, "rank": [1, 1, 2, 2], "test_error": [90.0, 80, 20, 10]}
+    )
+    sigma = pd.DataFrame(
+        {"layer": "one", "method": "stock", "index": [1, 2, 1, 2], "sigma": [2.0, 1, 3, 1]}
+    )
+    profile = pd.DataFrame(
+        {"layer": "0", "rank": [1, 500], "increase": [1.0, 0], "rows": 500, "columns": 600}
+    )
+    rule = pd.DataFrame(
+        {"rule": ["a"], "parameters": [9.0], "mean": [90.0], "low": [89.0], "high": [91.0]}
+    )
+    race = pd.DataFrame(
+        {"paper": [9.0, 90], "nested": [1.0, 2], "bound": [0.5, 1]}, index=["a", "b"]
+    )
+    times = pd.DataFrame({"way": ["a", "a"], "networks": [1, 8], "seconds": [1.0, 0.1]})
+    sketches = pd.DataFrame(
+        {"matrix": "A", "power_iters": [0, 0, 1, 1], "oversample": [2, 5] * 2, "error": 2.0}
+    ).assign(bound=9.0)
+    exact = pd.DataFrame(
+        {"shape": ["a", "a", "b"], "rank": [1, 5, 1], "full": 3.0, "truncated": 2.0}
+    ).assign(randomized=[1.0, 4.0, 2.5])
+    ways = pd.DataFrame(
+        {"shape": "a", "rank": [1, 5] * 2, "way": ["products alone"] * 2 + ["svdlib"] * 2}
+    ).assign(seconds=[1.0, 2.0, 3.0, 4.0])
+    forms = rule.rename(columns={"rule": "form"}).assign(milliseconds=1.0)
+    rows = pd.DataFrame({"batch": 1, "rank": [2, 4], "ratio": [0.1, 0.2]})
+    published = pd.DataFrame({"accuracy": [90.0], "parameters": [10]})
+    drawn = [
+        figures.compression(
+            forms, {"parameters": 20, "milliseconds": 2.0, "accuracy": 92.0}, published
+        ),
+        figures.payoff(rows, side=16),
+        figures.sketch_errors(sketches),
+        figures.exact_or_randomized(exact),
+        figures.svd_race(ways),
+        figures.confusion(counts),
+        figures.differences(spread, "what", "points"),
+        figures.error_by_rank(ranks, [9.0, 10.0]),
+        figures.accuracy_by_parameters(rule, full=91.0),
+        figures.loss_profiles(profile.assign(network=0)),
+        figures.profile_times(race),
+        figures.spectra(sigma),
+        figures.speed(times, bound=0.01),
+        figures.weight_pictures(np.ones((15, 784))),
+        figures.weight_pictures(np.ones((3, 784))),
+    ]
+    assert all(isinstance(figure, Figure) for figure in drawn)
