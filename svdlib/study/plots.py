@@ -22,8 +22,9 @@ LABELS = {"stock": "stock", "rsvd": "rSVD", "truncsvd": "truncSVD"}
 
 
 def style() -> None:
-    """Use the project's style for the figures that follow."""
+    """Use the project's style for the figures and tables that follow: no sentence is cut."""
     plt.style.use(STYLE)
+    pd.set_option("display.max_colwidth", None)
 
 
 def save(figure: Figure, name: str, data: pd.DataFrame, folder: str | Path) -> None:

@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 from svdlib import clock
 from svdlib.linalg.svd import OVERSAMPLE, POWER_ITERS, randomized_svd, truncated_svd
 
-# From so many m·n·k on, SciPy's two take up to minutes.
-LIMIT = 2**30
+# From so many m·n·k on, SciPy's two take seconds to minutes.
+LIMIT = 2**27
 
 
 def slow_decay(m: int, n: int, generator: torch.Generator) -> Tensor:
@@ -99,7 +99,7 @@ def svd_race(
     """Every way on a `slow_decay` matrix of each shape, on the CPU, in one run.
 
     Returns:
-        columns shape, rank, way, seconds (the median; ways that take over a second run once),
+        columns shape, rank, way, seconds (the median; ways that take over 0.3 s run once),
         error: Frobenius, as a multiple of the smallest of that shape and rank.
     """
     rows = []
@@ -114,7 +114,7 @@ def svd_race(
             start = clock.now()
             factors = run()
             taken = clock.now() - start
-            if taken < 1:
+            if taken < 0.3:
                 # Short ones again and again: a shared machine disturbs them most.
                 taken = clock.median(run, max(repeats, round(0.1 / taken)), warmup=0)
             # SciPy's have negative strides.

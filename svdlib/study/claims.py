@@ -1,0 +1,31 @@
+"""What a notebook claims, beside what it measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pandas as pd
+
+
+def claims_table(claims: Mapping[str, tuple[object, object]]) -> pd.DataFrame:
+    """A row a claim: the sentence, what was measured, and whether it holds.
+
+    Args:
+        claims: {sentence: (measured, holds)}. What was measured may be a mean with its interval
+            (as `svdlib.study.statistics.interval` gives it), a number, or a text.
+
+    >>> from svdlib.study.statistics import interval
+    >>> lost = interval([0.5, 0.7])
+    >>> claims_table({"costs under a point": (lost, lost["mean"] < 1)}).values.tolist()
+    [['costs under a point', '0.60 [-0.67, 1.87]', True]]
+    """
+    rows = [
+        (sentence, _told(measured), bool(holds)) for sentence, (measured, holds) in claims.items()
+    ]
+    return pd.DataFrame(rows, columns=["claim", "measured", "holds"])
+
+
+def _told(measured: object) -> str:
+    if isinstance(measured, pd.Series | dict):
+        return f"{measured['mean']:.2f} [{measured['low']:.2f}, {measured['high']:.2f}]"
+    return f"{measured:.3g}" if isinstance(measured, float) else str(measured)
