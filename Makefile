@@ -1,19 +1,38 @@
-# make study: set up, fetch MNIST, execute every notebook, rebuild figures/
-# make test:  set up, then every test (code, notebooks, style, types)
+# make study:      set up, fetch MNIST, execute every notebook, rebuild figures/
+# make test:       set up, then every test (code, notebooks, style, types)
+# make processors: the numerical tests as other processors would run them
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: study test setup lab refresh lint clean
+.PHONY: study test processors setup lab refresh lint clean
 .DELETE_ON_ERROR:
 
 study: setup
 	$(BIN)/python -m svdlib run
 
 # Two processes with two spinning OpenMP threads each crawl on two cores; one thread each does not.
+# Both parts run, whatever becomes of the first; either can fail the target.
 test: export OMP_NUM_THREADS = 1
 test: setup lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --nbval --nbval-current-env -p no:cacheprovider notebooks
+	$(PYTEST) -n 2 --dist loadfile; code=$$?; \
+	$(PYTEST) -n 2 --dist loadfile --nbval --nbval-current-env -p no:cacheprovider notebooks; \
+	notebooks=$$?; \
+	if [ $$code$$notebooks != 00 ]; then \
+		echo "make test: exit status $$code of the code's tests, $$notebooks of the notebooks'"; \
+		exit 1; \
+	fi
+
+# Kernels that MKL and torch take on processors without AVX2, with AVX2, and on this one.
+NUMERICAL := tests/linalg tests/layers tests/ensemble tests/ranks tests/study/test_theory.py
+processors: setup
+	@for kernels in "MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default" \
+			"MKL_CBWR=AVX2 ATEN_CPU_CAPABILITY=avx2" ""; do \
+		for threads in 1 2; do \
+			echo "$${kernels:-native}, threads: $$threads"; \
+			env $$kernels OMP_NUM_THREADS=$$threads $(PYTEST) $(NUMERICAL) || exit 1; \
+		done; \
+	done
 
 lint: setup
 	$(BIN)/ruff check .

@@ -2,7 +2,9 @@
 
 import sys
 
-from svdlib.study.runner import main
-
 if __name__ == "__main__":
+    try:
+        from svdlib.study.runner import main
+    except ModuleNotFoundError as error:
+        sys.exit(f"svdlib: {error}; the notebooks need: pip install 'svdlib[study]'")
     sys.exit(main())

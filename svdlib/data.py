@@ -199,7 +199,13 @@ def _cached(name: str) -> Path:
                 fetched = source(name, Path(part))
                 if not _whole(fetched, name):
                     raise ValueError("the files have other checksums than published")
-            except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+            except (
+                OSError,
+                RuntimeError,
+                ValueError,
+                ImportError,
+                subprocess.SubprocessError,
+            ) as error:
                 failures.append(f"{source.__name__.removeprefix('_from_')}: {error}")
                 continue
             for file in FILES:

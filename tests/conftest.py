@@ -1,5 +1,7 @@
 """What several test modules share: small data, and the real ones."""
 
+import os
+
 import pytest
 import torch
 
@@ -7,9 +9,9 @@ import svdlib
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """The test processes share the cores."""
-    torch.set_num_threads(1)
+def threads():
+    """One, since the test processes share the cores, unless ``OMP_NUM_THREADS`` says otherwise."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -11,13 +13,14 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+MODULES = {"scikit-learn": "sklearn"}
 CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
 
 
 def test_conda_and_pip_ask_for_the_same():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["peers"], *extras["test"]]
+    wanted = [*project["dependencies"], *extras["study"], *extras["test"]]
     pip = {"python" + project["requires-python"]}
     for line in wanted:
         name = re.split(r"[<>=]", line)[0]
@@ -32,6 +35,60 @@ def test_everything_asked_for_is_pinned():
     lists = [project["dependencies"], *project["optional-dependencies"].values()]
     wanted = {re.split(r"[<>=]", line)[0] for lines in lists for line in lines}
     assert wanted <= pinned
+
+
+def extra(name: str) -> set[str]:
+    """The modules that an extra brings."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {re.split(r"[<>=]", line)[0] for line in project["optional-dependencies"][name]}
+    return {MODULES.get(name, name) for name in names}
+
+
+def test_the_library_needs_nothing_of_the_study():
+    """In an interpreter where the study's packages can't be imported."""
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({sorted(extra("study"))!r}))
+import svdlib
+data = svdlib.load("MNIST", device="cpu").head(640, 100)
+nets = svdlib.MLPEnsemble((784, 15, 10), device="cpu")
+svdlib.train(nets, data, epochs=1, projection=svdlib.Projection("truncsvd", 5), progress=False)
+profile = svdlib.loss_profile(nets[0], data.test_x, data.test_y, progress=False)
+svdlib.factorize(nets[0], svdlib.reveal_ranks(profile, "evbmf"))
+sys.argv[1:] = ["run"]
+import runpy
+runpy.run_module("svdlib", run_name="__main__")
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert re.search(r"svdlib: .* the notebooks need: pip install 'svdlib.study.'$", run.stderr)
+
+
+# From the ground up: a wing imports those before it in this list, and what stands beside none.
+FLOORS = ("checks", "clock", "data", "linalg", "layers", "ensemble", "ranks", "study")
+
+
+def test_imports_go_one_way():
+    """No import from a wing into the study, and none upward."""
+    seen = set()
+    for path in (ROOT / "svdlib").rglob("*.py"):
+        place, *_ = path.relative_to(ROOT / "svdlib").with_suffix("").parts
+        if place in ("__init__", "__main__"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in getattr(node, "names", [])]
+            if isinstance(node, ast.ImportFrom) and node.module == "svdlib":
+                names = [f"svdlib.{name}" for name in names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module]
+            elif not isinstance(node, ast.Import):
+                continue
+            for name in names:
+                if name.startswith("svdlib."):
+                    other = name.split(".")[1]
+                    seen.add((place, other))
+                    assert FLOORS.index(other) <= FLOORS.index(place), f"{path}: {name}"
+    assert ("layers", "linalg") in seen and ("ranks", "ensemble") not in seen
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
+import contextlib
 import logging
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,15 +22,19 @@ import nbformat
 import papermill
 import psutil
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 from tqdm.auto import tqdm
 
 NOTEBOOKS = Path("notebooks")
 
-# Of a kernel: its own warnings, such as that of a local socket, are not the notebook's.
-QUIET = ["--log-level=ERROR"]
+# Of a kernel: its own messages, such as that it was interrupted, are not the notebook's.
+QUIET = ["--log-level=CRITICAL"]
 
 # One cell may take as long as the largest sweep of the study does on a slow machine.
 CELL_TIMEOUT = 3600
+
+# What a parameter may be declared as; anything else takes any literal, or else the text.
+TYPES = {"str", "int", "float", "bool", "list", "dict", "tuple", "None"}
 
 
 @dataclass(frozen=True)
@@ -42,15 +48,15 @@ class Outcome:
 
 
 def find(names: Sequence[str] = (), folder: Path = NOTEBOOKS) -> list[Path]:
-    """The notebooks of these names (``01_baseline``, or a path), or all of the folder's.
+    """The notebooks of these names (``01_baseline``, or a path), each once, or all of the folder's.
 
     Raises:
-        ValueError: no notebook of that name; the known ones are listed.
+        ValueError: no notebook of that name (the known ones are listed), or two files of one name.
     """
     known = sorted(folder.glob("*.ipynb"))
     if not known and not names:
         raise ValueError(f"{folder.resolve()} holds no notebooks; run from the project's root")
-    found = []
+    found: dict[str, Path] = {}
     for name in names:
         matches = [path for path in known if name in (path.stem, path.name)]
         if not matches and Path(name).suffix == ".ipynb" and Path(name).is_file():
@@ -58,8 +64,65 @@ def find(names: Sequence[str] = (), folder: Path = NOTEBOOKS) -> list[Path]:
         if not matches:
             listed = ", ".join(path.stem for path in known) or "none"
             raise ValueError(f"no notebook {name!r}; known: {listed}")
-        found += matches
-    return found or known
+        for path in matches:
+            other = found.setdefault(path.stem, path)
+            if other.resolve() != path.resolve():
+                raise ValueError(f"{other} and {path} have one name; run them one after the other")
+    return list(found.values()) or known
+
+
+def declared(notebook: Path) -> dict[str, set[str]]:
+    """The types that each parameter may take, from the cell tagged ``parameters``.
+
+    Declared as ``n: int = 3``, ``x: str | None = None`` or ``Optional[str]``; ``n = 3`` takes the
+    type of its value. An empty set allows anything.
+
+    Raises:
+        ValueError: not a notebook, or a parameters cell that is not Python.
+    """
+    try:
+        content = nbformat.read(notebook, as_version=4)
+        cells = [c for c in content.cells if "parameters" in c.metadata.get("tags", [])]
+        lines = "".join(cell.source for cell in cells[:1]).splitlines()
+        tree = ast.parse("\n".join("" if line[:1] in "%!" else line for line in lines))
+    except (
+        nbformat.reader.NotJSONError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        UnicodeError,
+    ) as error:
+        raise ValueError(f"{notebook} is not a Jupyter notebook") from error
+    except (nbformat.ValidationError, SyntaxError) as error:
+        raise ValueError(f"{notebook}: {str(error).splitlines()[0]}") from error
+    found: dict[str, set[str]] = {}
+    for line in tree.body:
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+            found[line.target.id] = _kinds(line.annotation)
+        elif isinstance(line, ast.Assign):
+            for target in line.targets:
+                if isinstance(target, ast.Name):
+                    found[target.id] = _kinds_of_value(line.value)
+    return found
+
+
+def _kinds(annotation: ast.expr) -> set[str]:
+    """The type names in an annotation; empty where it holds one that no text can be held against."""
+    text = ast.unparse(annotation).strip("'\"").replace("typing.", "")
+    if text.startswith("Optional["):
+        text = f"{text[len('Optional[') : -1]} | None"
+    elif text.startswith("Union["):
+        text = text[len("Union[") : -1].replace(",", "|")
+    kinds = {part.split("[")[0].strip() for part in text.split("|")}
+    return kinds if kinds <= TYPES else set()
+
+
+def _kinds_of_value(value: ast.expr) -> set[str]:
+    try:
+        kind = type(ast.literal_eval(value)).__name__
+    except ValueError:
+        return set()
+    return {kind} & TYPES
 
 
 def parse(notebook: Path, given: Mapping[str, str]) -> dict[str, object]:
@@ -68,30 +131,47 @@ def parse(notebook: Path, given: Mapping[str, str]) -> dict[str, object]:
     Raises:
         ValueError: a name the notebook does not have, or a text that is not of its type.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        declared = papermill.inspect_notebook(str(notebook))
+    known = declared(notebook)
     parameters: dict[str, object] = {}
     for name, text in given.items():
-        if name not in declared:
-            known = ", ".join(declared) or "none"
-            raise ValueError(f"{notebook.stem} has no parameter {name!r}; known: {known}")
-        parameters[name] = _value(text, declared[name]["inferred_type_name"], name, notebook)
+        if name not in known:
+            listed = ", ".join(known) or "none"
+            raise ValueError(f"{notebook.stem} has no parameter {name!r}; known: {listed}")
+        try:
+            parameters[name] = _value(text, known[name])
+        except ValueError as error:
+            raise ValueError(f"{notebook.stem}: parameter {name!r} {error}") from None
     return parameters
 
 
-def _value(text: str, kind: str, name: str, notebook: Path) -> object:
-    if kind == "str":
+def _value(text: str, kinds: set[str]) -> object:
+    """The text as one of the types, a string only where nothing else fits or it is the only one.
+
+    >>> _value("1", {"float"}), _value("7", {"str"}), _value("None", {"str", "None"})
+    (1.0, '7', None)
+    """
+    if kinds == {"str"}:
         return text
     try:
         value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
     except (SyntaxError, ValueError):
-        value = None
-    if kind == "float" and type(value) is int:
-        value = float(value)
-    if type(value).__name__ != kind.split("[")[0]:
-        raise ValueError(f"{notebook.stem}: parameter {name!r} must be a {kind}, not {text!r}")
-    return value
+        value = text
+    kind = "None" if value is None else type(value).__name__
+    if kind == "int" and "float" in kinds - {"int"} and "int" not in kinds:
+        return float(value)
+    if not kinds or kind in kinds - {"str"}:
+        return value
+    if "str" in kinds:
+        return text
+    raise ValueError(f"must be {_a(sorted(kinds))}, not {text!r}")
+
+
+def _a(kinds: Sequence[str]) -> str:
+    """ "an int or None": what a parameter must be, in words."""
+    named = [
+        kind if kind == "None" else f"{'an' if kind == 'int' else 'a'} {kind}" for kind in kinds
+    ]
+    return " or ".join(named)
 
 
 def run(
@@ -107,7 +187,8 @@ def run(
     """Execute notebooks, ``jobs`` at a time; a failure does not stop the others.
 
     Executed copies go to ``out``. A notebook's figures are staged there and moved to
-    ``figures`` only when the whole notebook has succeeded.
+    ``figures`` only when the whole notebook has succeeded. In a terminal, bars show how far each
+    notebook is; elsewhere it has a line when it ends.
 
     Raises:
         ValueError: an unknown notebook or parameter, a value of another type, jobs below 1,
@@ -122,40 +203,64 @@ def run(
         raise ValueError(f"{out} holds the notebooks themselves; choose another --out")
     for place in (out, figures):
         _check_writable(place)
-    logging.getLogger("papermill").setLevel(logging.ERROR)
-    with (
-        tempfile.TemporaryDirectory(dir=out, prefix="figures-") as staging,
-        # Processes, since papermill changes the working folder while it executes.
-        ProcessPoolExecutor(
-            jobs, multiprocessing.get_context("fork"), initializer=_share_cores, initargs=(jobs,)
-        ) as pool,
-        tqdm(total=len(notebooks), unit="notebook", disable=not progress) as bar,
-    ):
-        futures = [
-            pool.submit(_run_one, path, given, out, figures, Path(staging), position, progress)
-            for position, (path, given) in enumerate(
+    bars = progress and sys.stderr.isatty()
+    with tempfile.TemporaryDirectory(dir=out, prefix="figures-") as staging:
+        calls = [
+            (path, values, out, figures, Path(staging), position if bars else None)
+            for position, (path, values) in enumerate(
                 zip(notebooks, parameters, strict=True), start=1
             )
         ]
+        outcomes = _shown(_in_processes(_run_one, calls, jobs), len(calls), progress)
+    return sorted(outcomes, key=lambda outcome: outcome.name)
+
+
+def _shown(outcomes: Iterator[Outcome], total: int, progress: bool) -> list[Outcome]:
+    """All outcomes; a bar of how many there are, or a line each where there is no terminal."""
+    bars, found = sys.stderr.isatty(), []
+    with tqdm(total=total, unit="notebook", disable=not (progress and bars)) as bar:
+        for outcome in outcomes:
+            found.append(outcome)
+            bar.update()
+            if progress and not bars:
+                end = outcome.error or "ok"
+                print(f"{outcome.name}: {end}, {outcome.seconds:.0f} s", file=sys.stderr)
+    return found
+
+
+def _in_processes(
+    function: Callable[..., Outcome], calls: Sequence[Sequence[object]], jobs: int
+) -> Iterator[Outcome]:
+    """The outcomes of calls as they end, each in a process: papermill changes the working folder.
+
+    Whatever stops the wait, no process and no kernel is left.
+    """
+    pool = ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("fork"), initializer=_prepare, initargs=(jobs,)
+    )
+    with pool:
+        futures = [pool.submit(function, *call) for call in calls]
         try:
-            outcomes = []
-            for future in futures:
-                outcomes.append(future.result())
-                bar.update()
+            for future in as_completed(futures):
+                yield future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            # Kernels run in sessions of their own, which Ctrl-C does not reach.
+            # Kernels run in sessions of their own, which no signal reaches.
             while not all(future.done() for future in futures):
                 for child in psutil.Process().children(recursive=True):
-                    child.kill()
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        child.kill()
                 time.sleep(0.1)
             raise
-    return outcomes
 
 
-def _share_cores(jobs: int) -> None:
-    """Kernels that each start a thread per core would wait for one another's barriers."""
+def _prepare(jobs: int) -> None:
+    """Of a process that executes notebooks: the parent alone takes the signals that stop it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    logging.getLogger("papermill").setLevel(logging.ERROR)
     if jobs > 1:
+        # Kernels that each start a thread per core would wait for one another's barriers.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
 
 
@@ -174,13 +279,15 @@ def _run_one(
     out: Path,
     figures: Path,
     staging: Path,
-    position: int,
-    progress: bool,
+    position: int | None,
 ) -> Outcome:
+    """Execute one notebook, with a progress bar at that position of the terminal, if any."""
     output, staged = out / notebook.name, staging / notebook.stem
     staged.mkdir()
     start, error = time.perf_counter(), None
-    bar = {"position": position, "leave": False, "desc": notebook.stem} if progress else False
+    bar: object = False
+    if position is not None:
+        bar = {"position": position, "leave": False, "desc": notebook.stem}
     try:
         papermill.execute_notebook(
             str(notebook),
@@ -188,6 +295,7 @@ def _run_one(
             parameters={"figures": str(staged.resolve()), **parameters},
             cwd=str(notebook.parent),
             kernel_name="python3",
+            language="python",
             execution_timeout=CELL_TIMEOUT,
             progress_bar=bar,
             extra_arguments=QUIET,
@@ -202,14 +310,12 @@ def _run_one(
     return Outcome(notebook.stem, output, time.perf_counter() - start, error)
 
 
-def refresh(notebook: Path) -> None:
+def refresh(notebook: Path) -> Outcome:
     """Execute a notebook at its own parameters and keep the outputs in it, if it succeeds.
 
     Progress bars are left out, so that a stored notebook shows results alone.
-
-    Raises:
-        nbclient.exceptions.CellExecutionError: a cell failed; the notebook is unchanged.
     """
+    start, error = time.perf_counter(), None
     content = nbformat.read(notebook, as_version=4)
     client = NotebookClient(
         content,
@@ -219,7 +325,19 @@ def refresh(notebook: Path) -> None:
         extra_arguments=QUIET,
         resources={"metadata": {"path": str(notebook.parent)}},
     )
-    client.execute()
+    try:
+        client.execute()
+        _keep(content, notebook)
+    except CellExecutionError as failure:
+        number = sum(cell.get("execution_count") is not None for cell in content.cells)
+        error = f"cell {number}: {failure.ename}: {failure.evalue}"
+    except Exception as failure:  # noqa: BLE001 - a dead kernel, a full disk: named, others go on
+        error = f"{type(failure).__name__}: {failure}"
+    return Outcome(notebook.stem, notebook, time.perf_counter() - start, error)
+
+
+def _keep(content: nbformat.NotebookNode, notebook: Path) -> None:
+    """Put an executed notebook in the place of the old one, without what changes at every run."""
     for cell in content.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
@@ -252,8 +370,9 @@ def report(outcomes: Sequence[Outcome]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line, ``python -m svdlib``; returns the exit status."""
-    import argparse
-
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that knows no σ shows \u03c3
+            stream.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(prog="python -m svdlib")
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run", help="execute notebooks and rebuild their figures")
@@ -266,24 +385,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runner.add_argument("--figures", type=Path, default=Path("figures"), help="figures (figures)")
     fresh = commands.add_parser("refresh", help="execute notebooks in place, for committing")
     fresh.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="01_baseline …; all")
-    options = parser.parse_args(arguments)
+    rest, given = _parameters(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(rest)
+    previous = signal.signal(signal.SIGTERM, _stop)
     try:
         if options.command == "refresh":
-            for notebook in tqdm(find(options.notebooks), unit="notebook"):
-                refresh(notebook)
-            return 0
-        outcomes = run(
-            options.notebooks,
-            dict(options.parameter),
-            jobs=options.jobs,
-            out=options.out,
-            figures=options.figures,
-        )
+            calls = [[notebook] for notebook in find(options.notebooks)]
+            outcomes = _shown(_in_processes(refresh, calls, 1), len(calls), progress=True)
+        else:
+            outcomes = run(
+                options.notebooks,
+                given,
+                jobs=options.jobs,
+                out=options.out,
+                figures=options.figures,
+            )
     except ValueError as error:
         print(f"svdlib: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("svdlib: stopped; the kernels are stopped too", file=sys.stderr)
-        return 130
+        return 128 + int(stop.args[0] if stop.args else signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     print(report(outcomes))
     return int(any(outcome.error for outcome in outcomes))
+
+
+def _parameters(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The arguments without each complete ``-p NAME VALUE``, and these: a value may be ``-1e-3``.
+
+    >>> _parameters(["run", "-p", "rate", "-1e-3", "--jobs", "2"])
+    (['run', '--jobs', '2'], {'rate': '-1e-3'})
+    """
+    rest, given = [], {}
+    left = list(arguments)
+    while left:
+        if left[0] in ("-p", "--parameter") and len(left) >= 3:
+            _, name, value, *left = left
+            given[name] = value
+        else:
+            rest.append(left.pop(0))
+    return rest, given
+
+
+def _stop(number: int, frame: object) -> None:
+    raise KeyboardInterrupt(number)

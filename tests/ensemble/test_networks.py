@@ -8,6 +8,8 @@ from torch import nn
 import svdlib
 from svdlib.ensemble.networks import Layer, perceptron
 
+# Tolerances: torch.testing's own, or in float64 ten times the worst seen.
+
 widths = st.lists(st.integers(1, 9), min_size=2, max_size=5)
 
 

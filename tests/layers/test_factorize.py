@@ -12,6 +12,8 @@ from torch import nn
 import svdlib
 from svdlib.layers.kinds import low_rank_layers, matrix_layers
 
+# Tolerances: torch.testing's own, or ten times the worst seen on kernels with and without AVX.
+
 
 def perceptron(seed=0):
     torch.manual_seed(seed)

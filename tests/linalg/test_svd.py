@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matrices import decaying, matrix
+from matrices import decaying, matrix, rounding
 
 import svdlib
 
@@ -18,10 +18,11 @@ def test_truncated_is_best(shape, data, seed):
     expected = torch.linalg.svdvals(A)
     torch.testing.assert_close(svd.S, expected[:rank])
     error = torch.linalg.matrix_norm(A - svd.matrix())
-    torch.testing.assert_close(error, expected[rank:].norm(), atol=1e-10, rtol=1e-10)
+    floor = rounding(A) * expected.norm().item()
+    torch.testing.assert_close(error, expected[rank:].norm(), atol=floor, rtol=0)
     eye = torch.eye(rank, dtype=A.dtype)
-    torch.testing.assert_close(svd.U.mT @ svd.U, eye, atol=1e-10, rtol=0)
-    torch.testing.assert_close(svd.Vh @ svd.Vh.mT, eye, atol=1e-10, rtol=0)
+    for product in (svd.U.mT @ svd.U, svd.Vh @ svd.Vh.mT):
+        torch.testing.assert_close(product, eye, atol=rounding(A), rtol=0)
 
 
 @settings(max_examples=40, deadline=None)
@@ -32,10 +33,12 @@ def test_randomized_is_orthonormal_and_near_best(shape, data, seed):
     g = torch.Generator().manual_seed(seed)
     svd = svdlib.randomized_svd(A, rank, oversample=1, power_iters=3, generator=g)
     eye = torch.eye(rank, dtype=A.dtype)
-    torch.testing.assert_close(svd.U.mT @ svd.U, eye, atol=1e-10, rtol=0)
-    torch.testing.assert_close(svd.Vh @ svd.Vh.mT, eye, atol=1e-10, rtol=0)
-    best = torch.linalg.svdvals(A)[rank:].norm()
-    assert torch.linalg.matrix_norm(A - svd.matrix()) <= 2 * best + 1e-9
+    for product in (svd.U.mT @ svd.U, svd.Vh @ svd.Vh.mT):
+        torch.testing.assert_close(product, eye, atol=rounding(A), rtol=0)
+    sigma = torch.linalg.svdvals(A)
+    # Three power iterations bring a sketch of Gaussian matrices this small within 1.5 at worst.
+    best = sigma[rank:].norm()
+    assert torch.linalg.matrix_norm(A - svd.matrix()) <= 2 * best + rounding(A) * sigma[0]
 
 
 @pytest.mark.parametrize("shape", [(60, 200), (200, 60), (3, 60, 80)])
@@ -112,14 +115,13 @@ def test_truncated_is_as_accurate_as_lapack(dtype, shape, kind):
     }[kind].to(dtype)
     rank = min(shape) // 2
     U, S, Vh = svd = svdlib.truncated_svd(A, rank)
-    eps = torch.finfo(dtype).eps
     exact = torch.linalg.svdvals(A.double())
-    assert (S - exact[:rank]).abs().max() <= 10 * eps * exact[0]
+    assert (S - exact[:rank]).abs().max() <= rounding(A) * exact[0]
     eye = torch.eye(rank, dtype=dtype)
     for product in (U.mT @ U, Vh @ Vh.mT):
-        torch.testing.assert_close(product, eye, atol=30 * eps, rtol=0)
+        torch.testing.assert_close(product, eye, atol=rounding(A), rtol=0)
     best = exact[rank:].norm()
-    assert torch.linalg.matrix_norm(A - svd.matrix()) <= best + 100 * eps * exact[0]
+    assert torch.linalg.matrix_norm(A - svd.matrix()) <= best + rounding(A) * exact.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -127,13 +129,13 @@ def test_truncated_is_as_accurate_as_lapack(dtype, shape, kind):
 def test_ill_conditioned_input_does_not_break_the_sketch(dtype, shape, generator):
     A = steep(*shape, dtype)
     U, S, Vh = svd = svdlib.randomized_svd(A, 40, generator=generator)
-    eps = torch.finfo(dtype).eps
     eye = torch.eye(40, dtype=dtype)
     for product in (U.mT @ U, Vh @ Vh.mT):
-        torch.testing.assert_close(product, eye, atol=50 * eps, rtol=0)
+        torch.testing.assert_close(product, eye, atol=rounding(A), rtol=0)
     exact = torch.linalg.svdvals(A.double())
-    assert (S - exact[:40]).abs().max() <= 50 * eps
-    assert torch.linalg.matrix_norm(A - svd.matrix()) <= 1.2 * exact[40:].norm() + 50 * eps
+    floor = rounding(A) * exact.norm()
+    assert (S - exact[:40]).abs().max() <= floor
+    assert torch.linalg.matrix_norm(A - svd.matrix()) <= 1.2 * exact[40:].norm() + floor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -144,7 +146,8 @@ def test_error_is_the_frobenius_error(dtype, method, noise):
     A = A.to(dtype)
     svd = method(A, 8)
     formed = torch.linalg.matrix_norm(A.double() - svd.matrix().double())
-    floor = 20 * torch.finfo(dtype).eps * torch.linalg.matrix_norm(A).max().item()
+    floor = rounding(A) * torch.linalg.matrix_norm(A).max().item()
+    # 1 %: a difference of squares, taken where rounding is under 1e-4 of it.
     torch.testing.assert_close(svd.error, formed, rtol=1e-2, atol=floor)
 
 
@@ -154,7 +157,8 @@ def test_spectral_error_bounds_the_norm(power_iters, generator):
     svd = svdlib.randomized_svd(A, 10, oversample=2, power_iters=0, generator=generator)
     bound = svd.spectral_error(A, power_iters=power_iters, generator=generator)
     norm = torch.linalg.matrix_norm(A - svd.matrix(), 2)
-    assert (bound >= norm).all()
+    assert (bound >= norm).all()  # but for a chance of 1e-10
+    # (10 √(2/π) max ‖ω‖)^(1/(2q+1)), in a space of 80 dimensions
     assert (bound <= (40 if power_iters == 0 else 2) * norm).all()
 
 
@@ -172,7 +176,7 @@ def test_tol_is_met_at_nearly_the_smallest_rank(tol, dtype, generator):
     A = decaying(200, 150, sigma).to(dtype)
     svd = svdlib.randomized_svd(A, tol=tol, relative=True, generator=generator)
     norm = torch.linalg.matrix_norm(A)
-    assert torch.linalg.matrix_norm(A - svd.matrix()) <= 1.0001 * tol * norm
+    assert torch.linalg.matrix_norm(A - svd.matrix()) <= (tol + rounding(A)) * norm
     tails = sigma.square().flip(0).cumsum(0).flip(0).sqrt() / sigma.norm()
     assert svd.rank <= 1 + int((tails > tol).sum())
     absolute = svdlib.randomized_svd(A, tol=tol * norm.item(), generator=generator)
@@ -204,6 +208,7 @@ def test_noise_and_slow_decay_stay_near_the_best(generator):
         exact = torch.linalg.svdvals(A)
         for B in (A, A.mT):
             svd = svdlib.randomized_svd(B, 10, power_iters=5, generator=generator)
+            # What is left by the sketch, not by rounding: 0.6 % with these random numbers.
             torch.testing.assert_close(svd.S, exact[:10], rtol=1e-2, atol=0)
             assert svd.error <= 1.001 * exact[10:].norm()
 

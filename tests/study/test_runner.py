@@ -96,8 +96,8 @@ def test_values_take_the_declared_type(folder, name, text, value):
     [
         (["absent"], "no notebook 'absent'; known: good"),
         (["-p", "seed", "3"], "good has no parameter 'seed'; known: seeds, rate"),
-        (["-p", "seeds", "many"], "parameter 'seeds' must be a int, not 'many'"),
-        (["-p", "seeds", "1.5"], "must be a int"),
+        (["-p", "seeds", "many"], "parameter 'seeds' must be an int, not 'many'"),
+        (["-p", "seeds", "1.5"], "must be an int"),
         (["-p", "flag", "1"], "must be a bool"),
         (["-p", "sizes", "(1"], "must be a list"),
         (["--jobs", "0"], "jobs must be at least 1"),
@@ -118,31 +118,117 @@ def test_no_notebooks(folder):
         runner.find()
 
 
-def test_refresh_executes_in_place_or_not_at_all(folder):
-    import svdlib.study.runner
-
+def test_refresh_executes_in_place_or_not_at_all(folder, capsys):
     good = write(folder, "good", "print(seeds); import sys; print('bar', file=sys.stderr)")
-    svdlib.runner.refresh(good)
+    assert runner.main(["refresh", "good"]) == 0
     cell = nbformat.read(good, as_version=4).cells[-1]
     assert [output.text for output in cell.outputs] == ["2\n"]
     bad = write(folder, "bad", "1 / 0")
     before = bad.read_bytes()
-    with pytest.raises(Exception, match="ZeroDivisionError"):
-        svdlib.runner.refresh(bad)
+    capsys.readouterr()
+    assert runner.main(["refresh", "bad"]) == 1
+    assert "bad: cell 2: ZeroDivisionError: division by zero" in capsys.readouterr().err
     assert bad.read_bytes() == before
     assert not list(folder.glob("*.part"))
 
 
-def test_interrupt_stops_the_kernels(folder):
-    write(folder, "slow", "open('started', 'w').close(); import time; time.sleep(600)")
-    process = subprocess.Popen([sys.executable, "-m", "svdlib", "run"], stderr=subprocess.PIPE)
+@pytest.mark.parametrize("command", ["run", "refresh"])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_the_kernels(folder, command, number, status):
+    slow = write(folder, "slow", "open('started', 'w').close(); import time; time.sleep(600)")
+    before = slow.read_bytes()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "svdlib", command, "slow"], stderr=subprocess.PIPE
+    )
     for _ in range(600):
         if (folder / "started").exists():
             break
         time.sleep(0.1)
     kernels = psutil.Process(process.pid).children(recursive=True)
     assert kernels
-    os.kill(process.pid, signal.SIGINT)
-    assert process.wait(timeout=30) == 130
+    os.kill(process.pid, number)
+    assert process.wait(timeout=30) == status
+    assert process.stderr.read().decode() == "svdlib: stopped; the kernels are stopped too\n"
     assert psutil.wait_procs(kernels, timeout=10)[1] == []
-    assert not Path("figures").exists() or not list(Path("figures").iterdir())
+    assert slow.read_bytes() == before
+    assert not list(Path().glob("figures/*")) and not list(Path().glob("runs/figures-*"))
+
+
+def test_a_notebook_is_run_once_and_one_name_means_one_file(folder, tmp_path):
+    good = write(folder, "good", DRAW)
+    assert runner.find(["good", str(good), "good.ipynb"]) == [Path("notebooks/good.ipynb")]
+    (tmp_path / "other").mkdir()
+    other = write(tmp_path / "other", "good", DRAW)
+    with pytest.raises(ValueError, match="have one name; run them one after the other"):
+        runner.find(["good", str(other)])
+
+
+def test_values_may_begin_with_a_dash(folder):
+    write(folder, "good", "open(f'{figures}/out', 'w').write(f'{rate} {dataset}')")
+    assert runner.main(["run", "-p", "rate", "-1e-3", "--parameter", "dataset", "-x"]) == 0
+    assert Path("figures/out").read_text() == "-0.001 -x"
+
+
+OWN = """
+n = 3
+s: str = "a=b"  # with a sign
+x: str | None = None
+y: Optional[int] = None
+z: "float" = 1.0
+thing: Path = Path("here")
+""".strip()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("n", "7", 7),
+        ("s", "c=d", "c=d"),
+        ("x", "here", "here"),
+        ("x", "None", None),
+        ("y", "4", 4),
+        ("z", "2", 2.0),
+        ("thing", "there", "there"),
+    ],
+)
+def test_a_notebook_of_one_s_own(folder, name, text, value):
+    cells = [new_code_cell(OWN, metadata={"tags": ["parameters"]})]
+    nbformat.write(new_notebook(cells=cells), folder / "own.ipynb")
+    assert runner.parse(folder / "own.ipynb", {name: text}) == {name: value}
+    with pytest.raises(ValueError, match="parameter 'y' must be None or an int, not 'many'"):
+        runner.parse(folder / "own.ipynb", {"y": "many"})
+
+
+def test_a_notebook_without_a_kernelspec_runs(folder):
+    cells = [
+        new_code_cell("n = 3\nfigures = ''", metadata={"tags": ["parameters"]}),
+        new_code_cell("open(f'{figures}/out', 'w').write(str(n))"),
+    ]
+    nbformat.write(new_notebook(cells=cells), folder / "bare.ipynb")
+    (outcome,) = runner.run(given={"n": "4"}, progress=False)
+    assert outcome.error is None and Path("figures/out").read_text() == "4"
+
+
+@pytest.mark.parametrize("content", ["{}", "", "[1]", '{"cells": 3}', "\x00\xff"])
+def test_what_is_no_notebook_is_said_to_be_none(folder, capsys, content):
+    (folder / "bad.ipynb").write_bytes(content.encode("latin1"))
+    assert runner.main(["run"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("svdlib: notebooks/bad.ipynb") and len(told.splitlines()) == 1
+
+
+def test_elsewhere_than_in_a_terminal_a_notebook_has_a_line(folder):
+    write(folder, "one", "print(1)")
+    write(folder, "two", "raise ValueError('σ is not positive')")
+    run = subprocess.run(
+        [sys.executable, "-m", "svdlib", "run"],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        check=False,
+    )
+    assert run.returncode == 1
+    lines = run.stderr.decode("ascii").splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        "one: ok",
+        "two: cell 3: ValueError: \\u03c3 is not positive",
+    ]

@@ -3,6 +3,8 @@ from matrices import decaying
 
 from svdlib.study import theory
 
+# Tolerances: torch.testing's own, in float64; the bounds are those of theory.
+
 
 def test_errors_are_those_of_the_residual(generator):
     """Against the singular values of A − Q Qᵀ A formed in full, for the same draws."""

@@ -1,0 +1,22 @@
+import numpy as np
+import pytest
+
+from svdlib.study.claims import claims_table
+from svdlib.study.statistics import interval
+
+
+def test_a_row_a_claim_with_what_was_measured():
+    table = claims_table(
+        {
+            "an interval": (interval([1.0, 2.0, 3.0]), np.bool_(True)),
+            "a number": (0.012345, False),
+            "a text": ("3 of 4", True),
+        }
+    )
+    assert table.measured.tolist() == ["2.00 [-0.48, 4.48]", "0.0123", "3 of 4"]
+    assert table.holds.tolist() == [True, False, True] and table.holds.dtype == bool
+
+
+def test_a_claim_needs_both_parts():
+    with pytest.raises(TypeError):
+        claims_table({"nothing measured": True})
