@@ -76,12 +76,13 @@ def test_imports_go_one_way():
         if place in ("__init__", "__main__"):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in getattr(node, "names", [])]
-            if isinstance(node, ast.ImportFrom) and node.module == "svdlib":
-                names = [f"svdlib.{name}" for name in names]
+            if isinstance(node, ast.ImportFrom) and node.module != "svdlib":
+                names = [str(node.module)]
             elif isinstance(node, ast.ImportFrom):
-                names = [node.module]
-            elif not isinstance(node, ast.Import):
+                names = [f"svdlib.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
                 continue
             for name in names:
                 if name.startswith("svdlib."):

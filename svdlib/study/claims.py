@@ -26,6 +26,6 @@ def claims_table(claims: Mapping[str, tuple[object, object]]) -> pd.DataFrame:
 
 
 def _told(measured: object) -> str:
-    if isinstance(measured, pd.Series | dict):
+    if isinstance(measured, pd.Series):
         return f"{measured['mean']:.2f} [{measured['low']:.2f}, {measured['high']:.2f}]"
     return f"{measured:.3g}" if isinstance(measured, float) else str(measured)

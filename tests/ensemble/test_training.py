@@ -340,6 +340,23 @@ def test_tail_lowers_ranks_while_it_trains_and_networks_stay_usable(blobs):
     nets(blobs.test_x).sum().backward()  # no tensor is left in inference mode
 
 
+def test_a_cut_starts_adam_anew(blobs):
+    """The cut gives the factors new coordinates: two epochs in one call, or in two, are the same."""
+    settings = {"optimizer": "adam", "lr": 0.01, "tail": 0.1, "progress": False}
+    once, twice = (factorized((12, 10, 10, 3), {"0": 5, "2": 4}) for _ in range(2))
+    svdlib.train(once, blobs, epochs=2, **settings)
+    for _ in range(2):
+        svdlib.train(twice, blobs, epochs=1, **settings)
+    assert once.ranks == twice.ranks
+    assert all(map(torch.equal, once.parameters(), twice.parameters()))
+    dense = [svdlib.MLPEnsemble((12, 8, 3), device="cpu") for _ in range(2)]
+    settings.pop("tail")
+    svdlib.train(dense[0], blobs, epochs=2, **settings)
+    for _ in range(2):
+        svdlib.train(dense[1], blobs, epochs=1, **settings)
+    assert not torch.equal(dense[0].weights[0], dense[1].weights[0]), "without a cut it goes on"
+
+
 def test_validation_keeps_each_network_s_best_epoch(blobs):
     labels = torch.randint(3, (200,), generator=torch.Generator().manual_seed(0))
     noise = replace(blobs, train_y=labels)  # nothing to learn: the error goes up and down

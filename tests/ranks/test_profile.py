@@ -6,59 +6,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from modules import network
 from torch import nn
 
 import svdlib
 
 # Tolerances: ten times the worst seen, on kernels with and without AVX. Losses are near one.
-
-
-def network(kind: str) -> nn.Module:
-    torch.manual_seed(0)
-    if kind == "tanh":
-        return nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 7, bias=False), nn.GELU(),
-                             nn.Linear(7, 3))  # fmt: skip
-    if kind == "in-place relu":
-        return nn.Sequential(nn.Linear(12, 9), nn.ReLU(inplace=True), nn.Linear(9, 3))
-    if kind == "convolutions":
-        return nn.Sequential(
-            nn.Unflatten(1, (1, 3, 4)), nn.Conv2d(1, 5, 2, padding=1), nn.BatchNorm2d(5), nn.ReLU(),
-            nn.Conv2d(5, 4, 3, stride=2), nn.Flatten(), nn.Dropout(0.5), nn.LazyLinear(3),
-        )  # fmt: skip
-    if kind == "groups":
-        return nn.Sequential(
-            nn.Unflatten(1, (2, 2, 3)), nn.Conv2d(2, 4, 2, groups=2), nn.Flatten(), nn.Linear(8, 3)
-        )
-    if kind == "tied":
-        shared = nn.Linear(12, 12)
-        return nn.Sequential(shared, nn.Tanh(), shared, nn.Linear(12, 3))
-    if kind == "hooked":
-        model = nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 3))
-        model[0].register_forward_hook(lambda layer, inputs, output: output * 2)
-        return model
-
-    class Tokens(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed, self.out = nn.Linear(4, 8), nn.Linear(8, 3)
-            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-
-        def forward(self, x):
-            x = self.embed(x.view(-1, 3, 4)).relu_()
-            return self.out(self.attention(x, x, x)[0].mean(1))
-
-    if kind == "tokens":
-        return Tokens()
-
-    class Residual(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner, self.out = nn.Linear(12, 12), nn.Linear(12, 3)
-
-        def forward(self, x):
-            return self.out(x + torch.relu(self.inner(x)))
-
-    return Residual()
 
 
 KINDS = ["tanh", "in-place relu", "convolutions", "groups", "tied", "residual", "hooked", "tokens"]
@@ -137,49 +90,6 @@ def test_trained_network(mnist):
         assert row.loss == pytest.approx(losses.mean().item(), rel=1e-5)
 
 
-def test_verified_ranks_are_those_of_the_projected_model():
-    model, x, y = network("convolutions"), torch.rand(30, 12), torch.arange(30) % 3
-    model(x)
-    model.eval()
-    ranks = {"1": 2, "4": 3, "7": 1}
-    verified = svdlib.verify_ranks(model, ranks, x, y)
-    reduced = svdlib.project_(copy.deepcopy(model), ranks)
-    with torch.no_grad():
-        z, full = reduced(x), model(x)
-    assert verified["loss"] == pytest.approx(F.cross_entropy(z, y).item(), rel=1e-5)
-    increase = F.cross_entropy(z, y) - F.cross_entropy(full, y)
-    assert verified["increase"] == pytest.approx(increase.item(), abs=1e-6)
-    assert verified["accuracy"] == pytest.approx(100 * (z.argmax(1) == y).double().mean().item())
-    errors = (z.argmax(1) != y).double().mean() - (full.argmax(1) != y).double().mean()
-    assert verified["error_increase"] == pytest.approx(100 * errors.item(), abs=1e-5)
-    dense = sum(p.numel() for p in model.parameters())
-    shapes = [model[int(name)].weight.flatten(1).shape for name in ranks]
-    saved = sum(
-        m * n - min(r * (m + n), m * n) for r, (m, n) in zip(ranks.values(), shapes, strict=True)
-    )
-    assert verified["parameters"] == dense - saved
-
-
-@pytest.fixture(scope="module")
-def trained(mnist):
-    nets = svdlib.MLPEnsemble((784, 40, 40, 10), seeds=(0,), device="cpu")
-    svdlib.train(nets, mnist.head(12800, 100), epochs=3, lr=0.1, progress=False)
-    return nets[0], mnist.train_x[-1000:], mnist.train_y[-1000:]
-
-
-@pytest.mark.parametrize("tolerance", [0.0, 0.01, 0.1])
-@pytest.mark.parametrize("start", [1, 40])
-def test_refined_ranks_meet_the_tolerance(trained, tolerance, start):
-    ranks = svdlib.refine_ranks(*trained, {"0": start, "2": start}, tolerance=tolerance)
-    model, x, y = trained
-    verified = svdlib.verify_ranks(model, ranks, x, y)
-    assert verified["increase"] <= tolerance + 1e-5
-    for name, rank in ranks.items():  # no single rank can still be lowered
-        if rank > 1:
-            fewer = svdlib.verify_ranks(model, {**ranks, name: rank - 1}, x, y)
-            assert fewer["increase"] > tolerance
-
-
 def test_search_finds_the_ranks_of_the_whole_profile(trained):
     profile = svdlib.loss_profile(*trained, progress=False)
     found = svdlib.search_ranks(*trained, lambda rows: rows.increase <= rows.se)
@@ -219,9 +129,3 @@ def test_bad_input():
     broken = copy.deepcopy(model)
     broken[4].weight.data[0, 0] = torch.nan
     refused("NaN", model=broken)
-    with pytest.raises(ValueError, match="tolerance must be at least 0"):
-        svdlib.refine_ranks(model, x, y, {"0": 2}, tolerance=-1)
-    with pytest.raises(ValueError, match="unknown layer 'x'"):
-        svdlib.verify_ranks(model, {"x": 2}, x, y)
-    with pytest.raises(ValueError, match="rank 9 at most, not 10"):
-        svdlib.verify_ranks(model, {"0": 10}, x, y)

@@ -1,0 +1,56 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from modules import network
+
+import svdlib
+
+# Tolerances: ten times the worst seen, on kernels with and without AVX. Losses are near one.
+
+
+def test_verified_ranks_are_those_of_the_projected_model():
+    model, x, y = network("convolutions"), torch.rand(30, 12), torch.arange(30) % 3
+    model(x)
+    model.eval()
+    ranks = {"1": 2, "4": 3, "7": 1}
+    verified = svdlib.verify_ranks(model, ranks, x, y)
+    reduced = svdlib.project_(copy.deepcopy(model), ranks)
+    with torch.no_grad():
+        z, full = reduced(x), model(x)
+    assert verified["loss"] == pytest.approx(F.cross_entropy(z, y).item(), rel=1e-5)
+    increase = F.cross_entropy(z, y) - F.cross_entropy(full, y)
+    assert verified["increase"] == pytest.approx(increase.item(), abs=1e-6)
+    assert verified["accuracy"] == pytest.approx(100 * (z.argmax(1) == y).double().mean().item())
+    errors = (z.argmax(1) != y).double().mean() - (full.argmax(1) != y).double().mean()
+    assert verified["error_increase"] == pytest.approx(100 * errors.item(), abs=1e-5)
+    dense = sum(p.numel() for p in model.parameters())
+    shapes = [model[int(name)].weight.flatten(1).shape for name in ranks]
+    saved = sum(
+        m * n - min(r * (m + n), m * n) for r, (m, n) in zip(ranks.values(), shapes, strict=True)
+    )
+    assert verified["parameters"] == dense - saved
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.01, 0.1])
+@pytest.mark.parametrize("start", [1, 40])
+def test_refined_ranks_meet_the_tolerance(trained, tolerance, start):
+    ranks = svdlib.refine_ranks(*trained, {"0": start, "2": start}, tolerance=tolerance)
+    model, x, y = trained
+    verified = svdlib.verify_ranks(model, ranks, x, y)
+    assert verified["increase"] <= tolerance + 1e-5
+    for name, rank in ranks.items():  # no single rank can still be lowered
+        if rank > 1:
+            fewer = svdlib.verify_ranks(model, {**ranks, name: rank - 1}, x, y)
+            assert fewer["increase"] > tolerance
+
+
+def test_bad_input():
+    model, x, y = network("tanh"), torch.rand(9, 12), torch.arange(9) % 3
+    with pytest.raises(ValueError, match="tolerance must be at least 0"):
+        svdlib.refine_ranks(model, x, y, {"0": 2}, tolerance=-1)
+    with pytest.raises(ValueError, match="unknown layer 'x'"):
+        svdlib.verify_ranks(model, {"x": 2}, x, y)
+    with pytest.raises(ValueError, match="rank 9 at most, not 10"):
+        svdlib.verify_ranks(model, {"0": 10}, x, y)
