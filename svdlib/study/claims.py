@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import pandas as pd
 
 
@@ -28,4 +29,4 @@ def claims_table(claims: Mapping[str, tuple[object, object]]) -> pd.DataFrame:
 def _told(measured: object) -> str:
     if isinstance(measured, pd.Series):
         return f"{measured['mean']:.2f} [{measured['low']:.2f}, {measured['high']:.2f}]"
-    return f"{measured:.3g}" if isinstance(measured, float) else str(measured)
+    return f"{measured:.3g}" if isinstance(measured, float | np.floating) else str(measured)

@@ -9,7 +9,7 @@ def test_a_row_a_claim_with_what_was_measured():
     table = claims_table(
         {
             "an interval": (interval([1.0, 2.0, 3.0]), np.bool_(True)),
-            "a number": (0.012345, False),
+            "a number": (np.float32(0.012345), False),
             "a text": ("3 of 4", True),
         }
     )
