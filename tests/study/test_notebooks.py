@@ -6,7 +6,7 @@ import pytest
 
 from svdlib.study import runner
 
-FOLDER = Path(__file__).parents[1] / "notebooks"
+FOLDER = Path(__file__).parents[2] / "notebooks"
 
 SMALL = {
     "01_baseline": {"seeds": "3", "epochs": "2"},
