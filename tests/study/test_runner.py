@@ -138,7 +138,10 @@ def test_a_signal_stops_the_kernels(folder, command, number, status):
     slow = write(folder, "slow", "open('started', 'w').close(); import time; time.sleep(600)")
     before = slow.read_bytes()
     process = subprocess.Popen(
-        [sys.executable, "-m", "svdlib", command, "slow"], stderr=subprocess.PIPE
+        [sys.executable, "-m", "svdlib", command, "slow"],
+        stderr=subprocess.PIPE,
+        # A shell that puts make into the background has children ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     for _ in range(600):
         if (folder / "started").exists():
