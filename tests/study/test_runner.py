@@ -137,11 +137,11 @@ def test_refresh_executes_in_place_or_not_at_all(folder, capsys):
 def test_a_signal_stops_the_kernels(folder, command, number, status):
     slow = write(folder, "slow", "open('started', 'w').close(); import time; time.sleep(600)")
     before = slow.read_bytes()
+    # A shell that puts make into the background has its children ignore Ctrl-C.
+    heed = "import signal as s, runpy; s.signal(s.SIGINT, s.default_int_handler); "
+    code = heed + "runpy.run_module('svdlib', run_name='__main__')"
     process = subprocess.Popen(
-        [sys.executable, "-m", "svdlib", command, "slow"],
-        stderr=subprocess.PIPE,
-        # A shell that puts make into the background has children ignore Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        [sys.executable, "-c", code, command, "slow"], stderr=subprocess.PIPE
     )
     for _ in range(600):
         if (folder / "started").exists():
