@@ -151,6 +151,7 @@ class MLPEnsemble(nn.Module):
     """
 
     layers: Sequence[Layer]
+    seeds: tuple[int, ...] | None
 
     def __init__(
         self,
@@ -170,7 +171,8 @@ class MLPEnsemble(nn.Module):
                 torch.manual_seed(seed)
                 modules.append(perceptron(sizes))
         super().__init__()
-        self._stack(modules, seeds)
+        self.seeds = seeds
+        self.restack_(modules)
         self.to(checks.device(device))
 
     @classmethod
@@ -210,13 +212,16 @@ class MLPEnsemble(nn.Module):
             raise ValueError(f"the modules must have one shape, not {sorted(set(shapes))}")
         ensemble = cls.__new__(cls)
         nn.Module.__init__(ensemble)
-        ensemble._stack(modules, None if seeds is None else tuple(seeds))
+        ensemble.seeds = None if seeds is None else tuple(seeds)
+        if ensemble.seeds is not None and len(ensemble.seeds) != len(modules):
+            raise ValueError(
+                f"{len(modules)} modules need {len(modules)} seeds, not {len(ensemble.seeds)}"
+            )
+        ensemble.restack_(modules)
         return ensemble
 
-    def _stack(self, modules: Sequence[nn.Sequential], seeds: tuple[int, ...] | None) -> None:
-        if seeds is not None and len(seeds) != len(modules):
-            raise ValueError(f"{len(modules)} modules need as many seeds, not {len(seeds)}")
-        self.seeds = seeds
+    def restack_(self, modules: Sequence[nn.Sequential]) -> None:
+        """Hold copies of these perceptrons instead, as many as there were, of the same shape."""
         stacks = zip(*(_linears(module) for module in modules), strict=True)
         self.layers = nn.ModuleList(Layer.of(linears) for linears in stacks)  # type: ignore[assignment]
 
@@ -264,14 +269,6 @@ class MLPEnsemble(nn.Module):
         for layer in self.layers:
             if layer.ranks is not None:
                 layer.cut_(tail)
-
-    def restack_(self, modules: Sequence[nn.Sequential]) -> None:
-        """Take over other networks of the same shape, as many as there are.
-
-        >>> nets = MLPEnsemble((4, 3, 2), device="cpu")
-        >>> nets.restack_([perceptron((4, 3, 2))])
-        """
-        self._stack(modules, self.seeds)
 
     @property
     def device(self) -> torch.device:

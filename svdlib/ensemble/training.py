@@ -121,7 +121,7 @@ def train(
                     order = generator if shuffle else None
                     batches = _batches(data.train_x, labels, batch_size, order)
                 done = range((epoch - 1) * steps, epoch * steps)
-                rates = [_rate(schedule, lr, step, epochs * steps) for step in done]
+                rates = [_rate(schedule, lr, number, epochs * steps) for number in done]
                 _epoch(step, groups, batches, rates, losses, epoch, generator, bar)
                 if tail is not None:
                     # Tensors made in inference mode could never be trained elsewhere.
@@ -234,13 +234,13 @@ def _check_validation(nets: MLPEnsemble, x: Tensor, y: Tensor) -> None:
         )
 
 
-def _check_losses(losses: Tensor, step_of: Step, epoch: int) -> None:
+def _check_losses(losses: Tensor, step: Step, epoch: int) -> None:
     recent = losses if losses.is_cuda else losses[-1]
     if math.isfinite(recent.sum().item()):
         return
-    step, network = (~losses.isfinite()).nonzero()[0].tolist()
-    when = f"at step {step + 1} of epoch {epoch}"
-    _check_weights(step_of, when)
+    number, network = (~losses.isfinite()).nonzero()[0].tolist()
+    when = f"at step {number + 1} of epoch {epoch}"
+    _check_weights(step, when)
     raise FloatingPointError(
         f"network {network} has an infinite or NaN loss {when}, its weights being finite; "
         "a smaller learning rate may help"

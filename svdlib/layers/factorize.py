@@ -79,8 +79,6 @@ def factorize(
     """
     named = ranks if isinstance(ranks, Mapping) else None
     layers, left = choose(model, named, "factorize", twin=True)
-    small = copy.deepcopy(model)
-    layers = {name: layer for name, layer in matrix_layers(small).items() if name in layers}
     chosen: dict[str, int] = {}
     for name, rank in _ranks(layers, ranks).items():
         m, n = matrix(layers[name]).shape
@@ -90,10 +88,10 @@ def factorize(
             continue
         checks.finite(layers[name].weight, f"the weight of layer {name!r}")
         chosen[name] = rank
-    warn_of(left)
-    inputs = {}
-    if calibration is not None:
-        inputs = _input_moments(small, {name: layers[name] for name in chosen}, calibration)
+    warn_of(left, depth=2)
+    small = copy.deepcopy(model)
+    layers = {name: layer for name, layer in matrix_layers(small).items() if name in chosen}
+    inputs = {} if calibration is None else _input_moments(small, layers, calibration)
     with torch.no_grad():
         for name, rank in chosen.items():
             small = replace_module(

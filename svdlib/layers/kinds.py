@@ -5,9 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import cast, overload
+from typing import cast
 
-import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
@@ -118,18 +117,13 @@ def rows(layer: Matrix, x: Tensor) -> Tensor:
     return x.flatten(0, -2)
 
 
-@overload
-def stored(rank: int, m: int, n: int) -> int: ...
-@overload
-def stored(rank: np.ndarray, m: int, n: int) -> np.ndarray: ...
-def stored(rank: int | np.ndarray, m: int, n: int) -> int | np.ndarray:
+def stored(rank: int, m: int, n: int) -> int:
     """Numbers in an m × n matrix of that rank: as two factors, r (m + n), or whole if that is less.
 
     >>> stored(2, 10, 10), stored(6, 10, 10)
     (40, 100)
     """
-    fewer = np.minimum(rank * (m + n), m * n)
-    return fewer if isinstance(rank, np.ndarray) else int(fewer)
+    return min(rank * (m + n), m * n)
 
 
 def obstacle(model: nn.Module, layer: Matrix, *, twin: bool) -> str | None:
@@ -190,11 +184,11 @@ def choose(
     return {name: known[name] for name in chosen if name not in left}, left
 
 
-def warn_of(left: Mapping[str, str]) -> None:
-    """Name the layers that the caller's caller leaves as they were, and why."""
+def warn_of(left: Mapping[str, str], depth: int) -> None:
+    """Name the layers that are left as they were, and why, to a caller ``depth`` calls above."""
     if left:
         told = "; ".join(f"{name!r} ({reason})" for name, reason in left.items())
-        warnings.warn(f"left as they were: {told}", stacklevel=3)
+        warnings.warn(f"left as they were: {told}", stacklevel=1 + depth)
 
 
 def thin_twin(layer: Matrix, rank: int) -> LowRank:
@@ -206,14 +200,12 @@ def thin_twin(layer: Matrix, rank: int) -> LowRank:
       (1): Conv2d(4, 8, kernel_size=(1, 1), stride=(1, 1))
     )
     """
-    bias, kind = (
-        layer.bias is not None,
-        {"device": layer.weight.device, "dtype": layer.weight.dtype},
-    )
+    kind = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+    kind["bias"] = layer.bias is not None
     if isinstance(layer, nn.Linear):
-        second = skip_init(nn.Linear, rank, layer.out_features, bias=bias, **kind)
+        second = skip_init(nn.Linear, rank, layer.out_features, **kind)
     else:
-        second = skip_init(nn.Conv2d, rank, layer.out_channels, 1, bias=bias, **kind)
+        second = skip_init(nn.Conv2d, rank, layer.out_channels, 1, **kind)
     return LowRank(_resized(layer, rank, bias=False), second).train(layer.training)
 
 

@@ -65,5 +65,5 @@ def project_(
         projected[name] = svd.matrix()
     for name, A in projected.items():
         layers[name].weight.copy_(A.view_as(layers[name].weight))
-    warn_of(left)
+    warn_of(left, depth=3)  # torch.no_grad wraps this call
     return model

@@ -82,11 +82,17 @@ def full_losses(model: nn.Module, x: Tensor, y: Tensor, memory: int) -> tuple[Te
 
 
 def profiled_layers(model: nn.Module, names: Iterable[str] | None) -> dict[str, Matrix]:
-    """The layers of these names, or all that hold a matrix; refused where that can't be cut."""
+    """The layers of these names, or all that hold a matrix of their own, of a caller's model.
+
+    Raises:
+        ValueError: as `choose`, no layer that can be profiled, NaN or infinite weights.
+    """
     layers, left = choose(model, names, "profile")
+    for name, reason in left.items() if not layers else ():
+        raise ValueError(f"no layer can be profiled, such as {name!r}: {reason}")
     for name, layer in layers.items():
         checks.finite(layer.weight, f"the weight of layer {name!r}")
-    warn_of(left)
+    warn_of(left, depth=3)
     return layers
 
 

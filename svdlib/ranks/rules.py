@@ -229,7 +229,7 @@ def _budget(
         if not len(able):
             raise ValueError(f"the profile lacks ranks above 0 of layer {table.layer.iloc[0]!r}")
         m, n = table[["rows", "columns"]].iloc[0]
-        cost = stored(able["rank"].to_numpy(), m, n)
+        cost = np.array([stored(rank, m, n) for rank in able["rank"]])
         total = np.add.outer(weights, cost).ravel()
         loss = np.add.outer(losses, able.increase.to_numpy()).ravel()
         order = np.lexsort((loss, total))

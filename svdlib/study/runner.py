@@ -25,6 +25,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from tqdm.auto import tqdm
 
+from svdlib import clock
+
 NOTEBOOKS = Path("notebooks")
 
 # Of a kernel: its own messages, such as that it was interrupted, are not the notebook's.
@@ -167,7 +169,7 @@ def _value(text: str, kinds: set[str]) -> object:
 
 
 def _a(kinds: Sequence[str]) -> str:
-    """ "an int or None": what a parameter must be, in words."""
+    """What a parameter must be, in words: ``an int or None``."""
     named = [
         kind if kind == "None" else f"{'an' if kind == 'int' else 'a'} {kind}" for kind in kinds
     ]
@@ -284,7 +286,7 @@ def _run_one(
     """Execute one notebook, with a progress bar at that position of the terminal, if any."""
     output, staged = out / notebook.name, staging / notebook.stem
     staged.mkdir()
-    start, error = time.perf_counter(), None
+    start, error = clock.now(), None
     bar: object = False
     if position is not None:
         bar = {"position": position, "leave": False, "desc": notebook.stem}
@@ -307,7 +309,7 @@ def _run_one(
         error = f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}"
     except Exception as failure:  # noqa: BLE001 - a dead kernel, a full disk: named, others go on
         error = f"{type(failure).__name__}: {failure}"
-    return Outcome(notebook.stem, output, time.perf_counter() - start, error)
+    return Outcome(notebook.stem, output, clock.now() - start, error)
 
 
 def refresh(notebook: Path) -> Outcome:
@@ -315,7 +317,7 @@ def refresh(notebook: Path) -> Outcome:
 
     Progress bars are left out, so that a stored notebook shows results alone.
     """
-    start, error = time.perf_counter(), None
+    start, error = clock.now(), None
     content = nbformat.read(notebook, as_version=4)
     client = NotebookClient(
         content,
@@ -333,7 +335,7 @@ def refresh(notebook: Path) -> Outcome:
         error = f"cell {number}: {failure.ename}: {failure.evalue}"
     except Exception as failure:  # noqa: BLE001 - a dead kernel, a full disk: named, others go on
         error = f"{type(failure).__name__}: {failure}"
-    return Outcome(notebook.stem, notebook, time.perf_counter() - start, error)
+    return Outcome(notebook.stem, notebook, clock.now() - start, error)
 
 
 def _keep(content: nbformat.NotebookNode, notebook: Path) -> None:
