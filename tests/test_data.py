@@ -155,3 +155,18 @@ def test_unknown_name_and_device():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="'cuda' is not there"):
             svdlib.load("MNIST", device="cuda")
+
+
+def test_inputs_with_ones_are_a_view_where_they_are_stored_so(generator):
+    x = torch.rand(5, 20, generator=generator)
+    wider = module.with_ones(x)
+    assert torch.equal(wider[:, :-1], x) and (wider[:, -1] == 1).all()
+    again = module.with_ones(wider[:, :-1])
+    assert again.data_ptr() == wider.data_ptr() and torch.equal(again, wider)
+    tail = module.with_ones(wider[3:, :-1])
+    assert tail.data_ptr() == wider[3:].data_ptr() and torch.equal(tail, wider[3:])
+    for other in (x, x[:, :7], x.T, wider[:, :7], torch.ones(4, 3)[:, :2].contiguous()):
+        copied = module.with_ones(other)
+        assert copied.data_ptr() != other.data_ptr() and torch.equal(copied[:, :-1], other)
+    end = torch.ones(12).as_strided((2, 5), (7, 1))  # nothing lies behind its last row
+    assert torch.equal(module.with_ones(end), torch.ones(2, 6))

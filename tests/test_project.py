@@ -65,7 +65,7 @@ runpy.run_module("svdlib", run_name="__main__")
 
 
 # From the ground up: a wing imports those before it in this list, and what stands beside none.
-FLOORS = ("checks", "clock", "data", "linalg", "layers", "ensemble", "ranks", "study")
+FLOORS = ("checks", "clock", "threads", "data", "linalg", "layers", "ensemble", "ranks", "study")
 
 
 def test_imports_go_one_way():

@@ -2,139 +2,234 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from svdlib.ensemble.networks import MLPEnsemble
 
+# The backward pass of max(·, 0), into a buffer.
+threshold_backward_ = torch.ops.aten.threshold_backward.grad_input
+log_softmax_ = torch.ops.aten._log_softmax.out
 
-class Step:
-    """A step of training on the tensors of an ensemble, as they are now.
+
+@dataclass(frozen=True)
+class Affine:
+    """The maps h ↦ W h + b of S networks, each one matrix in homogeneous coordinates:
+
+        [W b] [h]   [W h + b]
+        [0 1] [1] = [   1   ].
+
+    A product takes the bias along, its gradient and its update too, and activations keep the row
+    of ones that they begin with. The last layer's matrix has no last row.
 
     Attributes:
-        weights: the tensors of `MLPEnsemble.weights`, detached.
-        biases: one for each of them, (S, out, 1); None for the inner factor of a layer.
+        stored: the matrices, each row filled up with zeros to whole cache lines, 16 floats.
+        ins, out: the shape of W.
+        outer: whether it ends a layer; the inner factor of a layer has b = 0, which stays, and
+            is not followed by max(·, 0).
     """
 
-    def __init__(self, nets: MLPEnsemble, optimizer: str, dropout: float) -> None:
-        self.dropout = dropout
-        self.weights: list[Tensor] = []
-        self.biases: list[Tensor | None] = []
-        for layer in nets.layers:
-            self.weights += [factor.detach() for factor in layer.factors]
-            self.biases += [None] * (len(layer.factors) - 1) + [layer.bias.detach()[..., None]]
-        self.adam: torch.optim.Adam | None = None
-        if optimizer == "adam":
-            given = [*self.weights, *(b for b in self.biases if b is not None)]
-            for tensor in given:
-                tensor.grad = torch.zeros_like(tensor)
-            self.gradients = (
-                [w.grad for w in self.weights],
-                [None if b is None else b.grad for b in self.biases],
-            )
-            self.adam = torch.optim.Adam(given, fused=True)
+    stored: Tensor
+    ins: int
+    out: int
+    outer: bool
 
-    def take(
-        self, x: Tensor, y: Tensor, rate: float, loss: Tensor, generator: torch.Generator
-    ) -> None:
-        """One step on a batch, in place; ``loss`` receives the losses before it."""
-        given = (self.weights, self.biases, x, y)
-        if self.adam is None:
-            descend_(*given, -rate, loss, dropout=self.dropout, generator=generator)
-            return
-        self.adam.zero_grad(set_to_none=False)
-        descend_(*given, 1.0, loss, self.gradients, self.dropout, generator)  # type: ignore[arg-type]
-        self.adam.param_groups[0]["lr"] = rate
-        self.adam.step()
+    @classmethod
+    def of(cls, factor: Tensor, outer: bool, last: bool) -> Affine:
+        """A copy of a layer's factor: [W b] (S, out, in + 1), or an inner V (S, r, in).
+
+        >>> Affine.of(torch.tensor([[[2.0, 3.0]]]), outer=True, last=False).matrix
+        tensor([[[2., 3.],
+                 [0., 1.]]])
+        """
+        networks, out, columns = factor.shape
+        ins = columns - outer
+        stored = factor.new_zeros(networks, out + (not last), -(-(ins + 1) // 16) * 16)
+        stored[:, :out, :columns] = factor
+        if not last:
+            stored[:, out, ins] = 1
+        return cls(stored, ins, out, outer)
+
+    @property
+    def matrix(self) -> Tensor:
+        """(S, out + 1, in + 1), of the last layer (S, out, in + 1), a view."""
+        return self.stored[..., : self.ins + 1]
+
+    @property
+    def weight(self) -> Tensor:
+        """W (S, out, in), a view."""
+        return self.stored[:, : self.out, : self.ins]
+
+    @property
+    def trained(self) -> Tensor:
+        """The columns that a step changes, a view: all, or all but the bias."""
+        return self.stored[..., : self.ins + self.outer]
 
 
-def descend_(
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    x: Tensor,
-    y: Tensor,
-    scale: float,
-    loss: Tensor,
-    onto: tuple[Sequence[Tensor], Sequence[Tensor | None]] | None = None,
+def descent(
+    maps: Sequence[Affine],
+    batch: int,
+    onto: Sequence[Affine] | None = None,
     dropout: float = 0.0,
     generator: torch.Generator | None = None,
-) -> None:
-    """Add ``scale`` times the gradient of S perceptrons' loss on one batch to tensors, in place.
+) -> Callable[[Tensor, Tensor, float, Tensor], None]:
+    """A function that adds a multiple of the gradient of S perceptrons' loss, in place.
 
-    Forward, with activations h_l of shape (S, out, B) and h_0 = xᵀ:
+    Forward, with activations h_l of shape (S, out + 1, B) that end in a row of ones, h_0 = xᵀ,
+    and the matrices A_l = [W_l b_l; 0 1]:
 
-        z_l = W_l h_{l−1} + b_l,   h_l = max(z_l, 0),   p = softmax(z_L).
+        z_l = A_l h_{l−1},   h_l = max(z_l, 0),   p = softmax(z_L).
 
     Backward, for the mean cross-entropy L = −(1/B) Σ log p_y:
 
-        δ_L = p − y,   δ_{l−1} = (W_lᵀ δ_l) ⊙ [h_{l−1} > 0],
-        ∂L/∂W_l = δ_l h_{l−1}ᵀ / B,   ∂L/∂b_l = Σ_batch δ_l / B.
+        δ_L = p − y,   δ_{l−1} = (W_lᵀ δ_l) ⊙ [h_{l−1} > 0],   ∂L/∂[W_l b_l] = δ_l h_{l−1}ᵀ / B.
 
-    No gradient need be stored: onto the weights themselves, with a negative scale, this is a
+    No gradient need be stored: onto the matrices themselves, with a negative scale, this is a
     step of gradient descent. All networks share x, so the first layer's products are single ones
-    of an (S·out) × in matrix. A factorized layer is two, the inner one without bias and
-    max(·, 0). Dropout with probability d multiplies an h by 1/(1−d) or by 0, the same for all
-    networks.
+    of an (S·out) × in matrix. A factorized layer is two maps, the inner one without bias and
+    max(·, 0). Dropout with probability d multiplies an input of a map by 1/(1−d) or by 0, the
+    same for all networks. Every array that a step fills is made here, once.
 
     Args:
-        weights, biases: a layer each, of shapes (S, out, in) and (S, out, 1); the bias of an
-            inner factor is None.
-        x, y: inputs (B, in) and one-hot labels, feature-first (classes, B).
-        loss: receives each network's loss on the batch before the step, summed, (S,).
-        onto: tensors like weights and biases that the products are added to; by default they
-            themselves.
-        dropout, generator: d, and the source of its randomness on the weights' device.
+        maps: the layers.
+        batch: B, images in a batch.
+        onto: maps whose matrices the products are added to; by default ``maps`` themselves.
+        dropout, generator: d, and the source of its randomness on the maps' device.
 
-    >>> W, b = [torch.zeros(1, 2, 3)], [torch.zeros(1, 2, 1)]
+    Returns:
+        a function of x (B, in + 1), the last column ones; minus the one-hot labels,
+        feature-first (classes, B); the scale; and a tensor (S,) that receives each network's
+        loss on the batch before the step, summed.
+
+    >>> map = Affine.of(torch.zeros(1, 2, 4), outer=True, last=True)
     >>> loss = torch.empty(1)
-    >>> descend_(W, b, torch.ones(1, 3), torch.tensor([[1.0], [0.0]]), scale=-1.0, loss=loss)
-    >>> loss, W[0]
-    (tensor([0.6931]), tensor([[[ 0.5000,  0.5000,  0.5000],
-             [-0.5000, -0.5000, -0.5000]]]))
+    >>> descend = descent([map], batch=1)
+    >>> descend(torch.ones(1, 4), torch.tensor([[-1.0], [0.0]]), -1.0, loss)
+    >>> loss, map.matrix
+    (tensor([0.6931]), tensor([[[ 0.5000,  0.5000,  0.5000,  0.5000],
+             [-0.5000, -0.5000, -0.5000, -0.5000]]]))
     """
-    to_weights, to_biases = onto or (weights, biases)
-    if dropout:
-        x = _drop_(x.clone(), dropout, generator)
-    flat = weights[0].flatten(0, 1)
-    z = _affine(biases[0], flat, x).view(*weights[0].shape[:2], -1)
-    hidden = []
-    for weight, bias, below in zip(weights[1:], biases[1:], biases[:-1], strict=True):
-        if below is not None:
-            z = z.relu_()
-            if dropout:
-                _drop_(z, dropout, generator)
-        hidden.append(z)
-        z = torch.bmm(weight, z) if bias is None else torch.baddbmm(bias, weight, z)
-    log_p = z.log_softmax(1)
-    torch.mv(log_p.flatten(1), y.flatten(), out=loss).neg_()
-    delta = log_p.exp_().sub_(y)
-    scale /= len(x)
-    for layer in range(len(weights) - 1, 0, -1):
-        below, bias = hidden[layer - 1], to_biases[layer]
-        back = torch.bmm(weights[layer].mT, delta)
-        to_weights[layer].baddbmm_(delta, below.mT, alpha=scale)
-        if bias is not None:
-            bias.add_(delta.sum(-1, keepdim=True), alpha=scale)
-        if biases[layer - 1] is None:
-            delta = back
-        else:
-            delta = torch.ops.aten.threshold_backward(back, below, 0)
-            if dropout:
-                delta.div_(1 - dropout)
-    to_weights[0].flatten(0, 1).addmm_(delta.view(-1, len(x)), x, alpha=scale)
-    bias = to_biases[0]
-    if bias is not None:
-        bias.add_(delta.sum(-1, keepdim=True), alpha=scale)
+    layers = range(len(maps))
+    zeros = maps[0].matrix.new_zeros
+    A = [map.matrix for map in maps]
+    z = [zeros(*matrix.shape[:2], batch) for matrix in A]
+    delta = [zeros(h.shape) for h in z]  # the row of the ones stays zero
+    features = [h[:, : map.out] for h, map in zip(z, maps, strict=True)]
+    back = [A[l][:, :, : maps[l - 1].out].mT for l in layers]
+    into = [d[:, : map.out] for d, map in zip(delta, maps, strict=True)]
+    target = [map.trained for map in onto or maps]
+    below = [z[l - 1][:, : target[l].shape[-1]].mT for l in layers]
+    rectified = [map.outer for map in maps]
+    first, first_target, columns = A[0].flatten(0, 1), target[0].flatten(0, 1), target[0].shape[-1]
+    first_z, first_delta = z[0].flatten(0, 1), delta[0].flatten(0, 1)
+    log_p = delta[-1]
+    dropped = zeros(batch, A[0].shape[-1])
+    dropped[:, -1] = 1
+
+    def descend(x: Tensor, y: Tensor, scale: float, loss: Tensor) -> None:
+        scale /= batch
+        if dropout:
+            torch.mul(x[:, :-1], _mask(x[:, :-1], dropout, generator), out=dropped[:, :-1])
+            x = dropped
+        torch.mm(first, x.t(), out=first_z)
+        for l in layers[1:]:
+            if rectified[l - 1]:
+                z[l - 1].relu_()
+                if dropout:
+                    features[l - 1].mul_(_mask(features[l - 1][0], dropout, generator))
+            torch.bmm(A[l], z[l - 1], out=z[l])
+        log_softmax_(z[-1], 1, False, out=log_p)
+        torch.mv(log_p.flatten(1), y.flatten(), out=loss)
+        log_p.exp_().add_(y)
+        for l in layers[:0:-1]:
+            torch.bmm(back[l], delta[l], out=into[l - 1])
+            target[l].baddbmm_(delta[l], below[l], alpha=scale)
+            if rectified[l - 1]:
+                threshold_backward_(delta[l - 1], z[l - 1], 0, grad_input=delta[l - 1])
+                if dropout:
+                    delta[l - 1].div_(1 - dropout)
+        first_target.addmm_(first_delta, x[:, :columns], alpha=scale)
+
+    return descend
 
 
-def _affine(bias: Tensor | None, flat: Tensor, x: Tensor) -> Tensor:
-    """The first layer of all networks at once: (S·out, in) × (in, B)."""
-    return flat @ x.t() if bias is None else torch.addmm(bias.view(-1, 1), flat, x.t())
+def _mask(like: Tensor, dropout: float, generator: torch.Generator | None) -> Tensor:
+    """Zeros with that probability, else 1/(1−d): the same for all networks, which stay comparable."""
+    return torch.empty_like(like).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
 
 
-def _drop_(x: Tensor, dropout: float, generator: torch.Generator | None) -> Tensor:
-    """Dropout of x (…, features, B) in place, the same for all networks: they stay comparable."""
-    chance = torch.rand(x.shape[-2:], dtype=x.dtype, device=x.device, generator=generator)
-    return x.mul_((chance >= dropout).to(x.dtype).div_(1 - dropout))
+class Step:
+    """Steps of training for some networks of an ensemble, on copies of their matrices.
+
+    Attributes:
+        maps: the copies; `store` puts them back.
+        weights: views of each W (S, out, in), or V and U.
+    """
+
+    def __init__(
+        self,
+        nets: MLPEnsemble,
+        networks: slice = slice(None),
+        optimizer: str = "sgd",
+        dropout: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.dropout, self.generator = dropout, generator
+        self.factors: list[Tensor] = []
+        self.maps: list[Affine] = []
+        for layer in nets.layers:
+            for factor in layer.factors:
+                outer = factor is layer.factors[-1]
+                self.factors.append(factor.detach()[networks])
+                last = outer and layer is nets.layers[-1]
+                self.maps.append(Affine.of(self.factors[-1], outer, last))
+        self.adam: torch.optim.Adam | None = None
+        self.gradients: list[Affine] | None = None
+        if optimizer == "adam":
+            self.gradients = [
+                replace(map, stored=torch.zeros_like(map.stored)) for map in self.maps
+            ]
+            for map, gradient in zip(self.maps, self.gradients, strict=True):
+                map.stored.grad = gradient.stored
+            self.adam = torch.optim.Adam([map.stored for map in self.maps], fused=True)
+        self.weights = [map.weight for map in self.maps]
+        self.descents: dict[int, Callable[[Tensor, Tensor, float, Tensor], None]] = {}
+
+    def take(self, x: Tensor, y: Tensor, rate: float, loss: Tensor) -> None:
+        """One step on a batch, in place; see `descent` for x, y and loss."""
+        batch = len(x)
+        if batch not in self.descents:
+            self.descents[batch] = descent(
+                self.maps, batch, self.gradients, self.dropout, self.generator
+            )
+        if self.adam is None:
+            self.descents[batch](x, y, -rate, loss)
+            return
+        self.adam.zero_grad(set_to_none=False)
+        self.descents[batch](x, y, 1.0, loss)
+        self.adam.param_groups[0]["lr"] = rate
+        self.adam.step()
+
+    def store(self) -> None:
+        """Put the matrices back into the ensemble."""
+        for factor, map in zip(self.factors, self.maps, strict=True):
+            factor.copy_(map.stored[:, : map.out, : factor.shape[-1]])
+
+    def losses(self, x: Tensor, y: Tensor, chunk: int = 2000) -> tuple[Tensor, Tensor]:
+        """Summed cross-entropy (S,) and number of correct answers (S,); x (n, in + 1), y (n,)."""
+        loss = torch.zeros(len(self.factors[0]), dtype=torch.float64, device=x.device)
+        correct = torch.zeros_like(loss)
+        for part, labels in zip(x.split(chunk), y.split(chunk), strict=True):
+            h = (self.maps[0].matrix.flatten(0, 1) @ part.t()).unflatten(
+                0, (-1, self.maps[0].matrix.shape[1])
+            )
+            for map, lower in zip(self.maps[1:], self.maps, strict=False):
+                h = map.matrix @ (h.relu_() if lower.outer else h)
+            target = labels.expand(len(h), 1, -1)
+            each = h.logsumexp(1) - h.gather(1, target).squeeze(1)
+            loss += each.double().sum(1)
+            correct += (h.argmax(1) == labels).sum(1)
+        return loss, correct

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -33,49 +33,59 @@ def perceptron(sizes: Sequence[int]) -> nn.Sequential:
 
 
 class Layer(nn.Module):
-    """One layer of S networks: a matrix W, or two factors W = U V and their ranks; and a bias.
+    """One layer h ↦ W h + b of S networks: one matrix [W b], or two factors [U b] and V, W = U V.
 
     Attributes:
-        factors: [W] with W (S, out, in), or [V, U] with V (S, r, in) and U (S, out, r), r being
+        factors: [[W b]] (S, out, in + 1), or V (S, r, in) and [U b] (S, out, r + 1), r being
             the largest rank; the factors of the other networks end in zeros, which stay zero
             while they train.
-        bias: (S, out).
         ranks: of a factorized layer, each network's rank (S,), else None.
     """
 
     ranks: Tensor | None
 
-    def __init__(self, factors: Sequence[Tensor], bias: Tensor, ranks: Tensor | None) -> None:
+    def __init__(self, weights: Sequence[Tensor], bias: Tensor, ranks: Tensor | None) -> None:
         super().__init__()
-        self.factors = nn.ParameterList(factors)
-        self.bias = nn.Parameter(bias)
+        *inner, outer = weights
+        self.factors = nn.ParameterList([*inner, torch.cat([outer, bias.unsqueeze(-1)], -1)])
         self.register_buffer("ranks", ranks)
 
     @classmethod
     def of(cls, linears: Sequence[nn.Linear | LowRank]) -> Layer:
         """Copies of one layer of each network, all of them dense or all factorized.
 
-        >>> Layer.of([nn.Linear(3, 2), nn.Linear(3, 2)]).matrix().shape
-        torch.Size([2, 2, 3])
+        >>> Layer.of([nn.Linear(3, 2), nn.Linear(3, 2)]).factors[0].shape
+        torch.Size([2, 2, 4])
         """
         parts = [linear.factors if isinstance(linear, LowRank) else (linear,) for linear in linears]
-        factors = [
+        weights = [
             stack_padded([factor.weight.detach() for factor in same])
             for same in zip(*parts, strict=True)
         ]
         ranks = [linear.rank for linear in linears if isinstance(linear, LowRank)]
         bias = torch.stack([_bias(linear).detach() for linear in linears])
-        return cls(factors, bias, torch.tensor(ranks, device=bias.device) if ranks else None)
+        return cls(weights, bias, torch.tensor(ranks, device=bias.device) if ranks else None)
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """[W] or [V, U], views."""
+        *inner, outer = self.factors
+        return [*inner, outer[..., :-1]]
+
+    @property
+    def bias(self) -> Tensor:
+        """b (S, out), a view."""
+        return self.factors[-1][..., -1]
 
     def matrix(self) -> Tensor:
         """The weight W (S, out, in), a product where the layer is factorized."""
-        *inner, outer = self.factors
+        *inner, outer = self.weights
         return outer @ inner[0] if inner else outer
 
     def linear(self, network: int) -> nn.Linear | LowRank:
         """The layer of one network as a module of its own, a copy."""
-        outer = self.factors[-1]
-        ins = self.factors[0].shape[-1]
+        outer = self.weights[-1]
+        ins = self.weights[0].shape[-1]
         like = {"device": outer.device, "dtype": outer.dtype}
         linear: nn.Linear | LowRank = skip_init(nn.Linear, ins, outer.shape[1], **like)
         parts: Sequence[nn.Module] = [linear]
@@ -83,7 +93,7 @@ class Layer(nn.Module):
             linear = thin_twin(cast(nn.Linear, linear), int(self.ranks[network]))
             parts = linear.factors
         with torch.no_grad():
-            for part, factor in zip(parts, self.factors, strict=True):
+            for part, factor in zip(parts, self.weights, strict=True):
                 weight = cast(nn.Linear, part).weight
                 rows, columns = weight.shape  # without the padding of a lower rank
                 weight.copy_(factor[network, :rows, :columns])
@@ -92,40 +102,53 @@ class Layer(nn.Module):
 
     @torch.no_grad()
     def cut_(self, tail: float) -> None:
-        """Cut a factorized layer to the smallest ranks that keep all but a tail, in place.
-
-        W = U V (m × r times r × n) is decomposed through U = Q_1 R_1 and Vᵀ = Q_2 R_2: the SVD of
-        the r × r matrix R_1 R_2ᵀ = P Σ Oᵀ gives W = (Q_1 P) Σ (Q_2 O)ᵀ. Each network keeps the
-        smallest rank j ≥ 1 with (Σ_{i>j} σ_i²)^½ ≤ tail · (Σ σ_i²)^½, its factors balanced,
-        √Σ each (Schotthöfer et al. 2022, Algorithm 1, the truncation).
+        """Cut a factorized layer to the smallest ranks that keep all but a tail, see `cut`.
 
         >>> V, U = torch.eye(3, 5)[None], torch.diag(torch.tensor([2.0, 1.0, 0.1]))[None]
         >>> layer = Layer([V, U], torch.zeros(1, 3), torch.tensor([3]))
         >>> layer.cut_(tail=0.1)
-        >>> layer.ranks, [factor.shape for factor in layer.factors]
+        >>> layer.ranks, [weight.shape for weight in layer.weights]
         (tensor([2]), [torch.Size([1, 2, 5]), torch.Size([1, 3, 2])])
         """
-        V, U = self.factors
-        Q1, R1 = torch.linalg.qr(U)
-        Q2, R2 = torch.linalg.qr(V.mT)
-        P, S, Oh = torch.linalg.svd(R1 @ R2.mT)
-        square = S.double().square()
-        beyond = square.flip(-1).cumsum(-1).flip(-1)  # the energy from the i-th on
-        kept = beyond > tail**2 * square.sum(-1, keepdim=True)
-        kept[:, 0] = True
-        root = S.sqrt() * kept
-        self.ranks = kept.sum(-1)
+        V, U = self.weights
+        V, U, self.ranks = cut(V, U, tail)
         rank = int(self.ranks.max())
-        U, V = Q1 @ (P * root.unsqueeze(-2)), (root.unsqueeze(-1) * Oh) @ Q2.mT
-        self.factors = nn.ParameterList([V[:, :rank].contiguous(), U[..., :rank].contiguous()])
+        outer = torch.cat([U[..., :rank], self.bias.unsqueeze(-1)], -1)
+        self.factors = nn.ParameterList([V[:, :rank].contiguous(), outer])
+
+
+def cut(V: Tensor, U: Tensor, tail: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors of the best approximation of W = U V that keeps all but a tail.
+
+    W = U V (m × r times r × n) is decomposed through U = Q_1 R_1 and Vᵀ = Q_2 R_2: the SVD of
+    the r × r matrix R_1 R_2ᵀ = P Σ Oᵀ gives W = (Q_1 P) Σ (Q_2 O)ᵀ. Each network keeps the
+    smallest rank j ≥ 1 with (Σ_{i>j} σ_i²)^½ ≤ tail · (Σ σ_i²)^½, its factors balanced, √Σ
+    each (Schotthöfer et al. 2022, Algorithm 1, the truncation).
+
+    Returns:
+        V (S, r, n) and U (S, m, r), zero beyond each network's rank; and these ranks (S,).
+
+    >>> V, U = torch.eye(2)[None], torch.diag(torch.tensor([2.0, 0.1]))[None]
+    >>> cut(V, U, tail=0.1)[2]
+    tensor([1])
+    """
+    Q1, R1 = torch.linalg.qr(U)
+    Q2, R2 = torch.linalg.qr(V.mT)
+    P, S, Oh = torch.linalg.svd(R1 @ R2.mT)
+    square = S.double().square()
+    beyond = square.flip(-1).cumsum(-1).flip(-1)  # the energy from the i-th on
+    kept = beyond > tail**2 * square.sum(-1, keepdim=True)
+    kept[:, 0] = True
+    root = S.sqrt() * kept
+    return (root.unsqueeze(-1) * Oh) @ Q2.mT, Q1 @ (P * root.unsqueeze(-2)), kept.sum(-1)
 
 
 class MLPEnsemble(nn.Module):
     """S ReLU perceptrons of one shape, one for each seed.
 
-    Layer l of all networks is one `Layer`: a weight tensor ``weights[l]`` of shape (S, out, in)
-    and a bias tensor ``biases[l]`` of shape (S, out), so that a step of training is a handful of
-    batched products, whatever S is. Network i starts bit for bit as
+    Layer l of all networks is one `Layer`, a tensor [W b] of shape (S, out, in + 1), so that a
+    step of training is a handful of batched products, whatever S is. ``weights[l]`` (S, out, in)
+    and ``biases[l]`` (S, out) are views of it. Network i starts bit for bit as
 
         torch.manual_seed(seeds[i]); nn.Sequential(nn.Linear(…), nn.ReLU(), …, nn.Linear(…))
 
@@ -227,12 +250,12 @@ class MLPEnsemble(nn.Module):
 
     @property
     def weights(self) -> list[Tensor]:
-        """Each layer's matrix (S, out, in), or its two factors, the inner one first."""
-        return [factor for layer in self.layers for factor in layer.factors]
+        """Each layer's matrix (S, out, in), or its two factors, the inner one first; views."""
+        return [weight for layer in self.layers for weight in layer.weights]
 
     @property
     def biases(self) -> list[Tensor]:
-        """Each layer's bias (S, out)."""
+        """Each layer's bias (S, out), a view."""
         return [layer.bias for layer in self.layers]
 
     @property
@@ -270,6 +293,24 @@ class MLPEnsemble(nn.Module):
             if layer.ranks is not None:
                 layer.cut_(tail)
 
+    def _load_from_state_dict(self, state: dict, prefix: str, *rest: Any) -> None:
+        """Take what older versions saved too: bias and weight apart, in 0.1.0 in two lists."""
+        entry = 0
+        for number, layer in enumerate(self.layers):
+            here = f"{prefix}layers.{number}."
+            names = [f"{here}factors.{factor}" for factor in range(len(layer.factors))]
+            for name in names:
+                if f"{prefix}weights.{entry}" in state:
+                    state[name] = state.pop(f"{prefix}weights.{entry}")
+                entry += 1
+            bias = state.pop(f"{prefix}biases.{number}", None)
+            bias = state.pop(f"{here}bias", bias)
+            if bias is not None and names[-1] in state:
+                state[names[-1]] = torch.cat([state[names[-1]], bias.unsqueeze(-1)], -1)
+            if layer.ranks is not None and f"{here}ranks" not in state and names[0] in state:
+                state[f"{here}ranks"] = (state[names[0]] != 0).any(-1).sum(-1).clamp(min=1)
+        super()._load_from_state_dict(state, prefix, *rest)
+
     @property
     def device(self) -> torch.device:
         """Where the weights live."""
@@ -297,11 +338,11 @@ class MLPEnsemble(nn.Module):
         """Logits, feature-first: shape (S, out, n) for inputs of shape (n, in)."""
         hidden = x.mT
         for layer in self.layers:
-            for factor in layer.factors:
+            for weight in layer.weights:
                 if hidden.ndim == 2:  # one product for all networks: they see the same inputs
-                    hidden = (factor.flatten(0, 1) @ hidden).unflatten(0, factor.shape[:2])
+                    hidden = (weight.flatten(0, 1) @ hidden).unflatten(0, weight.shape[:2])
                 else:
-                    hidden = factor @ hidden
+                    hidden = weight @ hidden
             z = hidden + layer.bias.unsqueeze(-1)
             hidden = z.relu()
         return z

@@ -154,21 +154,18 @@ def _joined(starts: list[Tensor | None]) -> Tensor | None:
 class Group:
     """Networks that share a projection, and the bases that its last use found."""
 
-    projection: Projection | None
+    projection: Projection
     networks: list[int]
     ranks: tuple[int, ...]
     bases: list[Tensor | None]
 
     def is_due(self, done: int, steps: int) -> bool:
         """Whether a projection follows the step number ``done`` (from 1), of so many an epoch."""
-        if self.projection is None:
-            return False
         every = {"epoch": steps, "step": 1}.get(str(self.projection.every), self.projection.every)
         return done % int(every) == 0
 
     def project_(self, weights: Sequence[Tensor], generator: torch.Generator) -> None:
         """Project these networks' part of the stacks ``weights``, in place."""
-        assert self.projection is not None
         low, high = self.networks[0], self.networks[-1] + 1
         contiguous = high - low == len(self.networks)
         parts = [w[low:high] if contiguous else w[self.networks] for w in weights]
@@ -180,19 +177,38 @@ class Group:
             self.bases = bases
 
 
-def grouped(nets: MLPEnsemble, projection: Projections) -> list[Group]:
-    """Networks by projection, so that each projection is one batched call a layer."""
-    single = projection is None or isinstance(projection, Projection)
-    each = [projection] * len(nets) if single else list(projection)  # type: ignore[arg-type]
+def one_each(projection: Projections, nets: MLPEnsemble) -> list[Projection | None]:
+    """A projection or None for each network.
+
+    Raises:
+        ValueError: not as many as networks, something else than a `Projection`, or ranks for
+            another number of layers.
+    """
+    if projection is None or isinstance(projection, Projection):
+        projection = [projection] * len(nets)
+    each = list(projection)
     if len(each) != len(nets):
         raise ValueError(f"{len(nets)} networks need as many projections, not {len(each)}")
-    members: dict[Projection | None, list[int]] = {}
-    for network, choice in enumerate(each):
+    for choice in each:
         if choice is not None and not isinstance(choice, Projection):
             raise ValueError(f"a projection is a svdlib.Projection or None, not {choice!r}")
-        members.setdefault(choice, []).append(network)
-    layers = len(nets.layers)
+        if choice is not None:
+            choice.ranks(len(nets.layers))
+    return each
+
+
+def grouped(choices: Sequence[Projection | None], layers: int) -> list[Group]:
+    """Networks by projection, so that each projection is one batched call a layer.
+
+    >>> stock, low = None, Projection("truncsvd", 3)
+    >>> [group.networks for group in grouped([stock, low, stock, low], layers=2)]
+    [[1, 3]]
+    """
+    members: dict[Projection, list[int]] = {}
+    for network, choice in enumerate(choices):
+        if choice is not None:
+            members.setdefault(choice, []).append(network)
     return [
-        Group(choice, networks, choice.ranks(layers) if choice else (), [None] * layers)
+        Group(choice, networks, choice.ranks(layers), [None] * layers)
         for choice, networks in members.items()
     ]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import Event
 
 import pandas as pd
 import torch
@@ -11,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from svdlib import checks, clock
-from svdlib.data import Data
-from svdlib.ensemble.descent import Step
+from svdlib import checks, clock, threads
+from svdlib.data import Data, with_ones
 from svdlib.ensemble.networks import MLPEnsemble
-from svdlib.ensemble.projection import Group, Projections, grouped
+from svdlib.ensemble.parts import Batches, Part, shares
+from svdlib.ensemble.projection import Projection, Projections, one_each
 
 
+@threads.plain()
 def train(
     nets: MLPEnsemble,
     data: Data,
@@ -97,48 +101,68 @@ def train(
         raise ValueError(f"lr must be positive, not {lr}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be at least 0 and below 1, not {dropout}")
-    groups = grouped(nets, projection)
-    _check_factors(nets, groups, tail)
+    choices = one_each(projection, nets)
+    _check_factors(nets, choices, tail)
     check_fit(nets, data)
     if validation is not None:
         _check_validation(nets, *validation)
     nets.to(data.device)
-    step = Step(nets, optimizer, dropout)
-    _check_weights(step, "before the first step")
+    _check_weights(nets)
 
+    dtype = nets.weights[0].dtype
+    images = with_ones(data.train_x.to(dtype))
+    labels = -F.one_hot(data.train_y, nets.sizes[-1]).to(dtype)
+    held_out = {"test": (data.test_x, data.test_y)}
+    if validation:
+        held_out["validation"] = validation
+    held_out = {name: (with_ones(x.to(dtype)), y) for name, (x, y) in held_out.items()}
+    steps = -(-len(images) // batch_size)
+    losses = torch.zeros(steps, len(nets), dtype=dtype, device=data.device)
     generator = torch.Generator(data.device).manual_seed(seed)
-    labels = F.one_hot(data.train_y, nets.sizes[-1]).float()
-    steps = -(-len(labels) // batch_size)
-    losses = torch.zeros(steps, len(nets), device=data.device)
-    rows: list[dict[str, object]] = []
+    batches = Batches.of(images, labels, batch_size, None)
+    networks, large = shares(nets, batch_size)
+    parts = [Part(nets, share, choices, optimizer, dropout, seed) for share in networks]
     best = _Best(nets) if validation else None
+    rows: list[dict[str, object]] = []
+    stop = Event()
     bar = tqdm(total=epochs * steps, disable=not progress, unit="step", desc="training")
+
+    def tick() -> None:
+        bar.update(sum(part.done for part in parts) // len(parts) - bar.n)
+
     try:
-        with torch.inference_mode(), bar:
+        with (
+            bar,
+            threads.inside(torch.get_num_threads() if large else 1) as usual,
+            ThreadPoolExecutor(min(usual, len(parts))) as pool,
+        ):
+            everywhere = partial(threads.side_by_side, pool, pieces=parts, tick=tick, stop=stop)
             for epoch in range(1, epochs + 1):
                 start = clock.now(data.device)
-                if shuffle or epoch == 1:
-                    order = generator if shuffle else None
-                    batches = _batches(data.train_x, labels, batch_size, order)
+                if shuffle:
+                    order = torch.randperm(len(images), generator=generator, device=data.device)
+                    batches = Batches.of(images, labels, batch_size, order)
                 done = range((epoch - 1) * steps, epoch * steps)
-                rates = [_rate(schedule, lr, number, epochs * steps) for number in done]
-                _epoch(step, groups, batches, rates, losses, epoch, generator, bar)
+                rates = [_rate(schedule, lr, step, epochs * steps) for step in done]
+                everywhere(lambda part: part.train(batches, rates, losses, stop))  # noqa: B023
+                _check_losses(losses, nets, epoch)
                 if tail is not None:
-                    # Tensors made in inference mode could never be trained elsewhere.
-                    with torch.inference_mode(False):
-                        nets.truncate_(tail)
-                    step = Step(nets, optimizer, dropout)
+                    nets.truncate_(tail)
+                    for part in parts:
+                        part.begin(nets)
                 seconds = clock.now(data.device) - start
-                train_loss = losses.double().sum(0) / len(labels)
-                measured = {"test": nets.losses(data.test_x, data.test_y)}
-                if validation and best:
-                    measured["validation"] = nets.losses(*validation)
-                    best.note(nets, (~measured["validation"][1]).sum(1))
-                rows += _rows(nets, groups, tail, epoch, train_loss, measured, seconds)
+                train_loss = losses.double().sum(0) / len(images)
+                measured = {
+                    name: _means(everywhere(partial(Part.test, x=x, y=y)), len(y))
+                    for name, (x, y) in held_out.items()
+                }
+                if best:
+                    best.note(nets, measured["validation"][1])
+                rows += _rows(nets, choices, tail, epoch, train_loss, measured, seconds)
         if best:
             nets.restack_(best.networks)
-    except BaseException as stop:
-        stop.history = pd.DataFrame(rows)  # type: ignore[attr-defined]
+    except BaseException as stopped:
+        stopped.history = pd.DataFrame(rows)  # type: ignore[attr-defined]
         raise
     return pd.DataFrame(rows)
 
@@ -150,40 +174,17 @@ def _rate(schedule: str, lr: float, step: int, steps: int) -> float:
     return lr
 
 
-def _epoch(
-    step: Step,
-    groups: Sequence[Group],
-    batches: Sequence[tuple[Tensor, Tensor]],
-    rates: Sequence[float],
-    losses: Tensor,
-    epoch: int,
-    generator: torch.Generator,
-    bar: tqdm,
-) -> None:
-    """A step on every batch, each with its rate, and the projections that are due after it."""
-    for number, ((x, y), rate) in enumerate(zip(batches, rates, strict=True)):
-        step.take(x, y, rate, losses[number], generator)
-        # On a GPU a look at the loss would stall the queue: there once an epoch.
-        if not losses.is_cuda or number == len(batches) - 1:
-            _check_losses(losses[: number + 1], step, epoch)
-        for group in groups:
-            if group.is_due((epoch - 1) * len(batches) + number + 1, len(batches)):
-                group.project_(step.weights, generator)
-        bar.update()
-
-
 class _Best:
     """Each network as it was after the epoch with the fewest errors so far."""
 
     def __init__(self, nets: MLPEnsemble) -> None:
-        self.errors = [math.inf] * len(nets)
+        self.accuracies = [-math.inf] * len(nets)
         self.networks = [nn.Sequential()] * len(nets)
 
-    @torch.inference_mode(False)
-    def note(self, nets: MLPEnsemble, errors: Tensor) -> None:
-        for network, error in enumerate(errors.tolist()):
-            if error <= self.errors[network]:
-                self.errors[network] = error
+    def note(self, nets: MLPEnsemble, accuracies: Sequence[float]) -> None:
+        for network, accuracy in enumerate(accuracies):
+            if accuracy >= self.accuracies[network]:
+                self.accuracies[network] = accuracy
                 self.networks[network] = nets[network]
 
 
@@ -203,24 +204,15 @@ def check_fit(nets: MLPEnsemble, data: Data) -> None:
             )
 
 
-def _batches(
-    x: Tensor, y: Tensor, size: int, generator: torch.Generator | None
-) -> Sequence[tuple[Tensor, Tensor]]:
-    """Batches of x (n, features), and of y (n, classes) feature-first, in order or shuffled."""
-    if generator is not None:
-        order = torch.randperm(len(x), generator=generator, device=x.device)
-        x, y = x[order], y[order]
-    labels = (part.t().contiguous() for part in y.split(size))
-    return list(zip(x.split(size), labels, strict=True))
-
-
-def _check_factors(nets: MLPEnsemble, groups: Sequence[Group], tail: float | None) -> None:
+def _check_factors(
+    nets: MLPEnsemble, choices: Sequence[Projection | None], tail: float | None
+) -> None:
     """Refuse what does not fit factorized networks, or fits only these."""
     if tail is not None and not 0 < tail < 1:
         raise ValueError(f"tail must be between 0 and 1, not {tail}")
     if tail is not None and not nets.factorized:
         raise ValueError("a tail cuts factorized networks; factorize them, or use a Projection")
-    if nets.factorized and any(group.projection for group in groups):
+    if nets.factorized and any(choices):
         raise ValueError("factorized networks have low rank already; give a tail, no projection")
 
 
@@ -234,62 +226,58 @@ def _check_validation(nets: MLPEnsemble, x: Tensor, y: Tensor) -> None:
         )
 
 
-def _check_losses(losses: Tensor, step: Step, epoch: int) -> None:
-    recent = losses if losses.is_cuda else losses[-1]
-    if math.isfinite(recent.sum().item()):
+def _check_losses(losses: Tensor, nets: MLPEnsemble, epoch: int) -> None:
+    """Name the first network and step without a finite loss, or else the weights that are not."""
+    bad = (~losses.isfinite()).nonzero()
+    if not len(bad):
         return
-    number, network = (~losses.isfinite()).nonzero()[0].tolist()
-    when = f"at step {number + 1} of epoch {epoch}"
-    _check_weights(step, when)
+    step, network = bad[0].tolist()
     raise FloatingPointError(
-        f"network {network} has an infinite or NaN loss {when}, its weights being finite; "
+        f"network {network} has an infinite or NaN loss at step {step + 1} of epoch {epoch}; "
         "a smaller learning rate may help"
     )
 
 
-def _check_weights(step: Step, when: str) -> None:
-    layer = 0
-    for weight, bias in zip(step.weights, step.biases, strict=True):
-        bad = ~weight.isfinite().flatten(1).all(1)
-        if bias is not None:
-            bad |= ~bias.isfinite().flatten(1).all(1)
-        if bool(bad.any()):
-            raise FloatingPointError(
-                f"network {int(bad.nonzero()[0])}, layer {layer} has NaN or infinite weights "
-                f"{when}; a smaller learning rate or finite starting weights may help"
-            )
-        layer += bias is not None  # the inner factor has none
+def _check_weights(nets: MLPEnsemble) -> None:
+    for number, layer in enumerate(nets.layers):
+        for factor in layer.factors:
+            bad = ~factor.detach().isfinite().flatten(1).all(1)
+            if bool(bad.any()):
+                raise FloatingPointError(
+                    f"network {int(bad.nonzero()[0])}, layer {number} has NaN or infinite weights "
+                    "before the first step; train from finite ones"
+                )
+
+
+def _means(found: Sequence[tuple[Tensor, Tensor]], images: int) -> tuple[list[float], list[float]]:
+    """Each network's mean loss and accuracy (per cent), from what `Part.test` found."""
+    loss, correct = map(torch.cat, zip(*found, strict=True))
+    return (loss / images).tolist(), (100 * correct / images).tolist()
 
 
 def _rows(
     nets: MLPEnsemble,
-    groups: Sequence[Group],
+    choices: Sequence[Projection | None],
     tail: float | None,
     epoch: int,
     train_loss: Tensor,
-    measured: dict[str, tuple[Tensor, Tensor]],
+    measured: dict[str, tuple[list[float], list[float]]],
     seconds: float,
 ) -> Iterator[dict[str, object]]:
-    by_network = {network: group.projection for group in groups for network in group.networks}
     ranks = nets.ranks
-    means = {
-        part: (losses.double().mean(1).tolist(), (100 * correct.double().mean(1)).tolist())
-        for part, (losses, correct) in measured.items()
-    }
-    for network, train in enumerate(train_loss.tolist()):
-        projection = by_network[network]
+    for network, (choice, loss) in enumerate(zip(choices, train_loss.tolist(), strict=True)):
         row = {
             "network": network,
             "seed": nets.seeds[network] if nets.seeds else None,
-            "method": projection.method if projection else "stock",
-            "rank": projection.rank if projection else None,
-            "every": projection.every if projection else None,
+            "method": choice.method if choice else "stock",
+            "rank": choice.rank if choice else None,
+            "every": choice.every if choice else None,
             "epoch": epoch,
-            "train_loss": train,
+            "train_loss": loss,
         }
         if nets.factorized:
             row |= {"method": "factorized", "rank": ranks[network]}
             row["every"] = "epoch" if tail is not None else None
-        for part, (losses, right) in means.items():
-            row |= {f"{part}_loss": losses[network], f"{part}_error": 100 - right[network]}
-        yield row | {"accuracy": means["test"][1][network], "seconds": seconds}
+        for part, (losses, accuracies) in measured.items():
+            row |= {f"{part}_loss": losses[network], f"{part}_error": 100 - accuracies[network]}
+        yield row | {"accuracy": measured["test"][1][network], "seconds": seconds}

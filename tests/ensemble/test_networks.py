@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -69,6 +71,37 @@ def test_state_dict_round_trip():
     other.load_state_dict(one.state_dict())
     x = torch.rand(6, 5)
     assert torch.equal(one(x), other(x))
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_states_of_older_versions_load(rank):
+    """Bias and weight apart, as before this layout; in two lists and without ranks, as in 0.1.0."""
+    nets, other = ensembles(rank, seeds=(1, 2)), ensembles(rank, seeds=(3, 4))
+    before, oldest, entry = {}, {}, 0
+    for number, layer in enumerate(nets.layers):
+        for factor, weight in enumerate(layer.weights):
+            before[f"layers.{number}.factors.{factor}"] = weight.detach().clone()
+            oldest[f"weights.{entry}"] = weight.detach().clone()
+            entry += 1
+        before[f"layers.{number}.bias"] = layer.bias.detach().clone()
+        oldest[f"biases.{number}"] = layer.bias.detach().clone()
+        if rank:
+            before[f"layers.{number}.ranks"] = layer.ranks.clone()
+    for state in (before, oldest, nets.state_dict()):
+        fresh, names = copy.deepcopy(other), list(state)
+        fresh.load_state_dict(state)
+        assert all(map(torch.equal, fresh.parameters(), nets.parameters()))
+        assert fresh.ranks == nets.ranks and list(state) == names
+    with pytest.raises(RuntimeError, match=r"layers\.1\.factors"):
+        other.load_state_dict({name: t for name, t in oldest.items() if not name.endswith(".1")})
+
+
+def ensembles(rank, seeds):
+    nets = svdlib.MLPEnsemble((20, 15, 10), seeds, device="cpu")
+    if not rank:
+        return nets
+    ranks = {"0": rank, "2": rank}
+    return svdlib.MLPEnsemble.from_modules([svdlib.factorize(net, ranks) for net in nets])
 
 
 def test_spectra_are_singular_values():

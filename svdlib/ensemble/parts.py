@@ -1,0 +1,139 @@
+"""An ensemble in parts: networks share nothing, so each part has a thread of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from threading import Event
+
+import torch
+from torch import Tensor
+
+from svdlib.data import with_ones
+from svdlib.ensemble.descent import Step
+from svdlib.ensemble.networks import MLPEnsemble
+from svdlib.ensemble.projection import Projection, grouped
+
+# Multiply-adds of a step, forward, that half fill a thread: eight of the paper's networks.
+UNIT = 6_200_000
+
+
+def shares(nets: MLPEnsemble, batch_size: int) -> tuple[list[slice], bool]:
+    """Which networks each part has, and whether operations are large enough for inner threads.
+
+    By sizes alone, so that results do not depend on the number of threads: an ensemble of less
+    than sixteen networks like the paper's is one part, a larger one an even number of parts of
+    eight to sixteen, which stay in a processor's cache. A single large network is one part
+    too, whose products are worth torch's own threads. On a GPU all is one part.
+
+    >>> shares(MLPEnsemble((784, 15, 15, 10), range(32), device="cpu"), batch_size=64)
+    ([slice(0, 16, None), slice(16, 32, None)], False)
+    """
+    units = sum(factor.numel() for factor in nets.parameters()) * batch_size // UNIT
+    count = 1
+    if nets.device.type == "cpu" and units >= 2:
+        count = min(len(nets), 2 * math.ceil(units / 4))
+    ends = [len(nets) * part // count for part in range(count + 1)]
+    large = units >= 2 and count == 1
+    return [slice(*pair) for pair in pairwise(ends)], large
+
+
+@dataclass
+class Batches:
+    """The batches of an epoch: x (B, features + 1) ending in ones, minus one-hot y (classes, B).
+
+    Attributes:
+        images: (n, features + 1).
+        labels: minus one-hot, a batch each.
+        order: a permutation of the images, a batch each; None: as they come.
+    """
+
+    images: Tensor
+    labels: Sequence[Tensor]
+    order: Sequence[Tensor] | None
+
+    @classmethod
+    def of(cls, images: Tensor, labels: Tensor, size: int, order: Tensor | None) -> Batches:
+        """From minus one-hot labels (n, classes) and a permutation of the images, if any."""
+        labels = labels if order is None else labels[order]
+        parts = [part.t().contiguous() for part in labels.split(size)]
+        return cls(images, parts, None if order is None else order.split(size))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """x and y of each batch; where there is an order, each x overwrites the one before."""
+        if self.order is None:
+            yield from zip(self.images.split(self.labels[0].shape[1]), self.labels, strict=True)
+            return
+        x = with_ones(self.images[: len(self.order[0]), :-1].clone())
+        for chosen, y in zip(self.order, self.labels, strict=True):
+            torch.index_select(self.images, 0, chosen, out=x[: len(chosen)])
+            yield x[: len(chosen)], y
+
+
+class Part:
+    """Some networks of an ensemble while it is trained.
+
+    Args:
+        nets: the ensemble.
+        networks: which of its networks.
+        choices: a projection or None for each network of the ensemble.
+        optimizer, dropout: as in `train`.
+        seed: of the dropout, which is the same in all parts, and of the projections.
+
+    Attributes:
+        done: the number of steps so far.
+    """
+
+    def __init__(
+        self,
+        nets: MLPEnsemble,
+        networks: slice,
+        choices: Sequence[Projection | None],
+        optimizer: str,
+        dropout: float,
+        seed: int,
+    ) -> None:
+        self.networks, self.optimizer, self.dropout = networks, optimizer, dropout
+        self.groups = grouped(choices[networks], len(nets.layers))
+        self.masks = torch.Generator(nets.device).manual_seed(seed)
+        self.sketches = torch.Generator(nets.device).manual_seed(seed + networks.start)
+        self.done = 0
+        self.begin(nets)
+
+    def begin(self, nets: MLPEnsemble) -> None:
+        """Train the tensors that the ensemble holds now."""
+        self.step = Step(nets, self.networks, self.optimizer, self.dropout, self.masks)
+
+    @torch.inference_mode()
+    def train(self, batches: Batches, rates: Sequence[float], losses: Tensor, stop: Event) -> None:
+        """An epoch: a step on every batch, each with its rate, and the projections then due.
+
+        Args:
+            losses: (steps, networks of the ensemble), receives the batches' summed losses.
+            stop: ends the epoch before the next step, where it is set.
+        """
+        try:
+            rows = losses[:, self.networks].unbind()
+            for (x, y), rate, loss in zip(batches, rates, rows, strict=True):
+                if stop.is_set():
+                    break
+                self.step.take(x, y, rate, loss)
+                self.done += 1
+                for group in self.groups:
+                    if group.is_due(self.done, len(rates)):
+                        group.project_(self.step.weights, self.sketches)
+        except torch.linalg.LinAlgError as error:
+            raise FloatingPointError(
+                f"a projection failed after {self.done} steps: the weights of some network from "
+                f"{self.networks.start} to {self.networks.stop - 1} are beyond all bounds; "
+                "a smaller learning rate may help"
+            ) from error
+        finally:
+            self.step.store()
+
+    @torch.inference_mode()
+    def test(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Step.losses`."""
+        return self.step.losses(x, y)
