@@ -41,17 +41,25 @@ def inside(number: int) -> Iterator[int]:
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """None of the caller's modes that would change a result: no autocast, no inference mode.
+    """Without the caller's autocast, which would change results.
 
     >>> with torch.autocast("cpu", torch.bfloat16), plain():
     ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
     torch.float32
     """
-    with (
-        torch.inference_mode(False),
-        torch.autocast("cpu", enabled=False),
-        torch.autocast("cuda", enabled=False),
-    ):
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+@contextmanager
+def making() -> Iterator[None]:
+    """`plain`, and outside inference mode, whose tensors could never be trained.
+
+    >>> with torch.inference_mode(), making():
+    ...     torch.ones(1).is_inference()
+    False
+    """
+    with plain(), torch.inference_mode(False):
         yield
 
 

@@ -21,7 +21,7 @@ from svdlib.ensemble.parts import Batches, Part, shares
 from svdlib.ensemble.projection import Projection, Projections, one_each
 
 
-@threads.plain()
+@threads.making()
 def train(
     nets: MLPEnsemble,
     data: Data,

@@ -8,13 +8,14 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from svdlib import checks, clock
+from svdlib import checks, clock, threads
 from svdlib.layers.factorize import merge
 from svdlib.layers.kinds import LowRank, evaluating, hooked, whole_layers
 
 WHOLE = "whole model"
 
 
+@threads.plain()
 @torch.no_grad()
 def cost(model: nn.Module, x: Tensor, *, repeats: int = 20) -> pd.DataFrame:
     """Parameters, bytes, multiply-adds and measured seconds, by layer and in all.

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from svdlib import checks
+from svdlib import checks, threads
 from svdlib.layers.kinds import (
     LowRank,
     Matrix,
@@ -28,6 +28,7 @@ from svdlib.layers.kinds import (
 from svdlib.linalg.svd import truncated_svd
 
 
+@threads.making()
 def factorize(
     model: nn.Module,
     ranks: float | Mapping[str, int],
@@ -88,7 +89,7 @@ def factorize(
             continue
         checks.finite(layers[name].weight, f"the weight of layer {name!r}")
         chosen[name] = rank
-    warn_of(left, depth=2)
+    warn_of(left, depth=3)  # a context wraps this call
     small = copy.deepcopy(model)
     layers = {name: layer for name, layer in matrix_layers(small).items() if name in chosen}
     inputs = {} if calibration is None else _input_moments(small, layers, calibration)
@@ -100,6 +101,7 @@ def factorize(
     return small
 
 
+@threads.making()
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
     """A copy of a model in which each `LowRank` layer is one dense layer again.

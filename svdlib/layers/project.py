@@ -7,11 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from svdlib import checks
+from svdlib import checks, threads
 from svdlib.layers.kinds import choose, matrix, warn_of
 from svdlib.linalg.svd import METHODS, OVERSAMPLE, POWER_ITERS, randomized_svd, truncated_svd
 
 
+@threads.plain()
 @torch.no_grad()
 def project_(
     model: nn.Module,
@@ -65,5 +66,5 @@ def project_(
         projected[name] = svd.matrix()
     for name, A in projected.items():
         layers[name].weight.copy_(A.view_as(layers[name].weight))
-    warn_of(left, depth=3)  # torch.no_grad wraps this call
+    warn_of(left, depth=4)  # two contexts wrap this call
     return model

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_model
 from torch import Tensor, nn
 
-from svdlib import checks
+from svdlib import checks, threads
 from svdlib.layers.kinds import (
     evaluating,
     low_rank_layers,
@@ -46,6 +46,7 @@ def save_factorized(model: nn.Module, path: str | Path) -> None:
         os.replace(f"{part}/ranks", path.with_suffix(".json"))
 
 
+@threads.making()
 def load_factorized(model: nn.Module, path: str | Path) -> nn.Module:
     """A model as it was saved: a copy of its dense architecture with the factors put in.
 

@@ -193,9 +193,10 @@ def sketched_basis(
     # Drawn in G's type: normal numbers in float64 take four times as long.
     Y = L @ torch.randn(shape, dtype=G.dtype, device=G.device, generator=generator).to(L.dtype)
     any_basis = torch.eye(G.shape[-1], columns, dtype=L.dtype, device=G.device)  # if G is zero
-    Q = cholesky_qr(Y, any_basis, shift=1e-14)
     for _ in range(power_iters):
-        Q = cholesky_qr(small @ Q, any_basis, shift=1e-14)
+        Y = small @ cholesky_qr(Y, any_basis, shift=1e-14)
+    # The shift shortens columns; a second pass makes them orthonormal.
+    Q = cholesky_qr(cholesky_qr(Y, any_basis, shift=1e-14), any_basis)
     if oversample:
         first = None if start is None else Q.mT @ start.double()
         Q = Q @ dominant_basis(Q.mT @ small @ Q, rank, first)

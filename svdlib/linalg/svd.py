@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svdlib import checks
+from svdlib import checks, threads
 from svdlib.linalg.bases import normalized, orthonormal, range_basis
 
 # The names of the two approximations wherever one is chosen.
@@ -94,6 +94,7 @@ class SVD:
         return (logarithm / (2 * q + 1)).exp()
 
 
+@threads.plain()
 def truncated_svd(A: Tensor, rank: int) -> SVD:
     """The first ``rank`` terms of the SVD: the best approximation of that rank.
 
@@ -122,6 +123,7 @@ def truncated_svd(A: Tensor, rank: int) -> SVD:
     return _truncated(A, rank, _norm(A))
 
 
+@threads.plain()
 def randomized_svd(
     A: Tensor,
     rank: int | None = None,

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svdlib import checks
-from svdlib.layers.kinds import Matrix, choose, hooked, warn_of
+from svdlib import checks, threads
+from svdlib.layers.kinds import Matrix, choose, evaluating, hooked, warn_of
 
 
 @dataclass
@@ -57,6 +57,25 @@ class Moments:
             "increase": mean.tolist(),
             "se": (variance / n).sqrt().tolist(),
         }
+
+
+# Networks of fewer numbers repeat small operations, which more threads only hold up.
+SMALL = 100_000
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """The model as it is measured: evaluation mode, no gradients, none of the caller's autocast.
+
+    >>> model = nn.Dropout()
+    >>> with measuring(model):
+    ...     model.training, torch.is_grad_enabled()
+    (False, False)
+    """
+    small = sum(parameter.numel() for parameter in model.parameters()) < SMALL
+    inner = threads.inside(1 if small else torch.get_num_threads())
+    with torch.no_grad(), threads.plain(), inner, evaluating(model):
+        yield
 
 
 def full_losses(model: nn.Module, x: Tensor, y: Tensor, memory: int) -> tuple[Tensor, Tensor]:

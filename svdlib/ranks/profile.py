@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from svdlib import checks
-from svdlib.layers.kinds import apply_rows, evaluating, hooked, matrix_layers, obstacle
+from svdlib.layers.kinds import apply_rows, hooked, matrix_layers, obstacle
 from svdlib.ranks.losses import (
     Moments,
     check_data,
     full_losses,
+    measuring,
     profiled_layers,
     replaced,
     width,
@@ -74,7 +75,7 @@ def loss_profile(
     chosen = profiled_layers(model, layers)
     check_data(x, y)
     wanted = None if ranks is None else {checks.positive_int(r, "a rank", least=0) for r in ranks}
-    with torch.no_grad(), evaluating(model):
+    with measuring(model):
         full, _ = full_losses(model, x, y, memory)
         tables = []
         for name in tqdm(chosen, disable=not progress, desc="profile", unit="layer"):
@@ -118,7 +119,7 @@ def search_ranks(
     """
     check_data(x, y)
     found = {}
-    with torch.no_grad(), evaluating(model):
+    with measuring(model):
         full, _ = full_losses(model, x, y, memory)
         for name in profiled_layers(model, None):
             sweep = _Sweep(model, name, x, y, full, memory)

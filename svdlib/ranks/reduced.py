@@ -9,11 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from svdlib import checks
-from svdlib.layers.kinds import evaluating, stored
-from svdlib.ranks.losses import Moments, check_data, full_losses, profiled_layers, replaced, width
+from svdlib.layers.kinds import stored
+from svdlib.ranks.losses import (
+    Moments,
+    check_data,
+    full_losses,
+    measuring,
+    profiled_layers,
+    replaced,
+    width,
+)
 
 
-@torch.no_grad()
 def verify_ranks(
     model: nn.Module, ranks: Mapping[str, int], x: Tensor, y: Tensor, memory: int = 2**28
 ) -> dict[str, float]:
@@ -33,7 +40,7 @@ def verify_ranks(
     55.0
     """
     check_data(x, y)
-    with evaluating(model):
+    with measuring(model):
         return _Reduced(model, list(ranks), x, y, memory).measure(ranks)
 
 
@@ -70,7 +77,7 @@ def refine_ranks(
     if not tolerance >= 0:
         raise ValueError(f"tolerance must be at least 0, not {tolerance}")
     check_data(x, y)
-    with torch.no_grad(), evaluating(model):
+    with measuring(model):
         reduced = _Reduced(model, list(ranks), x, y, memory)
         current = {name: min(rank, reduced.limit[name]) for name, rank in ranks.items()}
         # Full rank in every layer is the network itself, up to rounding.

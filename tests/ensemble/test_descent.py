@@ -154,3 +154,24 @@ def test_factors_and_their_cut_stay_on_the_gpu():
             step.take(x, y, 0.01, torch.zeros(4, device="cuda"))
             V, U, ranks = cut(*nets.layers[0].weights, tail=0.1)
         assert V.device.type == U.device.type == ranks.device.type == "cuda"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("choice", CHOICES)
+def test_no_synchronisation_inside_a_step(choice):
+    device = torch.device("cuda")
+    step = Step(svdlib.MLPEnsemble((784, 15, 15, 10), seeds=range(4), device=device))
+    groups = grouped([choice] * 4, 3)
+    x, y = torch.ones(64, 785, device=device), torch.zeros(10, 64, device=device)
+    generator, losses = torch.Generator(device).manual_seed(0), torch.zeros(4, device=device)
+    y[0] = -1
+    with torch.inference_mode():
+        for mode in ("default", "error"):  # the first projection solves an eigenvalue problem
+            torch.cuda.set_sync_debug_mode(mode)
+            try:
+                step.take(x, y, 0.01, losses)
+                for group in groups:
+                    group.project_(step.weights, generator)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    assert losses.isfinite().all()
