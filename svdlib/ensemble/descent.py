@@ -100,32 +100,32 @@ def descent(
         dropout, generator: d, and the source of its randomness on the maps' device.
 
     Returns:
-        a function of x (B, in + 1), the last column ones; minus the one-hot labels,
-        feature-first (classes, B); the scale; and a tensor (S,) that receives each network's
-        loss on the batch before the step, summed.
+        a function of x (B, in + 1), the last column ones; minus the one-hot labels, first those
+        of the first class (classes · B,); the scale; and a tensor (S,) that receives each
+        network's loss on the batch before the step, summed.
 
     >>> map = Affine.of(torch.zeros(1, 2, 4), outer=True, last=True)
     >>> loss = torch.empty(1)
     >>> descend = descent([map], batch=1)
-    >>> descend(torch.ones(1, 4), torch.tensor([[-1.0], [0.0]]), -1.0, loss)
+    >>> descend(torch.ones(1, 4), torch.tensor([-1.0, 0.0]), -1.0, loss)
     >>> loss, map.matrix
     (tensor([0.6931]), tensor([[[ 0.5000,  0.5000,  0.5000,  0.5000],
              [-0.5000, -0.5000, -0.5000, -0.5000]]]))
     """
-    layers = range(len(maps))
+    above = range(1, len(maps))
     zeros = maps[0].matrix.new_zeros
     A = [map.matrix for map in maps]
-    z = [zeros(*matrix.shape[:2], batch) for matrix in A]
-    delta = [zeros(h.shape) for h in z]  # the row of the ones stays zero
-    features = [h[:, : map.out] for h, map in zip(z, maps, strict=True)]
-    back = [A[l][:, :, : maps[l - 1].out].mT for l in layers]
-    into = [d[:, : map.out] for d, map in zip(delta, maps, strict=True)]
     target = [map.trained for map in onto or maps]
-    below = [z[l - 1][:, : target[l].shape[-1]].mT for l in layers]
-    rectified = [map.outer for map in maps]
-    first, first_target, columns = A[0].flatten(0, 1), target[0].flatten(0, 1), target[0].shape[-1]
-    first_z, first_delta = z[0].flatten(0, 1), delta[0].flatten(0, 1)
-    log_p = delta[-1]
+    h = [zeros(*matrix.shape[:2], batch) for matrix in A]
+    delta = [zeros(activations.shape) for activations in h]  # zero under the row of ones
+    log_p = delta[-1].flatten(1)
+    features = [a[:, : map.out] for a, map in zip(h, maps, strict=True)]
+    back = {l: A[l][:, :, : maps[l - 1].out].mT for l in above}
+    onto_features = {l: delta[l - 1][:, : maps[l - 1].out] for l in above}
+    below = {l: h[l - 1][:, : target[l].shape[-1]].mT for l in above}
+    flat = [tensors[0].flatten(0, 1) for tensors in (A, h, delta, target)]
+    first_A, first_h, first_delta, first_target = flat
+    whole = first_target.shape[-1] == first_A.shape[-1]
     dropped = zeros(batch, A[0].shape[-1])
     dropped[:, -1] = 1
 
@@ -134,24 +134,24 @@ def descent(
         if dropout:
             torch.mul(x[:, :-1], _mask(x[:, :-1], dropout, generator), out=dropped[:, :-1])
             x = dropped
-        torch.mm(first, x.t(), out=first_z)
-        for l in layers[1:]:
-            if rectified[l - 1]:
-                z[l - 1].relu_()
+        torch.mm(first_A, x.t(), out=first_h)
+        for l in above:
+            if maps[l - 1].outer:
+                h[l - 1].relu_()
                 if dropout:
                     features[l - 1].mul_(_mask(features[l - 1][0], dropout, generator))
-            torch.bmm(A[l], z[l - 1], out=z[l])
-        log_softmax_(z[-1], 1, False, out=log_p)
-        torch.mv(log_p.flatten(1), y.flatten(), out=loss)
+            torch.bmm(A[l], h[l - 1], out=h[l])
+        log_softmax_(h[-1], 1, False, out=delta[-1])
+        torch.mv(log_p, y, out=loss)
         log_p.exp_().add_(y)
-        for l in layers[:0:-1]:
-            torch.bmm(back[l], delta[l], out=into[l - 1])
+        for l in reversed(above):
+            torch.bmm(back[l], delta[l], out=onto_features[l])
             target[l].baddbmm_(delta[l], below[l], alpha=scale)
-            if rectified[l - 1]:
-                threshold_backward_(delta[l - 1], z[l - 1], 0, grad_input=delta[l - 1])
+            if maps[l - 1].outer:
+                threshold_backward_(delta[l - 1], h[l - 1], 0, grad_input=delta[l - 1])
                 if dropout:
                     delta[l - 1].div_(1 - dropout)
-        first_target.addmm_(first_delta, x[:, :columns], alpha=scale)
+        first_target.addmm_(first_delta, x if whole else x[:, :-1], alpha=scale)
 
     return descend
 

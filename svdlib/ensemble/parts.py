@@ -42,15 +42,16 @@ def shares(nets: MLPEnsemble, batch_size: int) -> tuple[list[slice], bool]:
 
 @dataclass
 class Batches:
-    """The batches of an epoch: x (B, features + 1) ending in ones, minus one-hot y (classes, B).
+    """The batches of an epoch, as `descent` takes them.
 
     Attributes:
-        images: (n, features + 1).
-        labels: minus one-hot, a batch each.
+        images: (n, features + 1), the last column ones.
+        labels: minus one-hot (classes · B,), a batch each.
         order: a permutation of the images, a batch each; None: as they come.
     """
 
     images: Tensor
+    size: int
     labels: Sequence[Tensor]
     order: Sequence[Tensor] | None
 
@@ -58,15 +59,15 @@ class Batches:
     def of(cls, images: Tensor, labels: Tensor, size: int, order: Tensor | None) -> Batches:
         """From minus one-hot labels (n, classes) and a permutation of the images, if any."""
         labels = labels if order is None else labels[order]
-        parts = [part.t().contiguous() for part in labels.split(size)]
-        return cls(images, parts, None if order is None else order.split(size))
+        parts = [part.t().flatten() for part in labels.split(size)]
+        return cls(images, size, parts, None if order is None else order.split(size))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """x and y of each batch; where there is an order, each x overwrites the one before."""
         if self.order is None:
-            yield from zip(self.images.split(self.labels[0].shape[1]), self.labels, strict=True)
+            yield from zip(self.images.split(self.size), self.labels, strict=True)
             return
-        x = with_ones(self.images[: len(self.order[0]), :-1].clone())
+        x = with_ones(self.images[: self.size, :-1].clone())
         for chosen, y in zip(self.order, self.labels, strict=True):
             torch.index_select(self.images, 0, chosen, out=x[: len(chosen)])
             yield x[: len(chosen)], y

@@ -21,7 +21,7 @@ def stepped(nets, x, y, **settings):
     """The ensemble after one step at rate 0.1; each network's loss before it."""
     step = Step(nets, **settings)
     losses = torch.zeros(len(nets), dtype=x.dtype)
-    labels = -F.one_hot(y, nets.sizes[-1]).T.to(x.dtype).contiguous()
+    labels = -F.one_hot(y, nets.sizes[-1]).T.to(x.dtype).flatten()
     with torch.no_grad():
         step.take(with_ones(x), labels, 0.1, losses)
         step.store()
@@ -96,7 +96,7 @@ def test_the_row_of_ones_and_the_inner_bias_stay(blobs, optimizer):
     nets = svdlib.MLPEnsemble.from_modules([svdlib.factorize(net, {"0": 4}) for net in nets])
     step = Step(nets, optimizer=optimizer)
     before = [map.matrix.clone() for map in step.maps]
-    labels = -F.one_hot(blobs.train_y, 3).T.float().contiguous()
+    labels = -F.one_hot(blobs.train_y, 3).T.float().flatten()
     with torch.inference_mode():
         for _ in range(5):
             step.take(with_ones(blobs.train_x), labels, 0.1, torch.zeros(2))
@@ -129,7 +129,7 @@ def test_a_step_stays_on_the_gpu(choice, optimizer):
         nets = on_fake_gpu()
         step = Step(nets, optimizer=optimizer, dropout=0.1)
         groups = grouped([choice] * 4, 3)
-        x, y = torch.ones(64, 785, device="cuda"), torch.zeros(10, 64, device="cuda")
+        x, y = torch.ones(64, 785, device="cuda"), torch.zeros(640, device="cuda")
         losses = torch.zeros(4, device="cuda")
         with torch.inference_mode():
             for _ in range(2):  # the first projection is cold, the second warm
@@ -149,7 +149,7 @@ def test_factors_and_their_cut_stay_on_the_gpu():
             V, U, ranks = torch.ones(4, 5, 784), torch.ones(4, 15, 5), torch.full((4,), 5)
         nets.layers[0] = Layer([V, U], nets.biases[0].detach(), ranks)
         step = Step(nets)
-        x, y = torch.ones(64, 785, device="cuda"), torch.zeros(10, 64, device="cuda")
+        x, y = torch.ones(64, 785, device="cuda"), torch.zeros(640, device="cuda")
         with torch.inference_mode():
             step.take(x, y, 0.01, torch.zeros(4, device="cuda"))
             V, U, ranks = cut(*nets.layers[0].weights, tail=0.1)
@@ -162,9 +162,9 @@ def test_no_synchronisation_inside_a_step(choice):
     device = torch.device("cuda")
     step = Step(svdlib.MLPEnsemble((784, 15, 15, 10), seeds=range(4), device=device))
     groups = grouped([choice] * 4, 3)
-    x, y = torch.ones(64, 785, device=device), torch.zeros(10, 64, device=device)
+    x, y = torch.ones(64, 785, device=device), torch.zeros(640, device=device)
     generator, losses = torch.Generator(device).manual_seed(0), torch.zeros(4, device=device)
-    y[0] = -1
+    y[:64] = -1
     with torch.inference_mode():
         for mode in ("default", "error"):  # the first projection solves an eigenvalue problem
             torch.cuda.set_sync_debug_mode(mode)

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pandas as pd
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from svdlib import clock
 
@@ -21,3 +31,51 @@ def product_rate(device: torch.device, repeats: int = 5) -> float:
             A @ A
 
     return 4 * 2 * n**3 / clock.median(products, repeats, device=device)
+
+
+@contextmanager
+def busy_core() -> Iterator[None]:
+    """Another process that takes all it can get of one core."""
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        other.kill()
+        other.wait()
+
+
+class _Stopwatch(TorchDispatchMode):
+    """Counts and times every operation that torch dispatches, without what leads up to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+        start = time.perf_counter()
+        result = operation(*args, **(kwargs or {}))
+        name = operation.overloadpacket.__name__
+        self.seconds[name] += time.perf_counter() - start
+        self.calls[name] += 1
+        return result
+
+
+def operations(run: Callable[[], object], steps: int) -> pd.DataFrame:
+    """The operations of torch in ``run``, which takes so many steps, and what each takes.
+
+    Returns:
+        one row an operation, the dearest first: operation, calls and microseconds (both a step).
+
+    >>> A = torch.ones(9, 9)
+    >>> operations(lambda: A @ A, steps=1)[["operation", "calls"]].values.tolist()
+    [['mm', 1.0]]
+    """
+    run()
+    with _Stopwatch() as watch:
+        run()
+    table = pd.DataFrame({"calls": watch.calls, "seconds": watch.seconds}).rename_axis("operation")
+    table = table.sort_values("seconds", ascending=False).reset_index()
+    return table.assign(calls=table.calls / steps, microseconds=1e6 * table.seconds / steps).drop(
+        columns="seconds"
+    )

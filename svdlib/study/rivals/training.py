@@ -1,13 +1,13 @@
 """Other ways to train the same networks, to measure `train` against.
 
-Each function trains S perceptrons on the same batches in the same order as `train`, and returns
-the seconds of one epoch, the median over ``repeats`` after one that is not counted (which
-compiles, where there is something to compile).
+Each function sets up S perceptrons and returns a function that trains them for one more epoch, on
+the same batches in the same order as `train`, and gives its seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -24,15 +24,21 @@ from svdlib.ensemble.projection import Projection
 from svdlib.ensemble.training import train
 from svdlib.study.rivals.timing import product_rate
 
+Epoch = Callable[[], float]
+
 
 def svdlib_epoch(
-    sizes: Sequence[int], networks: int, data: Data, projection: Projection | None, repeats: int
-) -> float:
+    sizes: Sequence[int], networks: int, data: Data, projection: Projection | None = None
+) -> Epoch:
     """`train` itself: the history's own seconds of an epoch, testing not included."""
     nets = MLPEnsemble(sizes, seeds=range(networks), device=data.device)
     few = data.head(len(data.train_x), 100)
-    history = train(nets, few, epochs=1 + repeats, projection=projection, progress=False)
-    return float(history[history.epoch > 1].groupby("epoch").seconds.first().median())
+
+    def epoch() -> float:
+        history = train(nets, few, epochs=1, projection=projection, progress=False)
+        return float(history.seconds.iloc[0])
+
+    return epoch
 
 
 class _Images(Dataset):
@@ -53,9 +59,7 @@ class _Images(Dataset):
         return self.tensor(self.picture(self.images[index])), self.labels[index]
 
 
-def paper_epoch(
-    sizes: Sequence[int], data: Data, projection: Projection | None = None, repeats: int = 1
-) -> float:
+def paper_epoch(sizes: Sequence[int], data: Data, projection: Projection | None = None) -> Epoch:
     """The paper's way, one network: DataLoader, ToTensor, autograd, and a state dict that is
     taken, projected by `torch.linalg.svd` or `torch.svd_lowrank` and loaded again.
     """
@@ -70,28 +74,30 @@ def paper_epoch(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if projection and projection.every == "step":
+            if projection:
                 _project_by_state_dict(model, projection)
-        if projection and projection.every == "epoch":
-            _project_by_state_dict(model, projection)
 
-    return clock.median(epoch, repeats, device=data.device)
+    return partial(clock.median, epoch, 1, warmup=0, device=data.device)
 
 
 def _project_by_state_dict(model: nn.Module, projection: Projection) -> None:
-    rank = projection.ranks(1)[0]
     state = model.state_dict()
     for name, weight in state.items():
-        if weight.ndim < 2:
-            continue
-        if projection.method == "rsvd":
-            U, S, V = torch.svd_lowrank(weight, min(rank, *weight.shape))
-            Vh = V.mT
-        else:
-            U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
-            S[rank:] = 0
-        state[name] = U @ torch.diag(S) @ Vh
+        if weight.ndim == 2:
+            state[name] = _low_rank(weight, projection)
     model.load_state_dict(state)
+
+
+def _low_rank(W: Tensor, projection: Projection) -> Tensor:
+    """By torch's own SVDs, of k + p columns and q power iterations where it is randomized."""
+    rank = min(projection.ranks(1)[0], *W.shape[-2:])
+    if projection.method == "rsvd":
+        columns = min(rank + projection.oversample, *W.shape[-2:])
+        U, S, V = torch.svd_lowrank(W, columns, niter=projection.power_iters)
+        Vh = V.mT
+    else:
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    return (U[..., :rank] * S[..., None, :rank]) @ Vh[..., :rank, :]
 
 
 def torch_func_epoch(
@@ -99,8 +105,7 @@ def torch_func_epoch(
     networks: int,
     data: Data,
     projection: Projection | None = None,
-    repeats: int = 1,
-) -> float:
+) -> Epoch:
     """`torch.func`: stacked modules, vmap of grad, an update out of place; batched SVD."""
     models = list(MLPEnsemble(sizes, seeds=range(networks), device=data.device))
     params, _ = torch.func.stack_module_state(models)  # type: ignore[arg-type]
@@ -112,32 +117,20 @@ def torch_func_epoch(
 
     gradient = torch.func.vmap(torch.func.grad(loss), in_dims=(0, None, None))
     batches = TensorDataset(data.train_x, data.train_y)
-    rank = projection.ranks(1)[0] if projection else 0
 
     def epoch() -> None:
         nonlocal params
         for x, y in zip(*(part.split(64) for part in batches.tensors), strict=True):
             g = gradient(params, x, y)
             params = {k: (p - 1e-2 * g[k]).detach() for k, p in params.items()}
-            if projection and projection.every == "step":
-                params = _projected(params, projection.method, rank)
-        if projection and projection.every == "epoch":
-            params = _projected(params, projection.method, rank)
+            if projection:
+                rank = projection.ranks(1)[0]
+                params = {
+                    name: _low_rank(W, projection) if W.ndim == 3 and rank < min(W.shape[1:]) else W
+                    for name, W in params.items()
+                }
 
-    return clock.median(epoch, repeats, device=data.device)
-
-
-def _projected(params: dict[str, Tensor], method: str, rank: int) -> dict[str, Tensor]:
-    new = dict(params)
-    for name, W in params.items():
-        if W.ndim == 3 and rank < min(W.shape[1:]):
-            if method == "rsvd":
-                U, S, V = torch.svd_lowrank(W, rank)
-                new[name] = (U * S.unsqueeze(1)) @ V.mT
-            else:
-                U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-                new[name] = (U[..., :rank] * S[:, None, :rank]) @ Vh[:, :rank]
-    return new
+    return partial(clock.median, epoch, 1, warmup=0, device=data.device)
 
 
 def jax_epoch(
@@ -145,12 +138,11 @@ def jax_epoch(
     networks: int,
     data: Data,
     projection: Projection | None = None,
-    repeats: int = 1,
-) -> float:
+) -> Epoch:
     """JAX: value_and_grad under vmap, the epoch one compiled `scan`; batched `jnp.linalg.svd`.
 
-    The randomized method draws its sketch in JAX: Q from QR of W Ω, with k columns and two
-    power iterations, as `torch.svd_lowrank` has it.
+    The randomized method draws its sketch in JAX: Q from QR of W Ω, with k + p columns and q
+    power iterations, then the SVD of Qᵀ W, as `torch.svd_lowrank` has it.
     """
     import jax
     import jax.numpy as jnp
@@ -162,6 +154,7 @@ def jax_epoch(
     x = jnp.asarray(data.train_x[:whole].reshape(-1, 64, sizes[0]).cpu().numpy())
     y = jnp.asarray(data.train_y[:whole].reshape(-1, 64).cpu().numpy())
     rank = projection.ranks(1)[0] if projection else 0
+    sketch = (projection.oversample, projection.power_iters) if projection else (0, 0)
 
     def loss(params: Any, x: Any, y: Any) -> Any:
         *hidden, last = zip(*params, strict=True)
@@ -176,25 +169,24 @@ def jax_epoch(
         if projection and projection.method == "truncsvd":
             U, S, Vh = jnp.linalg.svd(W, full_matrices=False)
             return (U[..., :rank] * S[:, None, :rank]) @ Vh[:, :rank]
-        Q = jnp.linalg.qr(W @ jax.random.normal(key, (len(W), W.shape[2], rank)))[0]
-        for _ in range(2):
+        columns = min(rank + sketch[0], *W.shape[1:])
+        Q = jnp.linalg.qr(W @ jax.random.normal(key, (len(W), W.shape[2], columns)))[0]
+        for _ in range(sketch[1]):
             Q = jnp.linalg.qr(W @ jnp.linalg.qr(W.swapaxes(1, 2) @ Q)[0])[0]
-        return Q @ (Q.swapaxes(1, 2) @ W)
+        U, S, Vh = jnp.linalg.svd(Q.swapaxes(1, 2) @ W, full_matrices=False)
+        return Q @ ((U[..., :rank] * S[:, None, :rank]) @ Vh[:, :rank])
 
     def step(params: Any, batch: Any) -> Any:
         x, y, key = batch
         losses, g = jax.vmap(jax.value_and_grad(loss), in_axes=(0, None, None))(params, x, y)
         W, b = jax.tree.map(lambda p, d: p - 1e-2 * d, params, g)
-        if projection and projection.every == "step":
+        if projection:
             W = [low_rank(w, key) for w in W]
         return (W, b), losses
 
     @jax.jit
     def epoch(params: Any, key: Any) -> Any:
-        params, losses = jax.lax.scan(step, params, (x, y, jax.random.split(key, len(x))))
-        if projection and projection.every == "epoch":
-            params = ([low_rank(w, key) for w in params[0]], params[1])
-        return params, losses
+        return jax.lax.scan(step, params, (x, y, jax.random.split(key, len(x))))
 
     params = (weights, biases)
 
@@ -203,7 +195,7 @@ def jax_epoch(
         params, losses = epoch(params, jax.random.key(0))
         losses.block_until_ready()
 
-    return clock.median(run, repeats)
+    return partial(clock.median, run, 1, warmup=0)
 
 
 def product_bound(sizes: Sequence[int], data: Data, repeats: int = 5) -> float:
@@ -216,40 +208,36 @@ def product_bound(sizes: Sequence[int], data: Data, repeats: int = 5) -> float:
     return 2 * products_per_image * len(data.train_x) / rate
 
 
-def race(
-    sizes: Sequence[int],
-    counts: Sequence[int],
-    data: Data,
-    projections: Sequence[Projection | None],
-    repeats: int = 3,
-    progress: bool = True,
-) -> pd.DataFrame:
-    """Every way of training, for every number of networks and projection, in one run.
+def entrants(
+    sizes: Sequence[int], counts: Sequence[int], data: Data, projection: Projection | None = None
+) -> dict[tuple[str, int], Epoch]:
+    """An epoch of every way, for every number of networks; the paper's way trains one at a time.
 
-    Returns:
-        columns way, networks, method, every, seconds (per network and epoch of
-        these data). The paper's way trains one network at a time, so it has one row a projection.
+    A projection follows every step.
     """
     ways = {"svdlib": svdlib_epoch, "torch.func": torch_func_epoch, "JAX": jax_epoch}
-    rows: list[tuple[str, int, Projection | None, float]] = []
-    bar = tqdm(total=len(projections) * (1 + 3 * len(counts)), disable=not progress, unit="way")
-    with bar:
-        for projection in projections:
-            taken = paper_epoch(sizes, data, projection, repeats)
-            rows.append(("the paper's way", 1, projection, taken))
-            bar.update()
-            for count in counts:
-                for way, epoch in ways.items():
-                    taken = epoch(sizes, count, data, projection, repeats) / count
-                    rows.append((way, count, projection, taken))
-                    bar.update()
-    return pd.DataFrame(
-        {
-            "way": way,
-            "networks": networks,
-            "method": projection.method if projection else "stock",
-            "every": projection.every if projection else "never",
-            "seconds": taken,
-        }
-        for way, networks, projection, taken in rows
-    )
+    found = {("the paper's way", 1): paper_epoch(sizes, data, projection)}
+    for count in counts:
+        for way, epoch in ways.items():
+            found[way, count] = epoch(sizes, count, data, projection)
+    return found
+
+
+def race(
+    entrants: Mapping[tuple[str, int], Epoch], repeats: int = 5, progress: bool = True
+) -> pd.DataFrame:
+    """An epoch of each entrant in turn, again and again, after a round that is not counted.
+
+    Turn by turn, so that whatever disturbs the machine disturbs all, and a ratio can be taken
+    within a round. The round that is not counted compiles, where there is something to compile.
+
+    Returns:
+        columns way, networks, round, seconds (per network and epoch).
+    """
+    rows = []
+    for number in tqdm(range(1 + repeats), disable=not progress, unit="round", desc="race"):
+        for (way, networks), epoch in entrants.items():
+            seconds = epoch() / networks
+            if number:
+                rows.append((way, networks, number, seconds))
+    return pd.DataFrame(rows, columns=["way", "networks", "round", "seconds"])

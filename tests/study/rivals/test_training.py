@@ -11,13 +11,32 @@ def images(n):
     return svdlib.Data("noise", x, y, x[:10], y[:10])
 
 
-def test_race_times_every_way():
+@pytest.mark.parametrize(
+    "projection",
+    [None, svdlib.Projection("rsvd", 3, "step", 2, 1), svdlib.Projection("truncsvd", 3, "step")],
+)
+def test_every_way_enters_the_race(projection):
     pytest.importorskip("jax")
-    choices = [None, svdlib.Projection("rsvd", 3), svdlib.Projection("truncsvd", 3, "step")]
-    table = peers.race((784, 5, 10), (1, 2), images(128), choices, repeats=1, progress=False)
-    assert len(table) == 3 * (1 + 3 * 2)
+    entrants = peers.entrants((784, 6, 10), (1, 2), images(128), projection)
+    table = peers.race(entrants, repeats=2, progress=False)
+    assert len(table) == 2 * (1 + 3 * 2) and (table.seconds > 0).all()
     assert set(table.way) == {"the paper's way", "svdlib", "torch.func", "JAX"}
-    assert (table.seconds > 0).all()
+
+
+@pytest.mark.parametrize("oversample", [0, 2, 9])
+def test_peers_draw_as_many_columns_as_asked(oversample, monkeypatch):
+    asked = []
+    lowrank = torch.svd_lowrank
+
+    def noted(A, q, niter):
+        asked.append((q, niter))
+        return lowrank(A, q, niter)
+
+    monkeypatch.setattr(torch, "svd_lowrank", noted)
+    W = torch.rand(2, 8, 20, generator=torch.Generator().manual_seed(0))
+    projection = svdlib.Projection("rsvd", 3, "step", oversample, 1)
+    assert (torch.linalg.matrix_rank(peers._low_rank(W, projection)) == 3).all()
+    assert asked == [(min(3 + oversample, 8), 1)]
 
 
 def test_product_bound_counts_the_products():
