@@ -149,11 +149,16 @@ def error_by_rank(table: pd.DataFrame, reference: Sequence[float], title: str = 
 
 
 def speed(table: pd.DataFrame, bound: float, title: str = "") -> Figure:
-    """Seconds per network and epoch against the number of networks: columns way, networks,
-    seconds; ``bound`` is drawn as a line."""
+    """Seconds per network and epoch against the number of networks: median, least and most.
+
+    Columns way, networks, seconds, several a way and number; ``bound`` is drawn as a line.
+    """
     figure, axis = plt.subplots(figsize=(7.5, 4.0))
     for way, part in table.groupby("way", sort=False):
-        axis.plot(part.networks, part.seconds, "o-", label=str(way))
+        seconds = part.groupby("networks").seconds
+        middle = seconds.median()
+        spread = [middle - seconds.min(), seconds.max() - middle]
+        axis.errorbar(middle.index, middle, spread, fmt="o-", capsize=3, label=str(way))
     axis.axhline(bound, color="0.3", linestyle=":", label="matrix products alone")
     axis.set(xscale="log", yscale="log", title=title)
     axis.set(xlabel="networks trained at once", ylabel="seconds per network and epoch")

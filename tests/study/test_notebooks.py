@@ -21,7 +21,7 @@ SMALL = {
         "sweep_epochs": "1",
         "ranks": "[2, 9, 12]",
     },
-    "05_speed": {"counts": "[1, 2]", "projected_counts": "[2]", "repeats": "1"},
+    "05_speed": {"counts": "[1, 2]", "projected": "2", "repeats": "1"},
     "06_rank_revealer": {
         "seeds": "2",
         "epochs": "2",

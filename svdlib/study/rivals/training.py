@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
+from threading import Event
 from typing import Any
 
 import pandas as pd
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from tqdm.auto import tqdm
 
-from svdlib import clock
-from svdlib.data import Data
+from svdlib import clock, threads
+from svdlib.data import Data, with_ones
 from svdlib.ensemble.networks import MLPEnsemble, perceptron
+from svdlib.ensemble.parts import Batches, Part
 from svdlib.ensemble.projection import Projection
 from svdlib.ensemble.training import train
-from svdlib.study.rivals.timing import product_rate
+from svdlib.study.rivals.timing import operations, product_rate
 
 Epoch = Callable[[], float]
 
@@ -208,36 +210,89 @@ def product_bound(sizes: Sequence[int], data: Data, repeats: int = 5) -> float:
     return 2 * products_per_image * len(data.train_x) / rate
 
 
+Entrants = Mapping[tuple[str, str, int], Epoch]
+
+
 def entrants(
-    sizes: Sequence[int], counts: Sequence[int], data: Data, projection: Projection | None = None
-) -> dict[tuple[str, int], Epoch]:
+    sizes: Sequence[int],
+    counts: Sequence[int],
+    data: Data,
+    projection: Projection | None = None,
+    name: str = "stock",
+) -> Entrants:
     """An epoch of every way, for every number of networks; the paper's way trains one at a time.
 
-    A projection follows every step.
+    Args:
+        projection: follows every step.
+        name: what to call it in the race's table.
     """
     ways = {"svdlib": svdlib_epoch, "torch.func": torch_func_epoch, "JAX": jax_epoch}
-    found = {("the paper's way", 1): paper_epoch(sizes, data, projection)}
+    found = {(name, "the paper's way", 1): paper_epoch(sizes, data, projection)}
     for count in counts:
         for way, epoch in ways.items():
-            found[way, count] = epoch(sizes, count, data, projection)
+            found[name, way, count] = epoch(sizes, count, data, projection)
     return found
 
 
-def race(
-    entrants: Mapping[tuple[str, int], Epoch], repeats: int = 5, progress: bool = True
-) -> pd.DataFrame:
+def race(entrants: Entrants, repeats: int = 5, progress: bool = True) -> pd.DataFrame:
     """An epoch of each entrant in turn, again and again, after a round that is not counted.
 
     Turn by turn, so that whatever disturbs the machine disturbs all, and a ratio can be taken
     within a round. The round that is not counted compiles, where there is something to compile.
 
     Returns:
-        columns way, networks, round, seconds (per network and epoch).
+        columns projection, way, networks, round, seconds (per network and epoch).
     """
     rows = []
     for number in tqdm(range(1 + repeats), disable=not progress, unit="round", desc="race"):
-        for (way, networks), epoch in entrants.items():
+        for (name, way, networks), epoch in entrants.items():
             seconds = epoch() / networks
             if number:
-                rows.append((way, networks, number, seconds))
-    return pd.DataFrame(rows, columns=["way", "networks", "round", "seconds"])
+                rows.append((name, way, networks, number, seconds))
+    return pd.DataFrame(rows, columns=["projection", "way", "networks", "round", "seconds"])
+
+
+def ratios(table: pd.DataFrame, way: str = "svdlib") -> pd.DataFrame:
+    """How many times as long the others take as ``way``, round by round, from a race's table.
+
+    The paper's way, which trains one network at a time, is held against every number of networks.
+
+    Returns:
+        a row a projection, number of networks and other way: the ratio's median over the rounds,
+        its least and most, and which of the two is faster; "none", where the rounds disagree.
+
+    >>> table = pd.DataFrame({"projection": "stock", "way": ["svdlib", "JAX"] * 2, "networks": 8,
+    ...                       "round": [1, 1, 2, 2], "seconds": [1.0, 2.0, 1.0, 3.0]})
+    >>> ratios(table)[["way", "median", "least", "most", "faster"]].values.tolist()
+    [['JAX', 2.5, 2.0, 3.0, 'svdlib']]
+    """
+    ours = table[table.way == way].drop(columns="way")
+    others = table[table.way != way]
+    single = others[others.way == "the paper's way"]
+    counts = ours[["projection", "networks"]].drop_duplicates()
+    others = pd.concat(
+        [others.drop(single.index), single.drop(columns="networks").merge(counts, on="projection")]
+    )
+    pairs = others.merge(ours, on=["projection", "networks", "round"], suffixes=("", "_ours"))
+    pairs["ratio"] = pairs.seconds / pairs.seconds_ours
+    groups = pairs.groupby(["projection", "networks", "way"], sort=False).ratio
+    found = pd.DataFrame({"median": groups.median(), "least": groups.min(), "most": groups.max()})
+    found = found.reset_index()
+    found["faster"] = "none"
+    found.loc[found.least > 1, "faster"] = way
+    found.loc[found.most < 1, "faster"] = found.way
+    return found
+
+
+def step_operations(
+    sizes: Sequence[int], networks: int, data: Data, projection: Projection | None = None
+) -> pd.DataFrame:
+    """`operations` of a step of so many networks, as one part, a projection after each step."""
+    nets = MLPEnsemble(sizes, seeds=range(networks), device=data.device)
+    part = Part(nets, slice(0, networks), [projection] * networks, "sgd", 0.0, seed=0)
+    labels = -nn.functional.one_hot(data.train_y, sizes[-1]).float()
+    batches = Batches.of(with_ones(data.train_x), labels, 64, None)
+    losses = torch.zeros(len(batches.labels), networks, device=data.device)
+    rates = [0.01] * len(losses)
+    with threads.inside(1):
+        return operations(lambda: part.train(batches, rates, losses, Event()), len(losses))

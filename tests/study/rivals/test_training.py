@@ -20,6 +20,7 @@ def test_every_way_enters_the_race(projection):
     entrants = peers.entrants((784, 6, 10), (1, 2), images(128), projection)
     table = peers.race(entrants, repeats=2, progress=False)
     assert len(table) == 2 * (1 + 3 * 2) and (table.seconds > 0).all()
+    assert set(table.projection) == {"stock"}
     assert set(table.way) == {"the paper's way", "svdlib", "torch.func", "JAX"}
 
 
@@ -42,3 +43,12 @@ def test_peers_draw_as_many_columns_as_asked(oversample, monkeypatch):
 def test_product_bound_counts_the_products():
     one = peers.product_bound((784, 15, 10), images(64), repeats=1)
     assert 0 < one < 1
+
+
+@pytest.mark.parametrize("projection", [None, svdlib.Projection("truncsvd", 3, "step")])
+def test_the_operations_of_a_step(projection):
+    table = peers.step_operations((784, 6, 10), 2, images(128), projection)
+    calls = table.set_index("operation").calls
+    assert calls["mm"] == calls["addmm_"] == 1 and calls["relu_"] == 1
+    assert ("linalg_cholesky_ex" in calls) == (projection is not None)
+    assert (table.microseconds > 0).all() and table.microseconds.is_monotonic_decreasing
