@@ -97,7 +97,7 @@ class Part:
         seed: int,
     ) -> None:
         self.networks, self.optimizer, self.dropout = networks, optimizer, dropout
-        self.groups = grouped(choices[networks], len(nets.layers))
+        self.choices = choices[networks]
         self.masks = torch.Generator(nets.device).manual_seed(seed)
         self.sketches = torch.Generator(nets.device).manual_seed(seed + networks.start)
         self.done = 0
@@ -106,6 +106,7 @@ class Part:
     def begin(self, nets: MLPEnsemble) -> None:
         """Train the tensors that the ensemble holds now."""
         self.step = Step(nets, self.networks, self.optimizer, self.dropout, self.masks)
+        self.groups = grouped(self.choices, self.step.weights)
 
     @torch.inference_mode()
     def train(self, batches: Batches, rates: Sequence[float], losses: Tensor, stop: Event) -> None:
@@ -124,7 +125,7 @@ class Part:
                 self.done += 1
                 for group in self.groups:
                     if group.is_due(self.done, len(rates)):
-                        group.project_(self.step.weights, self.sketches)
+                        group.project_(self.sketches)
         except torch.linalg.LinAlgError as error:
             raise FloatingPointError(
                 f"a projection failed after {self.done} steps: the weights of some network from "

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from svdlib import checks
 from svdlib.ensemble.networks import MLPEnsemble
-from svdlib.linalg.bases import dominant_basis, gram, randomized_basis, sketched_basis
+from svdlib.linalg.bases import dominant_basis, randomized_basis, sketched_basis, taller
 from svdlib.linalg.svd import METHODS, OVERSAMPLE, POWER_ITERS
 
 
@@ -90,91 +90,110 @@ Projections = Projection | None | Sequence[Projection | None]
 GRAM_ROWS = 64
 
 
-def project_stacks_(
-    weights: Sequence[Tensor],
-    ranks: Sequence[int],
-    projection: Projection,
-    generator: torch.Generator | None = None,
-    bases: Sequence[Tensor | None] | None = None,
-) -> list[Tensor | None]:
-    """Project the layers of an ensemble in place, without leaving the device.
+class Alike:
+    """Layers that one batched factorization projects: m rows on the shorter side, the same rank.
 
-    The rank-k matrix of W is U Uᵀ W, with U the leading singular vectors of its shorter side:
-    exact ones for "truncsvd", those of a sketch for "rsvd". Layers whose shorter sides are equal
-    share one batched factorization.
+    The rank-k matrix of A (S, m, n) is U Uᵀ A, with U the k leading left singular vectors: exact
+    ones for "truncsvd", those of a sketch for "rsvd". What does not change from one projection to
+    the next is made here, once.
+
+    Args:
+        sides: A of each layer, its stack of weights or their transposes; changed in place.
+        rank: k, less than m.
+    """
+
+    def __init__(self, sides: Sequence[Tensor], rank: int, projection: Projection) -> None:
+        networks, rows = sides[0].shape[:2]
+        self.sides, self.rank, self.projection = sides, rank, projection
+        # With so many columns a sketch would span everything: the exact answer costs less.
+        self.exact = projection.method == "truncsvd" or rank + projection.oversample >= rows
+        self.tall = [taller(A) for A in sides]
+        self.G, self.P = (
+            sides[0].new_empty(len(sides) * networks, size, size)
+            for size in (self.tall[0].shape[1], rows)
+        )
+        self.G_of, self.P_of = self.G.split(networks), self.P.split(networks)
+        self.U: Tensor | None = None
+
+    def project_(self, generator: torch.Generator | None, warm: bool) -> None:
+        """Project them, ``warm``: from the last basis, where they have changed little since."""
+        rows = self.P.shape[1]
+        sketch = (self.projection.oversample, self.projection.power_iters, generator)
+        if self.exact or rows <= GRAM_ROWS:
+            for A, G in zip(self.tall, self.G_of, strict=True):
+                torch.bmm(A, A.mT, out=G)
+            G, start = self.G[:, :rows, :rows], self.U if warm else None
+            if self.exact:
+                self.U = dominant_basis(G, self.rank, start)
+            else:
+                self.U = sketched_basis(G, self.rank, *sketch, start)
+        else:
+            self.U = torch.cat([randomized_basis(A, self.rank, *sketch) for A in self.sides])
+        if 4 * self.rank < rows:
+            for A, U in zip(self.sides, self.U.chunk(len(self.sides)), strict=True):
+                A.copy_(torch.bmm(U, torch.bmm(U.mT, A)))
+        else:
+            torch.bmm(self.U, self.U.mT, out=self.P)
+            for A, P in zip(self.sides, self.P_of, strict=True):
+                A.copy_(torch.bmm(P, A))
+
+
+def alike(weights: Sequence[Tensor], ranks: Sequence[int], projection: Projection) -> list[Alike]:
+    """The layers of an ensemble, those together that can be; without those of rank ≥ min(m, n).
 
     Args:
         weights: stacks (S, out, in), one a layer.
-        ranks: one a layer; a layer with rank ≥ min(out, in) is left untouched.
-        bases: what the previous call returned, where the weights have changed little since.
-
-    Returns:
-        the basis U (S, min(out, in), rank) of each layer, None for one left untouched.
+        ranks: one a layer.
 
     >>> W = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0))
-    >>> _ = project_stacks_([W], [2], Projection("truncsvd", rank=2))
+    >>> (one,) = alike([W, torch.zeros(3, 2, 4)], [2, 2], Projection("truncsvd", rank=2))
+    >>> one.project_(None, warm=False)
     >>> torch.linalg.matrix_rank(W)
     tensor([2, 2, 2])
     """
-    sides = [W if W.shape[-2] <= W.shape[-1] else W.mT for W in weights]
-    found: list[Tensor | None] = [None] * len(sides)
-    alike: dict[tuple[int, int], list[int]] = {}
-    for layer, (A, rank) in enumerate(zip(sides, ranks, strict=True)):
-        if rank < A.shape[-2]:
-            alike.setdefault((A.shape[-2], rank), []).append(layer)
-    for (rows, rank), layers in alike.items():
-        starts = [bases[layer] if bases else None for layer in layers]
-        # With so many columns a sketch would span everything: the exact answer costs less.
-        exact = projection.method == "truncsvd" or rank + projection.oversample >= rows
-        if exact or rows <= GRAM_ROWS:
-            G = torch.cat([gram(sides[layer]) for layer in layers])
-            start = _joined(starts)
-            if exact:
-                U = dominant_basis(G, rank, start)
-            else:
-                sketch = (projection.oversample, projection.power_iters, generator)
-                U = sketched_basis(G, rank, *sketch, start)
-            parts = U.chunk(len(layers))
-        else:
-            sketch = (projection.oversample, projection.power_iters, generator)
-            parts = tuple(randomized_basis(sides[layer], rank, *sketch) for layer in layers)
-        for layer, U in zip(layers, parts, strict=True):
-            A = sides[layer]
-            A.copy_(U @ (U.mT @ A) if 4 * rank < rows else (U @ U.mT) @ A)
-            found[layer] = U
-    return found
+    found: dict[tuple[int, int], list[Tensor]] = {}
+    for W, rank in zip(weights, ranks, strict=True):
+        A = W if W.shape[1] <= W.shape[2] else W.mT
+        if rank < A.shape[1]:
+            found.setdefault((A.shape[1], rank), []).append(A)
+    return [Alike(sides, rank, projection) for (_, rank), sides in found.items()]
 
 
-def _joined(starts: list[Tensor | None]) -> Tensor | None:
-    given = [U for U in starts if U is not None]
-    return torch.cat(given) if len(given) == len(starts) else None
-
-
-@dataclass
 class Group:
-    """Networks that share a projection, and the bases that its last use found."""
+    """Networks that share a projection.
 
-    projection: Projection
-    networks: list[int]
-    ranks: tuple[int, ...]
-    bases: list[Tensor | None]
+    Args:
+        networks: which of those whose weights are given.
+        weights: stacks (S, out, in), one a layer.
+    """
+
+    def __init__(
+        self, projection: Projection, networks: Sequence[int], weights: Sequence[Tensor]
+    ) -> None:
+        self.projection, self.networks, self.weights = projection, list(networks), weights
+        low, high = networks[0], networks[-1] + 1
+        self.apart = high - low > len(networks)
+        self.own = [W[self.networks] if self.apart else W[low:high] for W in weights]
+        self.alike = alike(self.own, projection.ranks(len(weights)), projection)
+        self.projected = False
 
     def is_due(self, done: int, steps: int) -> bool:
         """Whether a projection follows the step number ``done`` (from 1), of so many an epoch."""
         every = {"epoch": steps, "step": 1}.get(str(self.projection.every), self.projection.every)
         return done % int(every) == 0
 
-    def project_(self, weights: Sequence[Tensor], generator: torch.Generator) -> None:
-        """Project these networks' part of the stacks ``weights``, in place."""
-        low, high = self.networks[0], self.networks[-1] + 1
-        contiguous = high - low == len(self.networks)
-        parts = [w[low:high] if contiguous else w[self.networks] for w in weights]
-        bases = project_stacks_(parts, self.ranks, self.projection, generator, self.bases)
-        if not contiguous:
-            for weight, part in zip(weights, parts, strict=True):
-                weight[self.networks] = part
-        if self.projection.every == "step":
-            self.bases = bases
+    def project_(self, generator: torch.Generator | None) -> None:
+        """Project the weights of these networks, in place."""
+        if self.apart:
+            for W, own in zip(self.weights, self.own, strict=True):
+                own.copy_(W[self.networks])
+        warm = self.projected and self.projection.every == "step"
+        for layers in self.alike:
+            layers.project_(generator, warm)
+        self.projected = True
+        if self.apart:
+            for W, own in zip(self.weights, self.own, strict=True):
+                W[self.networks] = own
 
 
 def one_each(projection: Projections, nets: MLPEnsemble) -> list[Projection | None]:
@@ -197,18 +216,15 @@ def one_each(projection: Projections, nets: MLPEnsemble) -> list[Projection | No
     return each
 
 
-def grouped(choices: Sequence[Projection | None], layers: int) -> list[Group]:
+def grouped(choices: Sequence[Projection | None], weights: Sequence[Tensor]) -> list[Group]:
     """Networks by projection, so that each projection is one batched call a layer.
 
-    >>> stock, low = None, Projection("truncsvd", 3)
-    >>> [group.networks for group in grouped([stock, low, stock, low], layers=2)]
+    >>> stock, low = None, Projection("truncsvd", 1)
+    >>> [group.networks for group in grouped([stock, low, stock, low], [torch.zeros(4, 2, 3)])]
     [[1, 3]]
     """
     members: dict[Projection, list[int]] = {}
     for network, choice in enumerate(choices):
         if choice is not None:
             members.setdefault(choice, []).append(network)
-    return [
-        Group(choice, networks, choice.ranks(layers), [None] * layers)
-        for choice, networks in members.items()
-    ]
+    return [Group(choice, networks, weights) for choice, networks in members.items()]

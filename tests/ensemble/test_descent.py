@@ -128,14 +128,14 @@ def test_a_step_stays_on_the_gpu(choice, optimizer):
     with FakeTensorMode():
         nets = on_fake_gpu()
         step = Step(nets, optimizer=optimizer, dropout=0.1)
-        groups = grouped([choice] * 4, 3)
+        groups = grouped([choice] * 4, step.weights)
         x, y = torch.ones(64, 785, device="cuda"), torch.zeros(640, device="cuda")
         losses = torch.zeros(4, device="cuda")
         with torch.inference_mode():
             for _ in range(2):  # the first projection is cold, the second warm
                 step.take(x, y, 0.01, losses)
                 for group in groups:
-                    group.project_(step.weights, None)
+                    group.project_(None)
             step.store()
         assert step.maps[0].matrix.device.type == "cuda"
         with pytest.raises(DataDependentOutputException):
@@ -161,7 +161,7 @@ def test_factors_and_their_cut_stay_on_the_gpu():
 def test_no_synchronisation_inside_a_step(choice):
     device = torch.device("cuda")
     step = Step(svdlib.MLPEnsemble((784, 15, 15, 10), seeds=range(4), device=device))
-    groups = grouped([choice] * 4, 3)
+    groups = grouped([choice] * 4, step.weights)
     x, y = torch.ones(64, 785, device=device), torch.zeros(640, device=device)
     generator, losses = torch.Generator(device).manual_seed(0), torch.zeros(4, device=device)
     y[:64] = -1
@@ -171,7 +171,7 @@ def test_no_synchronisation_inside_a_step(choice):
             try:
                 step.take(x, y, 0.01, losses)
                 for group in groups:
-                    group.project_(step.weights, generator)
+                    group.project_(generator)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
     assert losses.isfinite().all()

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 import svdlib
-from svdlib.ensemble import projection as projecting
-from svdlib.ensemble.projection import Projection, project_stacks_
+from svdlib.ensemble.projection import Group, Projection, alike
+from svdlib.linalg.bases import taller
 
 # Tolerances: ten times the worst seen, on kernels with and without AVX; 1e-4 is the perturbation.
 
@@ -47,15 +47,17 @@ def test_stacks_agree_with_the_svd(shape, method, generator):
     small = torch.randn(3, 4, 4, generator=g)
     projection = Projection(method, 5, oversample=2, power_iters=2)
     ours, kept = W.clone(), small.clone()
-    bases = project_stacks_([ours, kept], [5, 5], projection, generator)
+    (layers,) = alike([ours, kept], [5, 5], projection)
+    layers.project_(generator, warm=False)
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
-    assert torch.equal(kept, small) and bases[1] is None
+    assert torch.equal(kept, small)
 
     moved = expected + 1e-4 * torch.randn(3, *shape, generator=g)
-    warm, cold = moved.clone(), moved.clone()
-    project_stacks_([warm, kept], [5, 5], projection, generator, bases)
-    project_stacks_([cold, kept], [5, 5], Projection("truncsvd", 5))
-    torch.testing.assert_close(warm, cold, atol=1e-5, rtol=0)
+    cold = moved.clone()
+    ours.copy_(moved)
+    layers.project_(generator, warm=True)
+    alike([cold], [5], Projection("truncsvd", 5))[0].project_(None, warm=False)
+    torch.testing.assert_close(ours, cold, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("rank", range(1, 11))
@@ -63,16 +65,17 @@ def test_six_hundred_steps_project_as_lapack_does(rank, mnist, monkeypatch):
     """Every step's projection of the paper's networks, by warm Cholesky QR, against the SVD's."""
     data, worst = mnist.head(64 * 600, 100), []
 
-    def compared(weights, *arguments):
-        before = [weight.clone() for weight in weights]
-        bases = project_stacks_(weights, *arguments)
-        for ours, weight in zip(weights, before, strict=True):
+    project_ = Group.project_
+
+    def compared(group, generator):
+        before = [weight.clone() for weight in group.weights]
+        project_(group, generator)
+        for ours, weight in zip(group.weights, before, strict=True):
             U, S, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
             exact = (U[..., :rank] * S[..., None, :rank]) @ Vh[..., :rank, :]
             worst.append((ours - exact).abs().max())
-        return bases
 
-    monkeypatch.setattr(projecting, "project_stacks_", compared)
+    monkeypatch.setattr(Group, "project_", compared)
     nets = svdlib.MLPEnsemble((784, 15, 15, 10), seeds=range(2), device="cpu")
     every = Projection("truncsvd", rank, "step")
     svdlib.train(nets, data, epochs=1, projection=every, progress=False)
@@ -94,12 +97,27 @@ def test_warm_projections_of_odd_matrices(kind, dtype, generator):
         W = W.mT[:, :5].mT @ (W[:, :5] * 10.0 ** -torch.arange(5, dtype=dtype)[:, None])
     for method in ("truncsvd", "rsvd"):
         projection = Projection(method, 5, "step", oversample=2, power_iters=1)
-        now, bases = W.clone(), None
-        for _ in range(4):
-            bases = project_stacks_([now], [5], projection, generator, bases)
+        now = W.clone()
+        (layers,) = alike([now], [5], projection)
+        for warm in (False, True, True, True):
+            layers.project_(generator, warm)
         # A Gram matrix in that precision sees singular values down to √ε σ_1.
         seen = torch.finfo(dtype).eps ** 0.5 * torch.linalg.matrix_norm(W, 2).max().item()
         torch.testing.assert_close(now, W, atol=seen, rtol=0)
-        grown = now + torch.randn(W.shape, dtype=dtype, generator=generator)
-        project_stacks_([grown], [5], projection, generator, bases)
-        assert (torch.linalg.matrix_rank(grown, rtol=1e-4) == 5).all(), "not held at a lower rank"
+        now += torch.randn(W.shape, dtype=dtype, generator=generator)
+        layers.project_(generator, warm=True)
+        assert (torch.linalg.matrix_rank(now, rtol=1e-4) == 5).all(), "not held at a lower rank"
+
+
+@pytest.mark.parametrize("rows", [15, 40])
+def test_what_lies_behind_the_rows_is_no_part_of_them(rows, generator):
+    """The Gram matrices read over the rows' end, the result must not."""
+    whole = torch.randn(3, 48, 100, generator=generator)
+    W = whole[:, :rows, :90]
+    alone = W.clone()
+    for weights in (W, alone):
+        alike([weights], [4], Projection("truncsvd", 4))[0].project_(None, warm=False)
+    torch.testing.assert_close(W, alone)
+    assert taller(whole[:, :15]).shape == (3, 16, 100)
+    assert taller(torch.zeros(3, 15, 9)).shape[1] == 15, "no room behind the last"
+    assert taller(torch.zeros(3, 16, 9)[:, 1:]).shape[1] == 15
