@@ -54,7 +54,8 @@ class Data:
     """Images and labels of a data set, all on one device.
 
     ``train_x`` (n, features) and ``test_x`` are float32 in [0, 1], one image a row;
-    ``train_y`` (n,) and ``test_y`` are int64 class numbers.
+    ``train_y`` (n,) and ``test_y`` are int64 class numbers. `load` stores rows of images apart,
+    with what `with_ones` puts behind them: use ``reshape`` rather than ``view``.
     """
 
     name: str

@@ -9,7 +9,7 @@ operations run on one thread, and pieces of work that share nothing run side by 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, wait
+from concurrent.futures import Executor, Future, wait
 from contextlib import contextmanager
 from threading import Event
 from typing import TypeVar
@@ -23,6 +23,8 @@ Result = TypeVar("Result")
 @contextmanager
 def inside(number: int) -> Iterator[int]:
     """So many threads inside an operation of torch; yields how many there were, and will be again.
+
+    It is set for the whole process: other threads of the caller's see it too.
 
     >>> before = torch.get_num_threads()
     >>> with inside(1) as usual:
@@ -59,7 +61,8 @@ def making() -> Iterator[None]:
     ...     torch.ones(1).is_inference()
     False
     """
-    with plain(), torch.inference_mode(False):
+    gradients = torch.is_grad_enabled()  # leaving inference mode would switch them on
+    with plain(), torch.inference_mode(False), torch.set_grad_enabled(gradients):
         yield
 
 
@@ -87,9 +90,10 @@ def side_by_side(
     ...     side_by_side(pool, abs, [-1, 2, -3], lambda: None, Event())
     [1, 2, 3]
     """
-    futures = [pool.submit(work, piece) for piece in pieces]
-    pending = set(futures)
+    futures: list[Future[Result]] = []
     try:
+        futures += [pool.submit(work, piece) for piece in pieces]
+        pending = set(futures)
         while pending:
             _, pending = wait(pending, timeout=0.1)
             tick()

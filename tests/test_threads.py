@@ -80,7 +80,13 @@ def prepared(name, data, folder):
         svdlib.save_factorized(small, path)
         return lambda: list(svdlib.load_factorized(net, path).parameters())
     ranks = {"0": 5, "2": 2}
+    nets = svdlib.MLPEnsemble.from_modules([copy.deepcopy(small) for _ in range(3)])
     return {
+        "from_modules": lambda: list(svdlib.MLPEnsemble.from_modules([net, net]).parameters()),
+        "one network": lambda: list(nets[1].parameters()),
+        "truncate_": lambda: (nets.truncate_(0.5), list(nets.parameters()))[1],
+        "losses": lambda: list(nets.losses(x, y)),
+        "spectra": lambda: numbers(nets.spectra()),
         "factorize": lambda: list(svdlib.factorize(net, {"0": 3}, calibration=x).parameters()),
         "merge": lambda: list(svdlib.merge(small).parameters()),
         "cost": lambda: numbers(svdlib.cost(small, x, repeats=1)),
@@ -114,7 +120,7 @@ def numbers(table):
 CALLS = [
     "train", "adam", "factors", "validation", "factorize", "merge", "load_factorized", "cost",
     "project_", "truncated_svd", "randomized_svd", "loss_profile", "search_ranks", "verify_ranks",
-    "refine_ranks",
+    "refine_ranks", "from_modules", "one network", "truncate_", "losses", "spectra",
 ]  # fmt: skip
 
 

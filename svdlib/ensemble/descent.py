@@ -90,7 +90,7 @@ def descent(
     No gradient need be stored: onto the matrices themselves, with a negative scale, this is a
     step of gradient descent. All networks share x, so the first layer's products are single ones
     of an (S·out) × in matrix. A factorized layer is two maps, the inner one without bias and
-    max(·, 0). Dropout with probability d multiplies an input of a map by 1/(1−d) or by 0, the
+    max(·, 0). Dropout with probability d multiplies an input of a layer by 1/(1−d) or by 0, the
     same for all networks. Every array that a step fills is made here, once.
 
     Args:

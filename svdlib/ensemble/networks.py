@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from svdlib import checks
+from svdlib import checks, threads
 from svdlib.layers.kinds import LowRank, thin_twin
 
 
@@ -176,6 +176,7 @@ class MLPEnsemble(nn.Module):
     layers: Sequence[Layer]
     seeds: tuple[int, ...] | None
 
+    @threads.making()
     def __init__(
         self,
         sizes: Sequence[int],
@@ -191,14 +192,16 @@ class MLPEnsemble(nn.Module):
         modules = []
         with torch.random.fork_rng(devices=[]):
             for seed in seeds:
-                torch.manual_seed(seed)
-                modules.append(perceptron(sizes))
+                torch.default_generator.manual_seed(seed)  # torch.manual_seed reaches the GPUs too
+                with torch.device("cpu"):
+                    modules.append(perceptron(sizes))
         super().__init__()
         self.seeds = seeds
         self.restack_(modules)
         self.to(checks.device(device))
 
     @classmethod
+    @threads.making()
     def from_modules(
         cls, modules: Iterable[nn.Sequential], seeds: Iterable[int] | None = None
     ) -> MLPEnsemble:
@@ -279,6 +282,7 @@ class MLPEnsemble(nn.Module):
         """The weight of each layer (S, out, in): products, where it is factorized."""
         return [layer.matrix() for layer in self.layers]
 
+    @threads.making()
     def truncate_(self, tail: float) -> None:
         """Cut each factorized layer by a tail, see `Layer.cut_`; the dense ones stay.
 
@@ -319,6 +323,7 @@ class MLPEnsemble(nn.Module):
     def __len__(self) -> int:
         return self.weights[0].shape[0]
 
+    @threads.making()
     def __getitem__(self, index: int) -> nn.Sequential:
         """Network ``index`` as an ordinary ``nn.Sequential``, a copy."""
         index = range(len(self))[index]
@@ -347,6 +352,7 @@ class MLPEnsemble(nn.Module):
             hidden = z.relu()
         return z
 
+    @threads.plain()
     @torch.no_grad()
     def losses(self, x: Tensor, y: Tensor, chunk: int = 2000) -> tuple[Tensor, Tensor]:
         """Cross-entropy and correctness of every network on every image.
@@ -365,12 +371,13 @@ class MLPEnsemble(nn.Module):
         """
         losses, correct = [], []
         for part, labels in zip(x.split(chunk), y.split(chunk), strict=True):
-            z = self.logits(part)
+            z = self.logits(part.to(self.weights[0].dtype))
             target = labels.expand(len(self), 1, -1)
             losses.append(z.logsumexp(1) - z.gather(1, target).squeeze(1))
             correct.append(z.argmax(1) == labels)
         return torch.cat(losses, 1), torch.cat(correct, 1)
 
+    @threads.plain()
     @torch.no_grad()
     def spectra(self) -> pd.DataFrame:
         """Singular values of every weight matrix: columns layer, network, index (from 1), sigma.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,8 +15,8 @@ from svdlib.ensemble.descent import Step
 from svdlib.ensemble.networks import MLPEnsemble
 from svdlib.ensemble.projection import Projection, grouped
 
-# Multiply-adds of a step, forward, that half fill a thread: eight of the paper's networks.
-UNIT = 6_200_000
+# Multiply-adds of a step, forward, that are worth a thread: sixteen of the paper's networks.
+THREAD = 12_400_000
 
 
 def shares(nets: MLPEnsemble, batch_size: int) -> tuple[list[slice], bool]:
@@ -25,19 +24,19 @@ def shares(nets: MLPEnsemble, batch_size: int) -> tuple[list[slice], bool]:
 
     By sizes alone, so that results do not depend on the number of threads: an ensemble of less
     than sixteen networks like the paper's is one part, a larger one an even number of parts of
-    eight to sixteen, which stay in a processor's cache. A single large network is one part
-    too, whose products are worth torch's own threads. On a GPU all is one part.
+    eight to twenty-four, which stay in a processor's cache. A large network is a part of its own,
+    and threads that are left over work inside its products (where their number may change the
+    last bits). On a GPU all is one part.
 
     >>> shares(MLPEnsemble((784, 15, 15, 10), range(32), device="cpu"), batch_size=64)
     ([slice(0, 16, None), slice(16, 32, None)], False)
     """
-    units = sum(factor.numel() for factor in nets.parameters()) * batch_size // UNIT
+    work = sum(factor.numel() for factor in nets.parameters()) * batch_size / THREAD
     count = 1
-    if nets.device.type == "cpu" and units >= 2:
-        count = min(len(nets), 2 * math.ceil(units / 4))
+    if nets.device.type == "cpu" and work >= 1:
+        count = min(len(nets), 2 * max(1, round(work / 2)))
     ends = [len(nets) * part // count for part in range(count + 1)]
-    large = units >= 2 and count == 1
-    return [slice(*pair) for pair in pairwise(ends)], large
+    return [slice(*pair) for pair in pairwise(ends)], work >= len(nets)
 
 
 @dataclass
@@ -101,6 +100,9 @@ class Part:
         self.masks = torch.Generator(nets.device).manual_seed(seed)
         self.sketches = torch.Generator(nets.device).manual_seed(seed + networks.start)
         self.done = 0
+        # A new thread would work in the default stream, beside the caller's.
+        on_gpu = nets.device.type == "cuda"
+        self.stream = torch.cuda.current_stream(nets.device) if on_gpu else None
         self.begin(nets)
 
     def begin(self, nets: MLPEnsemble) -> None:
@@ -116,26 +118,22 @@ class Part:
             losses: (steps, networks of the ensemble), receives the batches' summed losses.
             stop: ends the epoch before the next step, where it is set.
         """
-        try:
-            rows = losses[:, self.networks].unbind()
-            for (x, y), rate, loss in zip(batches, rates, rows, strict=True):
-                if stop.is_set():
-                    break
-                self.step.take(x, y, rate, loss)
-                self.done += 1
-                for group in self.groups:
-                    if group.is_due(self.done, len(rates)):
-                        group.project_(self.sketches)
-        except torch.linalg.LinAlgError as error:
-            raise FloatingPointError(
-                f"a projection failed after {self.done} steps: the weights of some network from "
-                f"{self.networks.start} to {self.networks.stop - 1} are beyond all bounds; "
-                "a smaller learning rate may help"
-            ) from error
-        finally:
-            self.step.store()
+        with torch.cuda.stream(self.stream):
+            try:
+                rows = losses[:, self.networks].unbind()
+                for (x, y), rate, loss in zip(batches, rates, rows, strict=True):
+                    if stop.is_set():
+                        break
+                    self.step.take(x, y, rate, loss)
+                    self.done += 1
+                    for group in self.groups:
+                        if group.is_due(self.done, len(rates)):
+                            group.project_(self.sketches)
+            finally:
+                self.step.store()
 
     @torch.inference_mode()
     def test(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """See `Step.losses`."""
-        return self.step.losses(x, y)
+        with torch.cuda.stream(self.stream):
+            return self.step.losses(x, y)

@@ -98,7 +98,8 @@ class Alike:
     the next is made here, once.
 
     Args:
-        sides: A of each layer, its stack of weights or their transposes; changed in place.
+        sides: A of each layer, its stack of weights or their transposes, of one height with
+            what lies behind them (`taller`); changed in place.
         rank: k, less than m.
     """
 
@@ -107,19 +108,20 @@ class Alike:
         self.sides, self.rank, self.projection = sides, rank, projection
         # With so many columns a sketch would span everything: the exact answer costs less.
         self.exact = projection.method == "truncsvd" or rank + projection.oversample >= rows
+        self.by_gram = self.exact or rows <= GRAM_ROWS
+        self.thin = 4 * rank < rows
         self.tall = [taller(A) for A in sides]
-        self.G, self.P = (
-            sides[0].new_empty(len(sides) * networks, size, size)
-            for size in (self.tall[0].shape[1], rows)
-        )
+        size = self.tall[0].shape[1] if self.by_gram else 0
+        self.G = sides[0].new_empty(len(sides) * networks, size, size)
+        self.P = sides[0].new_empty(len(sides) * networks, *([0, 0] if self.thin else [rows, rows]))
         self.G_of, self.P_of = self.G.split(networks), self.P.split(networks)
         self.U: Tensor | None = None
 
     def project_(self, generator: torch.Generator | None, warm: bool) -> None:
         """Project them, ``warm``: from the last basis, where they have changed little since."""
-        rows = self.P.shape[1]
+        rows = self.sides[0].shape[1]
         sketch = (self.projection.oversample, self.projection.power_iters, generator)
-        if self.exact or rows <= GRAM_ROWS:
+        if self.by_gram:
             for A, G in zip(self.tall, self.G_of, strict=True):
                 torch.bmm(A, A.mT, out=G)
             G, start = self.G[:, :rows, :rows], self.U if warm else None
@@ -129,7 +131,7 @@ class Alike:
                 self.U = sketched_basis(G, self.rank, *sketch, start)
         else:
             self.U = torch.cat([randomized_basis(A, self.rank, *sketch) for A in self.sides])
-        if 4 * self.rank < rows:
+        if self.thin:
             for A, U in zip(self.sides, self.U.chunk(len(self.sides)), strict=True):
                 A.copy_(torch.bmm(U, torch.bmm(U.mT, A)))
         else:
@@ -151,12 +153,12 @@ def alike(weights: Sequence[Tensor], ranks: Sequence[int], projection: Projectio
     >>> torch.linalg.matrix_rank(W)
     tensor([2, 2, 2])
     """
-    found: dict[tuple[int, int], list[Tensor]] = {}
+    found: dict[tuple[int, int, int], list[Tensor]] = {}
     for W, rank in zip(weights, ranks, strict=True):
         A = W if W.shape[1] <= W.shape[2] else W.mT
         if rank < A.shape[1]:
-            found.setdefault((A.shape[1], rank), []).append(A)
-    return [Alike(sides, rank, projection) for (_, rank), sides in found.items()]
+            found.setdefault((rank, A.shape[1], taller(A).shape[1]), []).append(A)
+    return [Alike(sides, rank, projection) for (rank, *_), sides in found.items()]
 
 
 class Group:
@@ -173,7 +175,8 @@ class Group:
         self.projection, self.networks, self.weights = projection, list(networks), weights
         low, high = networks[0], networks[-1] + 1
         self.apart = high - low > len(networks)
-        self.own = [W[self.networks] if self.apart else W[low:high] for W in weights]
+        self.index = torch.tensor(self.networks, device=weights[0].device)
+        self.own = [W[self.index] if self.apart else W[low:high] for W in weights]
         self.alike = alike(self.own, projection.ranks(len(weights)), projection)
         self.projected = False
 
@@ -186,14 +189,14 @@ class Group:
         """Project the weights of these networks, in place."""
         if self.apart:
             for W, own in zip(self.weights, self.own, strict=True):
-                own.copy_(W[self.networks])
+                torch.index_select(W, 0, self.index, out=own)
         warm = self.projected and self.projection.every == "step"
         for layers in self.alike:
             layers.project_(generator, warm)
         self.projected = True
         if self.apart:
             for W, own in zip(self.weights, self.own, strict=True):
-                W[self.networks] = own
+                W.index_copy_(0, self.index, own)
 
 
 def one_each(projection: Projections, nets: MLPEnsemble) -> list[Projection | None]:

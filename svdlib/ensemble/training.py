@@ -54,7 +54,8 @@ def train(
     the factors new coordinates, in which Adam's old moments mean nothing: they start anew.
 
     Args:
-        nets: the ensemble, moved to the data's device.
+        nets: the ensemble, moved to the data's device; in float32 or float64, which the images
+            are turned into.
         data: what `load` gives.
         epochs, batch_size, lr: as usual; the last batch of an epoch may be smaller.
         optimizer: "sgd", or "adam" (Kingma and Ba 2015, with torch's constants).
@@ -79,8 +80,10 @@ def train(
     Raises:
         ValueError: sizes or labels that don't fit the data, projections that don't fit the
             networks, a projection of factorized layers or a tail without them, a validation
-            split that doesn't fit, an unknown optimizer or schedule, a number out of range.
-        FloatingPointError: NaN or infinite weights or losses; says which network, layer, step.
+            split that doesn't fit, an unknown optimizer or schedule, a number out of range,
+            networks in less than float32.
+        FloatingPointError: NaN or infinite weights before the first step, and losses at the end
+            of an epoch; says which network, and which layer or step.
 
     Whatever stops the training, Ctrl-C included, the networks keep their last weights and the
     exception carries the rows so far as ``history``.
@@ -106,10 +109,12 @@ def train(
     check_fit(nets, data)
     if validation is not None:
         _check_validation(nets, *validation)
+    dtype = nets.weights[0].dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"train networks in float32 or float64, not {dtype}; see nets.float()")
     nets.to(data.device)
     _check_weights(nets)
 
-    dtype = nets.weights[0].dtype
     images = with_ones(data.train_x.to(dtype))
     labels = -F.one_hot(data.train_y, nets.sizes[-1]).to(dtype)
     held_out = {"test": (data.test_x, data.test_y)}
@@ -120,11 +125,11 @@ def train(
     losses = torch.zeros(steps, len(nets), dtype=dtype, device=data.device)
     generator = torch.Generator(data.device).manual_seed(seed)
     batches = Batches.of(images, labels, batch_size, None)
-    networks, large = shares(nets, batch_size)
+    networks, large = shares(nets, min(batch_size, len(images)))
     parts = [Part(nets, share, choices, optimizer, dropout, seed) for share in networks]
     best = _Best(nets) if validation else None
     rows: list[dict[str, object]] = []
-    stop = Event()
+    stop, usual = Event(), torch.get_num_threads()
     bar = tqdm(total=epochs * steps, disable=not progress, unit="step", desc="training")
 
     def tick() -> None:
@@ -133,8 +138,9 @@ def train(
     try:
         with (
             bar,
-            threads.inside(torch.get_num_threads() if large else 1) as usual,
-            ThreadPoolExecutor(min(usual, len(parts))) as pool,
+            threads.inside(max(1, usual // len(parts)) if large else 1),
+            # A new thread learns of torch's setting only when it asks.
+            ThreadPoolExecutor(min(usual, len(parts)), initializer=torch.get_num_threads) as pool,
         ):
             everywhere = partial(threads.side_by_side, pool, pieces=parts, tick=tick, stop=stop)
             for epoch in range(1, epochs + 1):
@@ -144,12 +150,19 @@ def train(
                     batches = Batches.of(images, labels, batch_size, order)
                 done = range((epoch - 1) * steps, epoch * steps)
                 rates = [_rate(schedule, lr, step, epochs * steps) for step in done]
-                everywhere(lambda part: part.train(batches, rates, losses, stop))  # noqa: B023
-                _check_losses(losses, nets, epoch)
-                if tail is not None:
-                    nets.truncate_(tail)
-                    for part in parts:
-                        part.begin(nets)
+                try:
+                    everywhere(lambda part: part.train(batches, rates, losses, stop))  # noqa: B023
+                    _check_losses(losses, epoch)
+                    if tail is not None:
+                        nets.truncate_(tail)
+                        for part in parts:
+                            part.begin(nets)
+                except torch.linalg.LinAlgError as error:
+                    _check_losses(losses, epoch)
+                    raise FloatingPointError(
+                        f"the weights of some network are beyond all bounds in epoch {epoch}: "
+                        "no SVD of them converges; a smaller learning rate may help"
+                    ) from error
                 seconds = clock.now(data.device) - start
                 train_loss = losses.double().sum(0) / len(images)
                 measured = {
@@ -158,7 +171,7 @@ def train(
                 }
                 if best:
                     best.note(nets, measured["validation"][1])
-                rows += _rows(nets, choices, tail, epoch, train_loss, measured, seconds)
+                rows += list(_rows(nets, choices, tail, epoch, train_loss, measured, seconds))
         if best:
             nets.restack_(best.networks)
     except BaseException as stopped:
@@ -226,8 +239,8 @@ def _check_validation(nets: MLPEnsemble, x: Tensor, y: Tensor) -> None:
         )
 
 
-def _check_losses(losses: Tensor, nets: MLPEnsemble, epoch: int) -> None:
-    """Name the first network and step without a finite loss, or else the weights that are not."""
+def _check_losses(losses: Tensor, epoch: int) -> None:
+    """Name the first step and network without a finite loss."""
     bad = (~losses.isfinite()).nonzero()
     if not len(bad):
         return

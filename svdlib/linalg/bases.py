@@ -189,9 +189,11 @@ def sketched_basis(
             [0.]])
     """
     small, columns = G.to(torch.float64, copy=True), rank + oversample
-    # A projected matrix is rank-deficient: the shifts keep the Cholesky factors real.
+    # A projected matrix is rank-deficient: the shifts help Cholesky on. Where roundings of G all
+    # the same make it fail, G itself takes the place of L: columns of the same range.
     _shift_(small, 1e-14)
-    L = torch.linalg.cholesky_ex(small).L
+    L, failed = torch.linalg.cholesky_ex(small)
+    L = torch.where((failed == 0)[..., None, None], L, small)
     shape = (*G.shape[:-1], columns)
     # Drawn in G's type: normal numbers in float64 take four times as long.
     Y = L @ torch.randn(shape, dtype=G.dtype, device=G.device, generator=generator).to(L.dtype)

@@ -123,12 +123,13 @@ def on_fake_gpu():
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("choice", CHOICES)
-def test_a_step_stays_on_the_gpu(choice, optimizer):
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_step_stays_on_the_gpu(choice, optimizer, apart):
     """Fake tensors know their device, and refuse to be read or mixed with another's."""
     with FakeTensorMode():
         nets = on_fake_gpu()
         step = Step(nets, optimizer=optimizer, dropout=0.1)
-        groups = grouped([choice] * 4, step.weights)
+        groups = grouped([choice, None] * 2 if apart else [choice] * 4, step.weights)
         x, y = torch.ones(64, 785, device="cuda"), torch.zeros(640, device="cuda")
         losses = torch.zeros(4, device="cuda")
         with torch.inference_mode():

@@ -26,6 +26,14 @@ def test_starts_bit_for_bit_as_torch(sizes, seeds):
             assert torch.equal(ours, theirs)
 
 
+def test_ensembles_are_made_on_the_device_asked_for_whatever_surrounds_them():
+    with torch.inference_mode(), torch.device("meta"):
+        nets = svdlib.MLPEnsemble((4, 3, 2), seeds=(7,), device="cpu")
+    expected = svdlib.MLPEnsemble((4, 3, 2), seeds=(7,), device="cpu")
+    assert all(map(torch.equal, nets.parameters(), expected.parameters()))
+    assert not any(parameter.is_inference() for parameter in nets.parameters())
+
+
 def test_global_random_state_is_left_alone():
     torch.manual_seed(3)
     expected = torch.rand(2)

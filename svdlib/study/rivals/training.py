@@ -6,6 +6,7 @@ the same batches in the same order as `train`, and gives its seconds.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
@@ -27,6 +28,9 @@ from svdlib.ensemble.training import train
 from svdlib.study.rivals.timing import operations, product_rate
 
 Epoch = Callable[[], float]
+
+# Seconds that a turn of the race lasts at least.
+TURN = 0.2
 
 
 def svdlib_epoch(
@@ -235,19 +239,25 @@ def entrants(
 
 
 def race(entrants: Entrants, repeats: int = 5, progress: bool = True) -> pd.DataFrame:
-    """An epoch of each entrant in turn, again and again, after a round that is not counted.
+    """Each entrant in turn, again and again, after a round that is not counted.
 
     Turn by turn, so that whatever disturbs the machine disturbs all, and a ratio can be taken
-    within a round. The round that is not counted compiles, where there is something to compile.
+    within a round. A turn lasts a fifth of a second or an epoch, whichever is longer: threads
+    of the one before may wait actively for some milliseconds. The round that is not counted
+    compiles, where there is something to compile.
 
     Returns:
-        columns projection, way, networks, round, seconds (per network and epoch).
+        columns projection, way, networks, round, seconds (per network and epoch, the median of
+        the turn's epochs).
     """
     rows = []
     for number in tqdm(range(1 + repeats), disable=not progress, unit="round", desc="race"):
         for (name, way, networks), epoch in entrants.items():
-            seconds = epoch() / networks
+            taken = [epoch()]
+            while number and sum(taken) < TURN:
+                taken.append(epoch())
             if number:
+                seconds = statistics.median(taken) / networks
                 rows.append((name, way, networks, number, seconds))
     return pd.DataFrame(rows, columns=["projection", "way", "networks", "round", "seconds"])
 
