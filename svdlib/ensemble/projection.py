@@ -112,7 +112,10 @@ class Alike:
         self.thin = 4 * rank < rows
         self.tall = [taller(A) for A in sides]
         size = self.tall[0].shape[1] if self.by_gram else 0
-        self.G = sides[0].new_empty(len(sides) * networks, size, size)
+        # What a sketch misses is as small as one step's change, and its square would be lost in
+        # a Gram matrix of float32.
+        like = sides[0] if self.exact else sides[0].new_empty(0, dtype=torch.float64)
+        self.G = like.new_empty(len(sides) * networks, size, size)
         self.P = sides[0].new_empty(len(sides) * networks, *([0, 0] if self.thin else [rows, rows]))
         self.G_of, self.P_of = self.G.split(networks), self.P.split(networks)
         self.U: Tensor | None = None
@@ -123,12 +126,13 @@ class Alike:
         sketch = (self.projection.oversample, self.projection.power_iters, generator)
         if self.by_gram:
             for A, G in zip(self.tall, self.G_of, strict=True):
-                torch.bmm(A, A.mT, out=G)
+                wide = A.to(G.dtype)
+                torch.bmm(wide, wide.mT, out=G)
             G, start = self.G[:, :rows, :rows], self.U if warm else None
             if self.exact:
                 self.U = dominant_basis(G, self.rank, start)
             else:
-                self.U = sketched_basis(G, self.rank, *sketch, start)
+                self.U = sketched_basis(G, self.rank, *sketch, start).to(self.P.dtype)
         else:
             self.U = torch.cat([randomized_basis(A, self.rank, *sketch) for A in self.sides])
         if self.thin:

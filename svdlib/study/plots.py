@@ -151,10 +151,11 @@ def error_by_rank(table: pd.DataFrame, reference: Sequence[float], title: str = 
 def speed(table: pd.DataFrame, bound: float, title: str = "") -> Figure:
     """Seconds per network and epoch against the number of networks: median, least and most.
 
-    Columns way, networks, seconds, several a way and number; ``bound`` is drawn as a line.
+    Columns way, networks, seconds, several a way and number; ``bound``, the products alone, is
+    drawn as a line.
     """
     figure, axis = plt.subplots(figsize=(7.5, 4.0))
-    for way, part in table.groupby("way", sort=False):
+    for way, part in table[table.way != "the products alone"].groupby("way", sort=False):
         seconds = part.groupby("networks").seconds
         middle = seconds.median()
         spread = [middle - seconds.min(), seconds.max() - middle]

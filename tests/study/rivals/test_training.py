@@ -19,9 +19,11 @@ def test_every_way_enters_the_race(projection):
     pytest.importorskip("jax")
     entrants = peers.entrants((784, 6, 10), (1, 2), images(128), projection)
     table = peers.race(entrants, repeats=2, progress=False)
-    assert len(table) == 2 * (1 + 3 * 2) and (table.seconds > 0).all()
+    assert len(table) == 2 * (2 + 3 * 2) and (table.seconds > 0).all()
     assert set(table.projection) == {"stock"}
-    assert set(table.way) == {"the paper's way", "svdlib", "torch.func", "JAX"}
+    ways = {"the paper's way", "the products alone", "svdlib", "torch.func", "JAX"}
+    assert set(table.way) == ways
+    assert len(peers.ratios(table)) == 2 * 4
 
 
 @pytest.mark.parametrize("oversample", [0, 2, 9])
@@ -41,7 +43,7 @@ def test_peers_draw_as_many_columns_as_asked(oversample, monkeypatch):
 
 
 def test_product_bound_counts_the_products():
-    one = peers.product_bound((784, 15, 10), images(64), repeats=1)
+    one = peers.product_bound((784, 15, 10), images(64))
     assert 0 < one < 1
 
 
