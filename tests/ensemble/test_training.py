@@ -245,6 +245,7 @@ def test_ctrl_c_ends_a_training_within_a_step(tmp_path):
     """A signal to the process: no thread goes on, the weights are those of the last whole step."""
     program = """
 import os, signal, threading, torch, svdlib
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" has it ignored
 nets = svdlib.MLPEnsemble((784, 15, 10), seeds=range(40), device="cpu")
 x, y = torch.rand(6400, 784), torch.arange(6400) % 10
 data = svdlib.Data("noise", x, y, x[:10], y[:10])
