@@ -130,7 +130,10 @@ def train(
     best = _Best(nets) if validation else None
     rows: list[dict[str, object]] = []
     stop, usual = Event(), torch.get_num_threads()
-    bar = tqdm(total=epochs * steps, disable=not progress, unit="step", desc="training")
+    # A second between refreshes: in a notebook each is some messages, and a reader that looks at
+    # them only when the cell has ended, as nbval does, loses those beyond a thousand.
+    shown = {"disable": not progress, "unit": "step", "desc": "training", "mininterval": 1.0}
+    bar = tqdm(total=epochs * steps, **shown)
 
     def tick() -> None:
         bar.update(sum(part.done for part in parts) // len(parts) - bar.n)
