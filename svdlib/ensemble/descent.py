@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from svdlib.ensemble.networks import MLPEnsemble
+from svdlib.ensemble.networks import MLPEnsemble, scored
 
 # The backward pass of max(·, 0), into a buffer.
 threshold_backward_ = torch.ops.aten.threshold_backward.grad_input
@@ -223,13 +224,11 @@ class Step:
         loss = torch.zeros(len(self.factors[0]), dtype=torch.float64, device=x.device)
         correct = torch.zeros_like(loss)
         for part, labels in zip(x.split(chunk), y.split(chunk), strict=True):
-            h = (self.maps[0].matrix.flatten(0, 1) @ part.t()).unflatten(
-                0, (-1, self.maps[0].matrix.shape[1])
-            )
-            for map, lower in zip(self.maps[1:], self.maps, strict=False):
+            first = self.maps[0].matrix
+            h = (first.flatten(0, 1) @ part.t()).unflatten(0, first.shape[:2])
+            for lower, map in pairwise(self.maps):
                 h = map.matrix @ (h.relu_() if lower.outer else h)
-            target = labels.expand(len(h), 1, -1)
-            each = h.logsumexp(1) - h.gather(1, target).squeeze(1)
-            loss += each.double().sum(1)
-            correct += (h.argmax(1) == labels).sum(1)
+            losses, right = scored(h, labels)
+            loss += losses.double().sum(1)
+            correct += right.sum(1)
         return loss, correct

@@ -371,10 +371,9 @@ class MLPEnsemble(nn.Module):
         """
         losses, correct = [], []
         for part, labels in zip(x.split(chunk), y.split(chunk), strict=True):
-            z = self.logits(part.to(self.weights[0].dtype))
-            target = labels.expand(len(self), 1, -1)
-            losses.append(z.logsumexp(1) - z.gather(1, target).squeeze(1))
-            correct.append(z.argmax(1) == labels)
+            found = scored(self.logits(part.to(self.weights[0].dtype)), labels)
+            losses.append(found[0])
+            correct.append(found[1])
         return torch.cat(losses, 1), torch.cat(correct, 1)
 
     @threads.plain()
@@ -400,6 +399,16 @@ class MLPEnsemble(nn.Module):
                 )
             )
         return pd.concat(tables, ignore_index=True)
+
+
+def scored(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and correctness (S, n) of logits (S, classes, n) for labels (n,).
+
+    >>> scored(torch.tensor([[[0.0], [0.0]]]), torch.tensor([1]))
+    (tensor([[0.6931]]), tensor([[False]]))
+    """
+    losses = z.logsumexp(1) - z.gather(1, y.expand(len(z), 1, -1)).squeeze(1)
+    return losses, z.argmax(1) == y
 
 
 def stack_padded(tensors: Sequence[Tensor]) -> Tensor:

@@ -45,6 +45,7 @@ class Batches:
 
     Attributes:
         images: (n, features + 1), the last column ones.
+        size: images in a batch; the last may have fewer.
         labels: minus one-hot (classes · B,), a batch each.
         order: a permutation of the images, a batch each; None: as they come.
     """

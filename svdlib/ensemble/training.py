@@ -124,7 +124,6 @@ def train(
     steps = -(-len(images) // batch_size)
     losses = torch.zeros(steps, len(nets), dtype=dtype, device=data.device)
     generator = torch.Generator(data.device).manual_seed(seed)
-    batches = Batches.of(images, labels, batch_size, None)
     networks, large = shares(nets, min(batch_size, len(images)))
     parts = [Part(nets, share, choices, optimizer, dropout, seed) for share in networks]
     best = _Best(nets) if validation else None
@@ -132,8 +131,9 @@ def train(
     stop, usual = Event(), torch.get_num_threads()
     # A second between refreshes: in a notebook each is some messages, and a reader that looks at
     # them only when the cell has ended, as nbval does, loses those beyond a thousand.
-    shown = {"disable": not progress, "unit": "step", "desc": "training", "mininterval": 1.0}
-    bar = tqdm(total=epochs * steps, **shown)
+    bar = tqdm(
+        total=epochs * steps, disable=not progress, unit="step", desc="training", mininterval=1.0
+    )
 
     def tick() -> None:
         bar.update(sum(part.done for part in parts) // len(parts) - bar.n)
@@ -148,8 +148,8 @@ def train(
             everywhere = partial(threads.side_by_side, pool, pieces=parts, tick=tick, stop=stop)
             for epoch in range(1, epochs + 1):
                 start = clock.now(data.device)
-                if shuffle:
-                    order = torch.randperm(len(images), generator=generator, device=data.device)
+                if shuffle or epoch == 1:
+                    order = _order(len(images), generator) if shuffle else None
                     batches = Batches.of(images, labels, batch_size, order)
                 done = range((epoch - 1) * steps, epoch * steps)
                 rates = [_rate(schedule, lr, step, epochs * steps) for step in done]
@@ -181,6 +181,11 @@ def train(
         stopped.history = pd.DataFrame(rows)  # type: ignore[attr-defined]
         raise
     return pd.DataFrame(rows)
+
+
+def _order(images: int, generator: torch.Generator) -> Tensor:
+    """A permutation of so many images, on the generator's device."""
+    return torch.randperm(images, generator=generator, device=generator.device)
 
 
 def _rate(schedule: str, lr: float, step: int, steps: int) -> float:

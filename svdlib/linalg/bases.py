@@ -195,7 +195,6 @@ def sketched_basis(
     L, failed = torch.linalg.cholesky_ex(small)
     L = torch.where((failed == 0)[..., None, None], L, small)
     shape = (*G.shape[:-1], columns)
-    # Drawn in G's type: normal numbers in float64 take four times as long.
     Y = L @ torch.randn(shape, dtype=G.dtype, device=G.device, generator=generator).to(L.dtype)
     any_basis = torch.eye(G.shape[-1], columns, dtype=L.dtype, device=G.device)  # if G is zero
     for _ in range(power_iters):

@@ -231,7 +231,12 @@ def entrants(
     Args:
         projection: follows every step.
         name: what to call it in the race's table.
+
+    Raises:
+        ValueError: a projection that does not follow every step: the other ways know no else.
     """
+    if projection and projection.every != "step":
+        raise ValueError(f"the race is of projections every step, not every {projection.every!r}")
     single: dict[str, Epoch] = {
         "the paper's way": paper_epoch(sizes, data, projection),
         "the products alone": partial(product_bound, sizes, data),
