@@ -13,7 +13,7 @@ from torch import Tensor
 from svdlib.data import with_ones
 from svdlib.ensemble.descent import Step
 from svdlib.ensemble.networks import MLPEnsemble
-from svdlib.ensemble.projection import Projection, grouped
+from svdlib.ensemble.projection import Projection, grouped, sources
 
 # Multiply-adds of a step, forward, that are worth a thread: sixteen of the paper's networks.
 THREAD = 12_400_000
@@ -81,7 +81,8 @@ class Part:
         networks: which of its networks.
         choices: a projection or None for each network of the ensemble.
         optimizer, dropout: as in `train`.
-        seed: of the dropout, which is the same in all parts, and of the projections.
+        seed: of the dropout, which is the same in all parts, and with the networks' own seeds
+            (their numbers, where they have none) of the projections.
 
     Attributes:
         done: the number of steps so far.
@@ -99,7 +100,8 @@ class Part:
         self.networks, self.optimizer, self.dropout = networks, optimizer, dropout
         self.choices = choices[networks]
         self.masks = torch.Generator(nets.device).manual_seed(seed)
-        self.sketches = torch.Generator(nets.device).manual_seed(seed + networks.start)
+        own = (nets.seeds or range(len(nets)))[networks]
+        self.sketches = sources(own, seed, nets.device)
         self.done = 0
         # A new thread would work in the default stream, beside the caller's.
         on_gpu = nets.device.type == "cuda"
@@ -109,7 +111,7 @@ class Part:
     def begin(self, nets: MLPEnsemble) -> None:
         """Train the tensors that the ensemble holds now."""
         self.step = Step(nets, self.networks, self.optimizer, self.dropout, self.masks)
-        self.groups = grouped(self.choices, self.step.weights)
+        self.groups = grouped(self.choices, self.step.weights, self.sketches)
 
     @torch.inference_mode()
     def train(self, batches: Batches, rates: Sequence[float], losses: Tensor, stop: Event) -> None:
@@ -129,7 +131,7 @@ class Part:
                     self.done += 1
                     for group in self.groups:
                         if group.is_due(self.done, len(rates)):
-                            group.project_(self.sketches)
+                            group.project_()
             finally:
                 self.step.store()
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,6 +91,63 @@ Projections = Projection | None | Sequence[Projection | None]
 GRAM_ROWS = 64
 
 
+# Of each network's random numbers; none at all, or None: torch's global one.
+Sources = Sequence[torch.Generator | None]
+
+# A sketch after every step draws for some steps ahead, up to so many numbers a network.
+AHEAD = 16_384
+
+
+class Sketches:
+    """The Gaussian matrices Ω of one projection after the other, each network's from its own source.
+
+    So what becomes of a network does not depend on the networks trained beside it, and networks
+    of one seed see the same Ω.
+
+    Args:
+        generators: one a network; None: torch's global source.
+        shape: of what one network needs for a projection: (layers, rows, columns).
+        like: has the numbers' type and device.
+        often: whether a projection follows every step.
+    """
+
+    def __init__(
+        self,
+        generators: Sources,
+        shape: tuple[int, int, int],
+        like: Tensor,
+        often: bool,
+    ) -> None:
+        self.generators = generators
+        layers, rows, columns = shape
+        ahead = max(1, AHEAD // (layers * rows * columns)) if often else 1
+        size = (ahead, layers, len(generators), rows, columns)
+        self.drawn = like.new_empty(size)
+        self.left: list[Tensor] = []
+
+    def next(self) -> Tensor:
+        """Ω (layers · networks, rows, columns) of the next projection, a layer after the other."""
+        if not self.left:
+            ahead, layers, _, *size = self.drawn.shape
+            own = self.drawn.new_empty(ahead, layers, *size)
+            for network, source in enumerate(self.generators):
+                self.drawn[:, :, network] = own.normal_(generator=source)
+            self.left = list(self.drawn.flatten(1, 2).unbind())
+        return self.left.pop(0)
+
+
+def sources(seeds: Sequence[int], seed: int, device: torch.device) -> list[torch.Generator]:
+    """A generator a network, of the network's own seed and the call's, each apart from the others.
+
+    >>> [one] = sources([3], seed=0, device=torch.device("cpu"))
+    >>> one.initial_seed() == sources([5, 3], 0, one.device)[1].initial_seed()
+    True
+    """
+    mixed = [np.random.SeedSequence([seed % 2**64, own % 2**64]) for own in seeds]
+    numbers = [int(each.generate_state(1, np.uint64)[0] >> np.uint64(1)) for each in mixed]
+    return [torch.Generator(device).manual_seed(number) for number in numbers]
+
+
 class Alike:
     """Layers that one batched factorization projects: m rows on the shorter side, the same rank.
 
@@ -101,9 +159,16 @@ class Alike:
         sides: A of each layer, its stack of weights or their transposes, of one height with
             what lies behind them (`taller`); changed in place.
         rank: k, less than m.
+        generators: one a network, of the sketches; none: torch's global source.
     """
 
-    def __init__(self, sides: Sequence[Tensor], rank: int, projection: Projection) -> None:
+    def __init__(
+        self,
+        sides: Sequence[Tensor],
+        rank: int,
+        projection: Projection,
+        generators: Sources = (),
+    ) -> None:
         networks, rows = sides[0].shape[:2]
         self.sides, self.rank, self.projection = sides, rank, projection
         # With so many columns a sketch would span everything: the exact answer costs less.
@@ -118,12 +183,21 @@ class Alike:
         self.G = like.new_empty(len(sides) * networks, size, size)
         self.P = sides[0].new_empty(len(sides) * networks, *([0, 0] if self.thin else [rows, rows]))
         self.G_of, self.P_of = self.G.split(networks), self.P.split(networks)
+        self.sketches = [] if self.exact else self._sketches(generators or [None] * networks)
         self.U: Tensor | None = None
 
-    def project_(self, generator: torch.Generator | None, warm: bool) -> None:
-        """Project them, ``warm``: from the last basis, where they have changed little since."""
+    def _sketches(self, generators: Sources) -> list[Sketches]:
+        """One for all layers where Ω has A's rows, else one a layer, whose columns may differ."""
         rows = self.sides[0].shape[1]
-        sketch = (self.projection.oversample, self.projection.power_iters, generator)
+        shapes = (
+            [(len(self.sides), rows)] if self.by_gram else [(1, A.shape[2]) for A in self.sides]
+        )
+        columns, often = self.rank + self.projection.oversample, self.projection.every != "epoch"
+        return [Sketches(generators, (*shape, columns), self.sides[0], often) for shape in shapes]
+
+    def project_(self, warm: bool) -> None:
+        """Project them, ``warm``: from the last basis, where they have changed little since."""
+        rows, power_iters = self.sides[0].shape[1], self.projection.power_iters
         if self.by_gram:
             for A, G in zip(self.tall, self.G_of, strict=True):
                 wide = A.to(G.dtype)
@@ -132,9 +206,13 @@ class Alike:
             if self.exact:
                 self.U = dominant_basis(G, self.rank, start)
             else:
-                self.U = sketched_basis(G, self.rank, *sketch, start).to(self.P.dtype)
+                (omega,) = (sketch.next() for sketch in self.sketches)
+                self.U = sketched_basis(G, omega, self.rank, power_iters, start).to(self.P.dtype)
         else:
-            self.U = torch.cat([randomized_basis(A, self.rank, *sketch) for A in self.sides])
+            pairs = zip(self.sides, self.sketches, strict=True)
+            self.U = torch.cat(
+                [randomized_basis(A, each.next(), self.rank, power_iters) for A, each in pairs]
+            )
         if self.thin:
             for A, U in zip(self.sides, self.U.chunk(len(self.sides)), strict=True):
                 A.copy_(torch.bmm(U, torch.bmm(U.mT, A)))
@@ -144,16 +222,22 @@ class Alike:
                 A.copy_(torch.bmm(P, A))
 
 
-def alike(weights: Sequence[Tensor], ranks: Sequence[int], projection: Projection) -> list[Alike]:
+def alike(
+    weights: Sequence[Tensor],
+    ranks: Sequence[int],
+    projection: Projection,
+    generators: Sources = (),
+) -> list[Alike]:
     """The layers of an ensemble, those together that can be; without those of rank ≥ min(m, n).
 
     Args:
         weights: stacks (S, out, in), one a layer.
         ranks: one a layer.
+        generators: one a network, of the sketches; none: torch's global source.
 
     >>> W = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0))
     >>> (one,) = alike([W, torch.zeros(3, 2, 4)], [2, 2], Projection("truncsvd", rank=2))
-    >>> one.project_(None, warm=False)
+    >>> one.project_(warm=False)
     >>> torch.linalg.matrix_rank(W)
     tensor([2, 2, 2])
     """
@@ -162,7 +246,7 @@ def alike(weights: Sequence[Tensor], ranks: Sequence[int], projection: Projectio
         A = W if W.shape[1] <= W.shape[2] else W.mT
         if rank < A.shape[1]:
             found.setdefault((rank, A.shape[1], taller(A).shape[1]), []).append(A)
-    return [Alike(sides, rank, projection) for (rank, *_), sides in found.items()]
+    return [Alike(sides, rank, projection, generators) for (rank, *_), sides in found.items()]
 
 
 class Group:
@@ -171,17 +255,22 @@ class Group:
     Args:
         networks: which of those whose weights are given.
         weights: stacks (S, out, in), one a layer.
+        generators: one each of ``networks``, of the sketches.
     """
 
     def __init__(
-        self, projection: Projection, networks: Sequence[int], weights: Sequence[Tensor]
+        self,
+        projection: Projection,
+        networks: Sequence[int],
+        weights: Sequence[Tensor],
+        generators: Sources = (),
     ) -> None:
         self.projection, self.networks, self.weights = projection, list(networks), weights
         low, high = networks[0], networks[-1] + 1
         self.apart = high - low > len(networks)
         self.index = torch.tensor(self.networks, device=weights[0].device)
         self.own = [W[self.index] if self.apart else W[low:high] for W in weights]
-        self.alike = alike(self.own, projection.ranks(len(weights)), projection)
+        self.alike = alike(self.own, projection.ranks(len(weights)), projection, generators)
         self.projected = False
 
     def is_due(self, done: int, steps: int) -> bool:
@@ -189,14 +278,14 @@ class Group:
         every = {"epoch": steps, "step": 1}.get(str(self.projection.every), self.projection.every)
         return done % int(every) == 0
 
-    def project_(self, generator: torch.Generator | None) -> None:
+    def project_(self) -> None:
         """Project the weights of these networks, in place."""
         if self.apart:
             for W, own in zip(self.weights, self.own, strict=True):
                 torch.index_select(W, 0, self.index, out=own)
         warm = self.projected and self.projection.every == "step"
         for layers in self.alike:
-            layers.project_(generator, warm)
+            layers.project_(warm)
         self.projected = True
         if self.apart:
             for W, own in zip(self.weights, self.own, strict=True):
@@ -223,8 +312,15 @@ def one_each(projection: Projections, nets: MLPEnsemble) -> list[Projection | No
     return each
 
 
-def grouped(choices: Sequence[Projection | None], weights: Sequence[Tensor]) -> list[Group]:
+def grouped(
+    choices: Sequence[Projection | None],
+    weights: Sequence[Tensor],
+    generators: Sources = (),
+) -> list[Group]:
     """Networks by projection, so that each projection is one batched call a layer.
+
+    Args:
+        choices, generators: a projection or None, and a source of sketches, for each network.
 
     >>> stock, low = None, Projection("truncsvd", 1)
     >>> [group.networks for group in grouped([stock, low, stock, low], [torch.zeros(4, 2, 3)])]
@@ -234,4 +330,7 @@ def grouped(choices: Sequence[Projection | None], weights: Sequence[Tensor]) -> 
     for network, choice in enumerate(choices):
         if choice is not None:
             members.setdefault(choice, []).append(network)
-    return [Group(choice, networks, weights) for choice, networks in members.items()]
+    return [
+        Group(choice, networks, weights, [generators[i] for i in networks] if generators else ())
+        for choice, networks in members.items()
+    ]

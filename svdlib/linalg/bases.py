@@ -52,22 +52,19 @@ def normalized(Y: Tensor) -> tuple[Tensor, float]:
     return torch.linalg.qr(Y).Q, math.inf
 
 
-def range_basis(
-    A: Tensor, columns: int, power_iters: int, generator: torch.Generator | None
-) -> Tensor:
-    """An orthonormal basis Q (…, m, columns) of the range of (A Aᵀ)^q A Ω, Ω Gaussian.
+def range_basis(A: Tensor, omega: Tensor, power_iters: int) -> Tensor:
+    """An orthonormal basis Q (…, m, l) of the range of (A Aᵀ)^q A Ω, with a Gaussian Ω (…, n, l).
 
     Two products without normalising between them square the spread of the columns, which must
     stay under 1/√ε or small directions are rounded away. Where the first sketch shows that it
     would not, columns are normalised after every product.
 
     >>> A = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
-    >>> range_basis(A, 1, 0, torch.Generator().manual_seed(0)).abs()
+    >>> range_basis(A, torch.ones(3, 1), power_iters=0).abs()
     tensor([[1.],
             [0.]])
     """
-    shape = (*A.shape[:-2], A.shape[-1], columns)
-    Y = _product(A, torch.randn(shape, dtype=A.dtype, device=A.device, generator=generator))
+    Y = _product(A, omega)
     careful = None
     for _ in range(power_iters):
         Q, spread = normalized(Y)
@@ -83,11 +80,9 @@ def _product(A: Tensor, X: Tensor) -> Tensor:
     return (X.mT @ A.mT).mT if A.stride(-2) == 1 else A @ X
 
 
-def randomized_basis(
-    A: Tensor, rank: int, oversample: int, power_iters: int, generator: torch.Generator | None
-) -> Tensor:
-    """The randomized SVD's left singular vectors U_k (…, m, k) of A, from its sketch."""
-    Q = range_basis(A, rank + oversample, power_iters, generator)
+def randomized_basis(A: Tensor, omega: Tensor, rank: int, power_iters: int) -> Tensor:
+    """The randomized SVD's left singular vectors U_k (…, m, k) of A, from its sketch A Ω."""
+    Q = range_basis(A, omega, power_iters)
     return Q @ dominant_basis(gram(Q.mT @ A), rank)
 
 
@@ -168,40 +163,34 @@ def _shift_(G: Tensor, part: float) -> None:
 
 
 def sketched_basis(
-    G: Tensor,
-    rank: int,
-    oversample: int,
-    power_iters: int,
-    generator: torch.Generator | None,
-    start: Tensor | None = None,
+    G: Tensor, omega: Tensor, rank: int, power_iters: int, start: Tensor | None = None
 ) -> Tensor:
     """The randomized SVD's left singular vectors U_k (…, m, k) of A, from its Gram matrix G = A Aᵀ.
 
     The columns of A Ω are independent normal vectors with covariance G, and so are those of
-    L Ω' where G = L Lᵀ and Ω' is m × (k+p). So the sketch, the power iterations G^q and the SVD
-    of Qᵀ A need the m × m matrix alone, and m (k+p) random numbers instead of n (k+p).
+    L Ω where G = L Lᵀ and Ω (…, m, k+p) is Gaussian. So the sketch, the power iterations G^q and
+    the SVD of Qᵀ A need the m × m matrix alone, and m (k+p) random numbers instead of n (k+p).
     ``start`` is as in `dominant_basis`, for the cut from k+p to k columns.
 
     >>> G = torch.diag(torch.tensor([4.0, 1.0, 0.0]))
-    >>> sketched_basis(G, 1, 0, 30, torch.Generator().manual_seed(0)).abs().round()
+    >>> sketched_basis(G, torch.ones(3, 1), rank=1, power_iters=30).abs().round()
     tensor([[1.],
             [0.],
             [0.]])
     """
-    small, columns = G.to(torch.float64, copy=True), rank + oversample
+    small, columns = G.to(torch.float64, copy=True), omega.shape[-1]
     # A projected matrix is rank-deficient: the shifts help Cholesky on. Where roundings of G all
     # the same make it fail, G itself takes the place of L: columns of the same range.
     _shift_(small, 1e-14)
     L, failed = torch.linalg.cholesky_ex(small)
     L = torch.where((failed == 0)[..., None, None], L, small)
-    shape = (*G.shape[:-1], columns)
-    Y = L @ torch.randn(shape, dtype=G.dtype, device=G.device, generator=generator).to(L.dtype)
+    Y = L @ omega.to(L.dtype)
     any_basis = torch.eye(G.shape[-1], columns, dtype=L.dtype, device=G.device)  # if G is zero
     for _ in range(power_iters):
         Y = small @ cholesky_qr(Y, any_basis, shift=1e-14)
     # The shift shortens columns; a second pass makes them orthonormal.
     Q = cholesky_qr(cholesky_qr(Y, any_basis, shift=1e-14), any_basis)
-    if oversample:
+    if columns > rank:
         first = None if start is None else Q.mT @ start.double()
         Q = Q @ dominant_basis(Q.mT @ small @ Q, rank, first)
     return Q.to(G.dtype)

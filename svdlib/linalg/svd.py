@@ -199,7 +199,9 @@ def _sketched(
     if A.shape[-2] > A.shape[-1]:
         # The sketch is normalised on A's shorter side.
         return _turned(_sketched(A.mT, rank, oversample, power_iters, generator))
-    Q = range_basis(A, rank + oversample, power_iters, generator)
+    shape = (*A.shape[:-2], A.shape[-1], rank + oversample)
+    omega = torch.randn(shape, dtype=A.dtype, device=A.device, generator=generator)
+    Q = range_basis(A, omega, power_iters)
     B = Q.mT @ A
     U, S, Vh = _by_gram(B, rank) or _svd_of_wide(B)
     return Q @ U[..., :rank], S[..., :rank], Vh[..., :rank, :]

@@ -12,7 +12,7 @@ from svdlib.data import with_ones
 from svdlib.ensemble import descent
 from svdlib.ensemble.descent import Step
 from svdlib.ensemble.networks import Layer, cut, perceptron
-from svdlib.ensemble.projection import Projection, grouped
+from svdlib.ensemble.projection import Projection, grouped, sources
 
 # Tolerances in float64 are some hundred ε for sums of a dozen terms.
 
@@ -136,7 +136,7 @@ def test_a_step_stays_on_the_gpu(choice, optimizer, apart):
             for _ in range(2):  # the first projection is cold, the second warm
                 step.take(x, y, 0.01, losses)
                 for group in groups:
-                    group.project_(None)
+                    group.project_()
             step.store()
         assert step.maps[0].matrix.device.type == "cuda"
         with pytest.raises(DataDependentOutputException):
@@ -162,9 +162,9 @@ def test_factors_and_their_cut_stay_on_the_gpu():
 def test_no_synchronisation_inside_a_step(choice):
     device = torch.device("cuda")
     step = Step(svdlib.MLPEnsemble((784, 15, 15, 10), seeds=range(4), device=device))
-    groups = grouped([choice] * 4, step.weights)
+    groups = grouped([choice] * 4, step.weights, sources(range(4), 0, device))
     x, y = torch.ones(64, 785, device=device), torch.zeros(640, device=device)
-    generator, losses = torch.Generator(device).manual_seed(0), torch.zeros(4, device=device)
+    losses = torch.zeros(4, device=device)
     y[:64] = -1
     with torch.inference_mode():
         for mode in ("default", "error"):  # the first projection solves an eigenvalue problem
@@ -172,7 +172,7 @@ def test_no_synchronisation_inside_a_step(choice):
             try:
                 step.take(x, y, 0.01, losses)
                 for group in groups:
-                    group.project_(generator)
+                    group.project_()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
     assert losses.isfinite().all()

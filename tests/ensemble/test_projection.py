@@ -6,7 +6,8 @@ from svdlib.ensemble.descent import Step
 from svdlib.ensemble.projection import Group, Projection, alike, grouped
 from svdlib.linalg.bases import taller
 
-# Tolerances: ten times the worst seen, on kernels with and without AVX; 1e-4 is the perturbation.
+# Tolerances: ten times the worst seen, on kernels with and without AVX-512; 1e-4 is also the
+# perturbation.
 
 
 @pytest.mark.parametrize(
@@ -48,16 +49,16 @@ def test_stacks_agree_with_the_svd(shape, method, generator):
     small = torch.randn(3, 4, 4, generator=g)
     projection = Projection(method, 5, oversample=2, power_iters=2)
     ours, kept = W.clone(), small.clone()
-    (layers,) = alike([ours, kept], [5, 5], projection)
-    layers.project_(generator, warm=False)
+    (layers,) = alike([ours, kept], [5, 5], projection, [generator] * 3)
+    layers.project_(warm=False)
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
     assert torch.equal(kept, small)
 
     moved = expected + 1e-4 * torch.randn(3, *shape, generator=g)
     cold = moved.clone()
     ours.copy_(moved)
-    layers.project_(generator, warm=True)
-    alike([cold], [5], Projection("truncsvd", 5))[0].project_(None, warm=False)
+    layers.project_(warm=True)
+    alike([cold], [5], Projection("truncsvd", 5))[0].project_(warm=False)
     torch.testing.assert_close(ours, cold, atol=1e-5, rtol=0)
 
 
@@ -68,9 +69,9 @@ def test_six_hundred_steps_project_as_lapack_does(rank, mnist, monkeypatch):
 
     project_ = Group.project_
 
-    def compared(group, generator):
+    def compared(group):
         before = [weight.clone() for weight in group.weights]
-        project_(group, generator)
+        project_(group)
         for ours, weight in zip(group.weights, before, strict=True):
             U, S, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
             exact = (U[..., :rank] * S[..., None, :rank]) @ Vh[..., :rank, :]
@@ -100,16 +101,16 @@ def test_warm_projections_of_odd_matrices(kind, dtype, oversample, power_iters, 
     for method in ("truncsvd", "rsvd"):
         projection = Projection(method, 5, "step", oversample, power_iters)
         now = W.clone()
-        (layers,) = alike([now], [5], projection)
+        (layers,) = alike([now], [5], projection, [generator] * 2)
         for warm in (False, True, True, True):
-            layers.project_(generator, warm)
+            layers.project_(warm)
         # A Gram matrix in that precision sees singular values down to √ε σ_1. A sketch without
         # power iterations multiplies what it does not see, here up to 300 times.
         seen = torch.finfo(dtype).eps ** 0.5 * torch.linalg.matrix_norm(W, 2).max().item()
         seen *= 3000 if method == "rsvd" and power_iters == 0 else 1
         torch.testing.assert_close(now, W, atol=seen, rtol=0)
         now += torch.randn(W.shape, dtype=dtype, generator=generator)
-        layers.project_(generator, warm=True)
+        layers.project_(warm=True)
         assert (torch.linalg.matrix_rank(now, rtol=1e-4) == 5).all(), "not held at a lower rank"
 
 
@@ -120,7 +121,7 @@ def test_what_lies_behind_the_rows_is_no_part_of_them(rows, generator):
     W = whole[:, :rows, :90]
     alone = W.clone()
     for weights in (W, alone):
-        alike([weights], [4], Projection("truncsvd", 4))[0].project_(None, warm=False)
+        alike([weights], [4], Projection("truncsvd", 4))[0].project_(warm=False)
     torch.testing.assert_close(W, alone)
     assert taller(whole[:, :15]).shape == (3, 16, 100)
     assert taller(torch.zeros(3, 15, 9)).shape[1] == 15, "no room behind the last"
@@ -139,13 +140,13 @@ def test_every_layer_of_a_step_s_matrices_is_projected(sizes, apart):
     choices = [Projection("truncsvd", 5) if i in chosen else None for i in range(4)]
     with torch.inference_mode():
         for group in grouped(choices, weights):
-            group.project_(None)
+            group.project_()
     for ours, weight in zip(weights, before, strict=True):
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
         low = (U[..., :5] * S[..., None, :5]) @ Vh[..., :5, :]
         for i in range(4):
             torch.testing.assert_close(
-                ours[i], (low if i in chosen else weight)[i], atol=1e-5, rtol=0
+                ours[i], (low if i in chosen else weight)[i], atol=1e-4, rtol=0
             )
 
 
@@ -165,7 +166,7 @@ def test_sketches_miss_as_much_as_those_of_the_matrix_itself(tail, oversample, p
     expected = torch.linalg.matrix_norm(A - Q @ ((P[..., :5] * S[:, None, :5]) @ Oh[:, :5]))
     ours = W.clone()
     projection = Projection("rsvd", 5, "step", oversample, power_iters)
-    alike([ours], [5], projection)[0].project_(g, warm=False)
+    alike([ours], [5], projection, [g] * 4000)[0].project_(warm=False)
     missed = torch.linalg.matrix_norm(A - ours.double())
     # Medians: without oversampling the mean does not exist. Four standard errors of 4,000 draws.
     assert missed.median() == pytest.approx(expected.median().item(), rel=0.05)

@@ -432,3 +432,20 @@ def test_bad_settings_of_factors_and_optimizers(blobs):
     ):
         with pytest.raises(ValueError, match=message):
             svdlib.train(nets, blobs, progress=False, **given)
+
+
+@pytest.mark.parametrize("every", ["epoch", "step", 3])
+@pytest.mark.parametrize("sizes", [(12, 8, 6, 3), (12, 70, 3)])
+def test_blocks_of_seeds_put_together_are_one_run_of_all(blobs, sizes, every):
+    """A network's sketches are its own, whatever networks are trained beside it."""
+
+    def trained(seeds):
+        nets = svdlib.MLPEnsemble(sizes, seeds=seeds, device="cpu").double()
+        choices = [svdlib.Projection("rsvd", 3, every, 1, 1), None] * (len(seeds) // 2)
+        svdlib.train(nets, blobs, epochs=2, projection=choices, shuffle=True, progress=False)
+        return nets.weights[0].detach()
+
+    whole, first, last = (trained(seeds) for seeds in ([0, 0, 1, 1, 2, 2], [0, 0], [2, 2, 1, 1]))
+    torch.testing.assert_close(first, whole[:2], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(last, whole[[4, 5, 2, 3]], rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(whole[0], whole[1]), "no projection took place"

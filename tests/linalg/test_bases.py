@@ -56,7 +56,7 @@ def test_both_ways_of_iterating_find_the_range(generator):
     """A flat spectrum leaves out normalisations, a steep one does not."""
     for smallest in (-1, -9):
         A = spread(60, 12, smallest, torch.float64) @ matrix((12, 90))
-        Q = range_basis(A, 12, 3, generator)
+        Q = range_basis(A, torch.randn(90, 12, generator=generator, dtype=A.dtype), 3)
         off = torch.linalg.matrix_norm(Q @ (Q.mT @ A) - A)
         assert off <= rounding(A) * torch.linalg.matrix_norm(A)
 
@@ -68,10 +68,11 @@ def test_gram_bases_agree_with_the_svd(generator):
     exact = U @ U.mT
     G = gram(A)
     torch.testing.assert_close(G, A @ A.mT)
+    omega = torch.randn(3, 15, 8, generator=generator, dtype=A.dtype)
     for basis in (
         dominant_basis(G, 6),
         dominant_basis(G, 6, start=dominant_basis(G + 1e-3 * matrix(G.shape), 6)),
-        sketched_basis(G, 6, 2, 3, generator),
+        sketched_basis(G, omega, 6, 3),
     ):
         # What one step from a start that is 1e-3 off leaves, (σ_7/σ_6)² of it, a thousandfold.
         torch.testing.assert_close(basis @ basis.mT, exact, atol=1e-6, rtol=0)
@@ -81,7 +82,8 @@ def test_gram_sketch_has_the_law_of_the_plain_sketch():
     """Mean error over 2,000 draws, with and without the detour by the Gram matrix."""
     A = decaying(12, 60, 0.7 ** torch.arange(12, dtype=torch.float64)).expand(2000, -1, -1)
     g = torch.Generator().manual_seed(0)
-    Q = sketched_basis(gram(A), 4, 2, 0, g)
+    omega = torch.randn(2000, 12, 6, generator=g, dtype=A.dtype)
+    Q = sketched_basis(gram(A), omega, 4, 0)
     ours = torch.linalg.matrix_norm(A - Q @ (Q.mT @ A))
     plain = svdlib.randomized_svd(A, 4, oversample=2, power_iters=0, generator=g)
     theirs = torch.linalg.matrix_norm(A - plain.matrix())
