@@ -63,7 +63,9 @@ def sketch_errors(
     tables = []
     for p in oversamples:
         for q in power_iters:
-            Q = range_basis(A.expand(draws, m, n), rank + p, q, generator).double()
+            shape = (draws, n, rank + p)
+            omega = torch.randn(shape, dtype=A.dtype, device=A.device, generator=generator)
+            Q = range_basis(A.expand(draws, m, n), omega, q).double()
             left = torch.eye(m, dtype=Q.dtype, device=Q.device) - Q @ Q.mT
             largest = torch.linalg.eigvalsh(left @ G @ left)[:, -1].clamp(min=0)
             part = pd.DataFrame({"error": (largest.sqrt() / next_sigma).tolist()})
