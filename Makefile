@@ -1,15 +1,19 @@
 # make study:      set up, fetch MNIST, execute every notebook, rebuild figures/
 # make test:       set up, then every test (code, notebooks, style, types)
+# make evidence:   set up, then measure what is too dear for a notebook (results/*.toml), an hour
 # make processors: the numerical tests as other processors would run them
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: study test processors setup lab refresh lint clean
+.PHONY: study test evidence processors setup lab refresh lint clean
 .DELETE_ON_ERROR:
 
 study: setup
 	$(BIN)/python -m svdlib run
+
+evidence: setup
+	$(BIN)/python -m svdlib sweep
 
 # Two processes with two spinning OpenMP threads each crawl on two cores; one thread each does not.
 # Both parts run, whatever becomes of the first; either can fail the target.
@@ -51,7 +55,7 @@ setup: .venv/ready
 .venv/ready: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.txt
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	touch $@
 

@@ -1,4 +1,4 @@
-"""``python -m svdlib run [NOTEBOOK …] [-p NAME VALUE …] [--jobs N] [--out runs]``."""
+"""``python -m svdlib run|sweep|collect|refresh``; each tells its options with ``--help``."""
 
 import sys
 

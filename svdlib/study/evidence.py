@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+
+from svdlib.study.parameters import Values
+from svdlib.study.sweeps import gathered
 
 RESULTS = Path(__file__).parents[2] / "results"
 
@@ -29,3 +34,93 @@ def stored(
     if any(measured.get(key) != value for key, value in parameters.items()):
         return None
     return pd.read_csv(folder / f"{name}.csv")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What ``results/NAME.toml`` asks for: a notebook, run over parameters, and one of its tables.
+
+    ::
+
+        notebook = "04_comparison"
+        table = "04_figure1"
+        columns = ["first_seed", "method", "epoch", "test_error"]
+
+        [parameters]  # of all runs
+        epochs = 10
+
+        [over]  # every combination; a list, or a range as text
+        first_seed = "0:1000:100"
+    """
+
+    name: str
+    notebook: str
+    table: str
+    columns: list[str]
+    parameters: dict[str, str]
+    over: list[tuple[str, Values]]
+
+
+def sweeps(names: Sequence[str] = (), folder: Path = RESULTS) -> list[Sweep]:
+    """The sweeps of these names, or all of the folder's.
+
+    Raises:
+        ValueError: no sweep of that name (the known ones are listed), a file that is no TOML, or
+            lacks a key, or has one too many.
+    """
+    known = {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    for name in names or [""] * (not known):
+        if name not in known:
+            listed = ", ".join(known) or "none"
+            raise ValueError(f"no sweep {name!r} in {folder}; known: {listed}")
+    return [_sweep(known[name]) for name in names or known]
+
+
+def _sweep(path: Path) -> Sweep:
+    try:
+        read = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeError) as error:
+        raise ValueError(f"{path} is no TOML: {error}") from error
+    kinds = {"notebook": str, "table": str, "columns": list, "parameters": dict, "over": dict}
+    for key, value in read.items():
+        if key not in kinds or not isinstance(value, kinds[key]):
+            needed = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
+            raise ValueError(f"{path}: {key} = {value!r} does not belong there; known: {needed}")
+    if missing := kinds.keys() - read.keys():
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}")
+    parameters = {name: str(value) for name, value in read["parameters"].items()}
+    return Sweep(
+        path.stem,
+        read["notebook"],
+        read["table"],
+        read["columns"],
+        parameters,
+        list(read["over"].items()),
+    )
+
+
+def write(sweep: Sweep, places: Sequence[Path], folder: Path = RESULTS) -> None:
+    """Put a finished sweep's table, and a table of how each run came about, into the folder.
+
+    ``NAME.csv`` has the columns asked for, to five digits; ``NAME.runs.csv`` has, for each run,
+    what it was run over, its seconds, date, machine and versions, and the hash of the code.
+
+    Raises:
+        ValueError: the table lacks a column.
+    """
+    table = gathered(places, sweep.table)
+    over = [name for name, _ in sweep.over]
+    keys = [f"{name} (parameter)" if f"{name} (parameter)" in table else name for name in over]
+    table = table.sort_values(keys, kind="stable")
+    if lacking := [name for name in sweep.columns if name not in table]:
+        raise ValueError(f"{sweep.table}.csv lacks {lacking}; it has {list(table)}")
+    runs = [json.loads((place / "run.json").read_text()) for place in places]
+    told = pd.DataFrame(
+        {name: each["parameters"][name] for name in over}
+        | {key: value for key, value in each.items() if key not in ("parameters", "notebook")}
+        for each in runs
+    ).sort_values(over, kind="stable")
+    for name, content in ((sweep.name, table[sweep.columns]), (f"{sweep.name}.runs", told)):
+        part = folder / f".{name}.part"
+        content.to_csv(part, index=False, float_format="%.5g")
+        part.replace(folder / f"{name}.csv")

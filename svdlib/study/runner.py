@@ -1,269 +1,199 @@
-"""Executes the notebooks headless with papermill, and puts their figures in place."""
+"""The command line: notebooks headless, each at one or many sets of parameters."""
 
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
-import logging
-import multiprocessing
+import math
 import os
 import shutil
 import signal
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import nbformat
-import papermill
-import psutil
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from distributed import Client, as_completed
 from tqdm.auto import tqdm
 
 from svdlib import clock
+from svdlib.study import evidence, sweeps
+from svdlib.study.execute import cores, refreshed
+from svdlib.study.parameters import NOTEBOOKS, Values, find
+from svdlib.study.sweeps import Outcome, Run
 
-NOTEBOOKS = Path("notebooks")
+# Where there is no terminal, a line so often (seconds).
+LINE = 60
 
-# Of a kernel: its own messages, such as that it was interrupted, are not the notebook's.
-QUIET = ["--log-level=CRITICAL"]
+# Workers of this machine that are killed come back in less (seconds); those of others may take long.
+PATIENCE = 60
 
-# One cell may take as long as the largest sweep of the study does on a slow machine.
-CELL_TIMEOUT = 3600
-
-# What a parameter may be declared as; anything else takes any literal, or else the text.
-TYPES = {"str", "int", "float", "bool", "list", "dict", "tuple", "None"}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one notebook: its executed copy, seconds, and the error if it failed."""
-
-    name: str
-    output: Path
-    seconds: float
-    error: str | None = None
-
-
-def find(names: Sequence[str] = (), folder: Path = NOTEBOOKS) -> list[Path]:
-    """The notebooks of these names (``01_baseline``, or a path), each once, or all of the folder's.
-
-    Raises:
-        ValueError: no notebook of that name (the known ones are listed), or two files of one name.
-    """
-    known = sorted(folder.glob("*.ipynb"))
-    if not known and not names:
-        raise ValueError(f"{folder.resolve()} holds no notebooks; run from the project's root")
-    found: dict[str, Path] = {}
-    for name in names:
-        matches = [path for path in known if name in (path.stem, path.name)]
-        if not matches and Path(name).suffix == ".ipynb" and Path(name).is_file():
-            matches = [Path(name)]
-        if not matches:
-            listed = ", ".join(path.stem for path in known) or "none"
-            raise ValueError(f"no notebook {name!r}; known: {listed}")
-        for path in matches:
-            other = found.setdefault(path.stem, path)
-            if other.resolve() != path.resolve():
-                raise ValueError(f"{other} and {path} have one name; run them one after the other")
-    return list(found.values()) or known
-
-
-def declared(notebook: Path) -> dict[str, set[str]]:
-    """The types that each parameter may take, from the cell tagged ``parameters``.
-
-    Declared as ``n: int = 3``, ``x: str | None = None`` or ``Optional[str]``; ``n = 3`` takes the
-    type of its value. An empty set allows anything.
-
-    Raises:
-        ValueError: not a notebook, or a parameters cell that is not Python.
-    """
-    try:
-        content = nbformat.read(notebook, as_version=4)
-        cells = [c for c in content.cells if "parameters" in c.metadata.get("tags", [])]
-        lines = "".join(cell.source for cell in cells[:1]).splitlines()
-        tree = ast.parse("\n".join("" if line[:1] in "%!" else line for line in lines))
-    except (
-        nbformat.reader.NotJSONError,
-        AttributeError,
-        KeyError,
-        TypeError,
-        UnicodeError,
-    ) as error:
-        raise ValueError(f"{notebook} is not a Jupyter notebook") from error
-    except (nbformat.ValidationError, SyntaxError) as error:
-        raise ValueError(f"{notebook}: {str(error).splitlines()[0]}") from error
-    found: dict[str, set[str]] = {}
-    for line in tree.body:
-        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
-            found[line.target.id] = _kinds(line.annotation)
-        elif isinstance(line, ast.Assign):
-            for target in line.targets:
-                if isinstance(target, ast.Name):
-                    found[target.id] = _kinds_of_value(line.value)
-    return found
-
-
-def _kinds(annotation: ast.expr) -> set[str]:
-    """The type names in an annotation; empty where it holds one that no text can be held against."""
-    text = ast.unparse(annotation).strip("'\"").replace("typing.", "")
-    if text.startswith("Optional["):
-        text = f"{text[len('Optional[') : -1]} | None"
-    elif text.startswith("Union["):
-        text = text[len("Union[") : -1].replace(",", "|")
-    kinds = {part.split("[")[0].strip() for part in text.split("|")}
-    return kinds if kinds <= TYPES else set()
-
-
-def _kinds_of_value(value: ast.expr) -> set[str]:
-    try:
-        kind = type(ast.literal_eval(value)).__name__
-    except ValueError:
-        return set()
-    return {kind} & TYPES
-
-
-def parse(notebook: Path, given: Mapping[str, str]) -> dict[str, object]:
-    """Parameters from text, by the names and types that the notebook declares.
-
-    Raises:
-        ValueError: a name the notebook does not have, or a text that is not of its type.
-    """
-    known = declared(notebook)
-    parameters: dict[str, object] = {}
-    for name, text in given.items():
-        if name not in known:
-            listed = ", ".join(known) or "none"
-            raise ValueError(f"{notebook.stem} has no parameter {name!r}; known: {listed}")
-        try:
-            parameters[name] = _value(text, known[name])
-        except ValueError as error:
-            raise ValueError(f"{notebook.stem}: parameter {name!r} {error}") from None
-    return parameters
-
-
-def _value(text: str, kinds: set[str]) -> object:
-    """The text as one of the types, a string only where nothing else fits or it is the only one.
-
-    >>> _value("1", {"float"}), _value("7", {"str"}), _value("None", {"str", "None"})
-    (1.0, '7', None)
-    """
-    if kinds == {"str"}:
-        return text
-    try:
-        value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    except (SyntaxError, ValueError):
-        value = text
-    kind = "None" if value is None else type(value).__name__
-    if kind == "int" and "float" in kinds - {"int"} and "int" not in kinds:
-        return float(value)
-    if not kinds or kind in kinds - {"str"}:
-        return value
-    if "str" in kinds:
-        return text
-    raise ValueError(f"must be {_a(sorted(kinds))}, not {text!r}")
-
-
-def _a(kinds: Sequence[str]) -> str:
-    """What a parameter must be, in words: ``an int or None``."""
-    named = [
-        kind if kind == "None" else f"{'an' if kind == 'int' else 'a'} {kind}" for kind in kinds
-    ]
-    return " or ".join(named)
+# More outcomes than this are counted, not listed.
+LISTED = 20
 
 
 def run(
     names: Sequence[str] = (),
     given: Mapping[str, str] | None = None,
+    over: Sequence[tuple[str, Values]] = (),
     *,
-    jobs: int = 1,
+    jobs: int | None = None,
+    scheduler: str | None = None,
     out: Path = Path("runs"),
     figures: Path = Path("figures"),
     folder: Path = NOTEBOOKS,
+    fresh: bool = False,
+    dry_run: bool = False,
     progress: bool = True,
 ) -> list[Outcome]:
-    """Execute notebooks, ``jobs`` at a time; a failure does not stop the others.
+    """Execute notebooks, each with every combination of parameters; a failure stops no other.
 
-    Executed copies go to ``out``. A notebook's figures are staged there and moved to
-    ``figures`` only when the whole notebook has succeeded. In a terminal, bars show how far each
-    notebook is; elsewhere it has a line when it ends.
+    Each run has a folder of its own under ``out``; what is there already is not run again. The
+    figures of a notebook that has a single run are put into ``figures``, if it succeeds.
+
+    Args:
+        names: notebooks; all of the folder's by default.
+        given: parameters for all runs, as text.
+        over: parameters with several values each, see `combinations`.
+        jobs: runs at a time on this machine, which share its cores; one by default.
+        scheduler: the address of a Dask scheduler, whose workers do it instead.
+        fresh: run again what is there.
+        dry_run: only tell what would run.
+
+    Returns:
+        an outcome each, those that were there included, by place.
 
     Raises:
-        ValueError: an unknown notebook or parameter, a value of another type, jobs below 1,
-            an ``out`` that would overwrite the notebooks, or a folder that can't be written.
+        ValueError: an unknown notebook or parameter, a value of another type in any combination,
+            jobs below 1, beyond the cores or beside a scheduler, an ``out`` that holds the
+            notebooks, a folder that can't be written, a scheduler that does not answer, workers
+            with other versions.
+        ConnectionError: the scheduler is lost on the way, or no worker of this machine can be kept.
+        OSError: results can't be written: a full disk, say.
         KeyboardInterrupt: Ctrl-C, after the kernels that were started are stopped.
+
+    Whatever stops it, the runs that were done are kept, and the same call does the rest.
     """
     notebooks = find(names, folder)
-    parameters = [parse(notebook, given or {}) for notebook in notebooks]
-    if jobs < 1:
-        raise ValueError(f"jobs must be at least 1, not {jobs}")
+    runs = sweeps.plan(notebooks, given or {}, over)
+    if jobs is not None and scheduler is not None:
+        raise ValueError("--jobs is for this machine, --scheduler for others; give one of them")
+    if jobs is not None and not 1 <= jobs <= cores():
+        raise ValueError(f"jobs must be at least 1 and at most the {cores()} cores, not {jobs}")
     if any(out.resolve() == notebook.parent.resolve() for notebook in notebooks):
         raise ValueError(f"{out} holds the notebooks themselves; choose another --out")
     for place in (out, figures):
         _check_writable(place)
-    bars = progress and sys.stderr.isatty()
-    with tempfile.TemporaryDirectory(dir=out, prefix="figures-") as staging:
-        calls = [
-            (path, values, out, figures, Path(staging), position if bars else None)
-            for position, (path, values) in enumerate(
-                zip(notebooks, parameters, strict=True), start=1
-            )
-        ]
-        outcomes = _shown(_in_processes(_run_one, calls, jobs), len(calls), progress)
-    return sorted(outcomes, key=lambda outcome: outcome.name)
-
-
-def _shown(outcomes: Iterator[Outcome], total: int, progress: bool) -> list[Outcome]:
-    """All outcomes; a bar of how many there are, or a line each where there is no terminal."""
-    bars, found = sys.stderr.isatty(), []
-    with tqdm(total=total, unit="notebook", disable=not (progress and bars)) as bar:
+    sweeps.tidy(out)
+    left = runs if fresh else sweeps.missing(runs, out)
+    if progress or dry_run:
+        _tell(runs, left, dry_run)
+    if dry_run:
+        return []
+    todo = {each.place for each in left}
+    outcomes = [
+        Outcome(each.notebook.stem, out / each.place, 0.0)
+        for each in runs
+        if each.place not in todo
+    ]
+    if left:
+        with sweeps.connected(scheduler) if scheduler else sweeps.local(jobs or 1) as client:
+            if progress:
+                print(f"dashboard: {client.dashboard_link}", file=sys.stderr)
+            patience = math.inf if scheduler else PATIENCE
+            done = sweeps.complete(client, left, out, patience)
+            outcomes += _shown(done, len(left), progress)
+    if not over:
         for outcome in outcomes:
-            found.append(outcome)
-            bar.update()
-            if progress and not bars:
-                end = outcome.error or "ok"
-                print(f"{outcome.name}: {end}, {outcome.seconds:.0f} s", file=sys.stderr)
+            if outcome.error is None:
+                _put_in_place(outcome.output, figures)
+    return sorted(outcomes, key=lambda outcome: str(outcome.output))
+
+
+def sweep(
+    names: Sequence[str] = (),
+    *,
+    jobs: int | None = None,
+    scheduler: str | None = None,
+    out: Path = Path("runs"),
+    results: Path = Path("results"),
+    folder: Path = NOTEBOOKS,
+    fresh: bool = False,
+    dry_run: bool = False,
+) -> list[Outcome]:
+    """Run the sweeps that the study rests on, and put each one's table into ``results``.
+
+    Args:
+        names: of the files ``results/NAME.toml``, see `evidence.Sweep`; all by default.
+
+    Raises:
+        ValueError: an unknown sweep or one that is not as it should be; and as `run` does.
+    """
+    outcomes = []
+    for each in evidence.sweeps(names, results):
+        found = run(
+            [each.notebook],
+            each.parameters,
+            each.over,
+            jobs=jobs,
+            scheduler=scheduler,
+            out=out,
+            folder=folder,
+            fresh=fresh,
+            dry_run=dry_run,
+        )
+        if found and not any(outcome.error for outcome in found):
+            evidence.write(each, [outcome.output for outcome in found], results)
+        outcomes += found
+    return outcomes
+
+
+def _tell(runs: Sequence[Run], left: Sequence[Run], dry_run: bool) -> None:
+    """What would run, each in a line where nothing is run; and how many are there already."""
+    if dry_run:
+        for each in left:
+            print(each.place)
+    there = len(runs) - len(left)
+    told = f"{len(left)} {'run' if len(left) == 1 else 'runs'}"
+    print(told + (f", {there} there already" if there else ""), file=sys.stderr)
+
+
+def _shown(
+    outcomes: Iterable[Outcome | int], total: int, progress: bool, line: float = LINE
+) -> list[Outcome]:
+    """All outcomes; meanwhile a bar, or a line a minute where there is no terminal."""
+    found: list[Outcome] = []
+    running = failed = 0
+    start = told = clock.now()
+    bars = progress and sys.stderr.isatty()
+    with tqdm(total=total, unit="run", disable=not bars) as bar:
+        for outcome in outcomes:
+            if isinstance(outcome, int):
+                running = outcome
+            else:
+                found.append(outcome)
+                failed += outcome.error is not None
+                bar.update()
+            bar.set_postfix_str(f"{running} running, {failed} failed", refresh=False)
+            now = clock.now()
+            if progress and not bars and now - told >= line:
+                told, done = now, len(found)
+                left = (total - done) * (now - start) / done / 60 if done else None
+                time = f"some {left:.0f} min left" if left is not None else "time left unknown"
+                print(
+                    f"{done} of {total} done, {running} running, {failed} failed, {time}",
+                    file=sys.stderr,
+                    flush=True,
+                )
     return found
 
 
-def _in_processes(
-    function: Callable[..., Outcome], calls: Sequence[Sequence[object]], jobs: int
-) -> Iterator[Outcome]:
-    """The outcomes of calls as they end, each in a process: papermill changes the working folder.
-
-    Whatever stops the wait, no process and no kernel is left.
-    """
-    pool = ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("fork"), initializer=_prepare, initargs=(jobs,)
-    )
-    with pool:
-        futures = [pool.submit(function, *call) for call in calls]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            # Kernels run in sessions of their own, which no signal reaches.
-            while not all(future.done() for future in futures):
-                for child in psutil.Process().children(recursive=True):
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        child.kill()
-                time.sleep(0.1)
-            raise
-
-
-def _prepare(jobs: int) -> None:
-    """Of a process that executes notebooks: the parent alone takes the signals that stop it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    logging.getLogger("papermill").setLevel(logging.ERROR)
-    if jobs > 1:
-        # Kernels that each start a thread per core would wait for one another's barriers.
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+def _put_in_place(place: Path, figures: Path) -> None:
+    """Copy a run's pictures and tables, each whole or not at all."""
+    for path in sorted(place.iterdir()):
+        if path.suffix not in (".ipynb", ".json"):
+            shutil.copyfile(path, figures / f".{path.name}")
+            os.replace(figures / f".{path.name}", figures / path.name)
 
 
 def _check_writable(place: Path) -> None:
@@ -275,98 +205,48 @@ def _check_writable(place: Path) -> None:
         raise ValueError(f"can't write to the folder {place}: {error.strerror}") from error
 
 
-def _run_one(
-    notebook: Path,
-    parameters: Mapping[str, object],
-    out: Path,
-    figures: Path,
-    staging: Path,
-    position: int | None,
-) -> Outcome:
-    """Execute one notebook, with a progress bar at that position of the terminal, if any."""
-    output, staged = out / notebook.name, staging / notebook.stem
-    staged.mkdir()
-    start, error = clock.now(), None
-    bar: object = False
-    if position is not None:
-        bar = {"position": position, "leave": False, "desc": notebook.stem}
-    try:
-        papermill.execute_notebook(
-            str(notebook),
-            str(output),
-            parameters={"figures": str(staged.resolve()), **parameters},
-            cwd=str(notebook.parent),
-            kernel_name="python3",
-            language="python",
-            execution_timeout=CELL_TIMEOUT,
-            progress_bar=bar,
-            extra_arguments=QUIET,
-        )
-        for figure in sorted(staged.iterdir()):
-            shutil.copyfile(figure, figures / f".{figure.name}")
-            os.replace(figures / f".{figure.name}", figures / figure.name)
-    except papermill.PapermillExecutionError as failure:
-        error = f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}"
-    except Exception as failure:  # noqa: BLE001 - a dead kernel, a full disk: named, others go on
-        error = f"{type(failure).__name__}: {failure}"
-    return Outcome(notebook.stem, output, clock.now() - start, error)
-
-
-def refresh(notebook: Path) -> Outcome:
-    """Execute a notebook at its own parameters and keep the outputs in it, if it succeeds.
+def refresh(names: Sequence[str] = (), folder: Path = NOTEBOOKS) -> list[Outcome]:
+    """Execute notebooks in place, at their own parameters; one that fails stays as it was.
 
     Progress bars are left out, so that a stored notebook shows results alone.
     """
-    start, error = clock.now(), None
-    content = nbformat.read(notebook, as_version=4)
-    client = NotebookClient(
-        content,
-        timeout=CELL_TIMEOUT,
-        kernel_name="python3",
-        store_widget_state=False,
-        extra_arguments=QUIET,
-        resources={"metadata": {"path": str(notebook.parent)}},
-    )
-    try:
-        client.execute()
-        _keep(content, notebook)
-    except CellExecutionError as failure:
-        number = sum(cell.get("execution_count") is not None for cell in content.cells)
-        error = f"cell {number}: {failure.ename}: {failure.evalue}"
-    except Exception as failure:  # noqa: BLE001 - a dead kernel, a full disk: named, others go on
-        error = f"{type(failure).__name__}: {failure}"
-    return Outcome(notebook.stem, notebook, clock.now() - start, error)
+    notebooks = {str(path): path for path in find(names, folder)}
 
+    def outcomes(client: Client) -> Iterator[Outcome]:
+        futures = [
+            client.submit(refreshed, path.read_text(), str(path.parent.resolve()), key=name)
+            for name, path in notebooks.items()
+        ]
+        for future in as_completed(futures):
+            path, (text, error, seconds) = notebooks[future.key], future.result()
+            if error is None:
+                path.with_suffix(".part").write_text(text)
+                os.replace(path.with_suffix(".part"), path)
+            yield Outcome(path.stem, path, seconds, error)
 
-def _keep(content: nbformat.NotebookNode, notebook: Path) -> None:
-    """Put an executed notebook in the place of the old one, without what changes at every run."""
-    for cell in content.cells:
-        cell.metadata.pop("execution", None)
-        if cell.cell_type == "code":
-            cell.outputs = [
-                output
-                for output in cell.outputs
-                if output.get("name") != "stderr"
-                and "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
-            ]
-    content.metadata.pop("widgets", None)
-    content.metadata["language_info"] = {"name": "python"}
-    part = notebook.with_suffix(".part")
-    nbformat.write(content, part)
-    os.replace(part, notebook)
+    with sweeps.local(1) as client:
+        return _shown(outcomes(client), len(notebooks), progress=True)
 
 
 def report(outcomes: Sequence[Outcome]) -> str:
-    """A table of the outcomes, one a line."""
-    width = max(len(outcome.name) for outcome in outcomes)
-    lines = [f"{'notebook':<{width}}  {'outcome':<7}  seconds  executed copy"]
-    for outcome in outcomes:
+    """A table of the outcomes, one a line; of many, the failed ones and a count of the others.
+
+    >>> print(report([Outcome("a", Path("runs/a/own-1"), 2.0)]))
+    notebook  outcome  seconds  results
+    a         ok           2.0  runs/a/own-1
+    """
+    listed = [each for each in outcomes if each.error or len(outcomes) <= LISTED]
+    width = max((len(outcome.name) for outcome in listed), default=8)
+    lines = [f"{'notebook':<{width}}  {'outcome':<7}  seconds  results"] if listed else []
+    for outcome in listed:
         status = "failed" if outcome.error else "ok"
         lines.append(
             f"{outcome.name:<{width}}  {status:<7}  {outcome.seconds:7.1f}  {outcome.output}"
         )
         if outcome.error:
             lines.append(f"    {outcome.error}")
+    if len(listed) < len(outcomes):
+        lines.append(f"{len(outcomes) - len(listed)} runs ok")
     return "\n".join(lines)
 
 
@@ -375,34 +255,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that knows no σ shows \u03c3
             stream.reconfigure(errors="backslashreplace")
-    parser = argparse.ArgumentParser(prog="python -m svdlib")
-    commands = parser.add_subparsers(dest="command", required=True)
-    runner = commands.add_parser("run", help="execute notebooks and rebuild their figures")
-    runner.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="01_baseline …; all")
-    runner.add_argument(
-        "-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE")
-    )
-    runner.add_argument("--jobs", type=int, default=1, help="notebooks at a time (default 1)")
-    runner.add_argument("--out", type=Path, default=Path("runs"), help="executed copies (runs)")
-    runner.add_argument("--figures", type=Path, default=Path("figures"), help="figures (figures)")
-    fresh = commands.add_parser("refresh", help="execute notebooks in place, for committing")
-    fresh.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="01_baseline …; all")
-    rest, given = _parameters(sys.argv[1:] if arguments is None else arguments)
-    options = parser.parse_args(rest)
+    rest, given, over = _parameters(sys.argv[1:] if arguments is None else arguments)
+    options = vars(_parser().parse_args(rest))
+    command = options.pop("command")
     previous = signal.signal(signal.SIGTERM, _stop)
     try:
-        if options.command == "refresh":
-            calls = [[notebook] for notebook in find(options.notebooks)]
-            outcomes = _shown(_in_processes(refresh, calls, 1), len(calls), progress=True)
+        if command == "collect":
+            table = sweeps.collect(options["out"], options["notebook"], options["table"])
+            with contextlib.suppress(BrokenPipeError):  # a reader that has seen enough, as head
+                print(table.to_csv(index=False), end="", flush=True)
+            return 0
+        if command == "refresh":
+            outcomes = refresh(options["names"])
+        elif command == "sweep":
+            outcomes = sweep(**options)
         else:
-            outcomes = run(
-                options.notebooks,
-                given,
-                jobs=options.jobs,
-                out=options.out,
-                figures=options.figures,
-            )
-    except ValueError as error:
+            outcomes = run(given=given, over=over, **options)
+    except (ValueError, OSError) as error:
         print(f"svdlib: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
@@ -410,25 +279,65 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + int(stop.args[0] if stop.args else signal.SIGINT)
     finally:
         signal.signal(signal.SIGTERM, previous)
-    print(report(outcomes))
+    if not options.get("dry_run"):
+        print(report(outcomes))
     return int(any(outcome.error for outcome in outcomes))
 
 
-def _parameters(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The arguments without each complete ``-p NAME VALUE``, and these: a value may be ``-1e-3``.
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m svdlib")
+    commands = parser.add_subparsers(dest="command", required=True)
+    out = argparse.ArgumentParser(add_help=False)
+    out.add_argument("--out", type=Path, default=Path("runs"), help="folder of the runs (runs)")
+    many = argparse.ArgumentParser(add_help=False, parents=[out])
+    many.add_argument("--jobs", type=int, help="runs at a time on this machine (1)")
+    many.add_argument("--scheduler", help="address of a Dask scheduler, instead of --jobs")
+    many.add_argument("--fresh", action="store_true", help="run again what is there")
+    many.add_argument("--dry-run", action="store_true", help="only tell what would run")
 
-    >>> _parameters(["run", "-p", "rate", "-1e-3", "--jobs", "2"])
-    (['run', '--jobs', '2'], {'rate': '-1e-3'})
+    runner = commands.add_parser("run", help="execute notebooks, rebuild figures", parents=[many])
+    runner.add_argument("names", nargs="*", metavar="NOTEBOOK", help="01_baseline …; all")
+    # Both are taken out before, see `_parameters`: one that comes here lacks its value.
+    pair = argparse.SUPPRESS
+    runner.add_argument("-p", "--parameter", nargs=2, default=pair, metavar=("NAME", "VALUE"))
+    runner.add_argument("--over", nargs=2, default=pair, metavar=("NAME", "1,2,3|0:100:10"))
+    runner.add_argument("--figures", type=Path, default=Path("figures"), help="figures (figures)")
+    swept = commands.add_parser("sweep", help="measure what is in results/", parents=[many])
+    swept.add_argument("names", nargs="*", metavar="NAME", help="of results/NAME.toml; all")
+    again = commands.add_parser("refresh", help="execute notebooks in place, for committing")
+    again.add_argument("names", nargs="*", metavar="NOTEBOOK", help="01_baseline …; all")
+    gather = commands.add_parser(
+        "collect", help="one CSV of a table of all runs of a notebook", parents=[out]
+    )
+    gather.add_argument("notebook", help="such as 04_comparison")
+    gather.add_argument("table", help="such as 04_error_by_rank")
+    return parser
+
+
+def _parameters(
+    arguments: Sequence[str],
+) -> tuple[list[str], dict[str, str], list[tuple[str, Values]]]:
+    """The arguments without each complete ``-p NAME VALUE`` and ``--over NAME VALUES``; and these.
+
+    A value may begin with a dash.
+
+    >>> _parameters(["run", "-p", "rate", "-1e-3", "--over", "rank", "-1,2", "--jobs", "2"])
+    (['run', '--jobs', '2'], {'rate': '-1e-3'}, [('rank', '-1,2')])
     """
-    rest, given = [], {}
+    rest: list[str] = []
+    given: dict[str, str] = {}
+    over: list[tuple[str, Values]] = []
     left = list(arguments)
     while left:
-        if left[0] in ("-p", "--parameter") and len(left) >= 3:
-            _, name, value, *left = left
-            given[name] = value
+        if left[0] in ("-p", "--parameter", "--over") and len(left) >= 3:
+            option, name, value, *left = left
+            if option == "--over":
+                over.append((name, value))
+            else:
+                given[name] = value
         else:
             rest.append(left.pop(0))
-    return rest, given
+    return rest, given, over
 
 
 def _stop(number: int, frame: object) -> None:

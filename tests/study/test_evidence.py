@@ -1,8 +1,15 @@
 import json
+from functools import partial
+from pathlib import Path
 
+import nbformat
 import pandas as pd
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
 
+from svdlib.study import evidence, runner
 from svdlib.study.evidence import RESULTS, stored
+from svdlib.study.parameters import combinations
 
 
 def test_a_table_is_that_of_its_parameters_or_none(tmp_path):
@@ -16,9 +23,78 @@ def test_a_table_is_that_of_its_parameters_or_none(tmp_path):
 
 
 def test_every_committed_table_says_how_it_came_about():
-    tables = sorted(path.stem for path in RESULTS.glob("*.csv"))
+    tables = sorted(path.stem for path in RESULTS.glob("*.csv") if ".runs" not in path.stem)
     assert tables
     for name in tables:
-        about = json.loads((RESULTS / f"{name}.json").read_text())
-        assert {"command", "date", "machine", "versions", "parameters"} <= set(about)
-        assert len(stored(name, about["parameters"])) > 0
+        if (RESULTS / f"{name}.json").is_file():
+            about = json.loads((RESULTS / f"{name}.json").read_text())
+            assert {"command", "date", "machine", "versions", "parameters"} <= set(about)
+            assert len(stored(name, about["parameters"])) > 0
+        else:
+            runs = pd.read_csv(RESULTS / f"{name}.runs.csv")
+            (sweep,) = evidence.sweeps([name])
+            asked = combinations(Path("notebooks", f"{sweep.notebook}.ipynb"), {}, sweep.over)
+            assert len(runs) == len(asked)
+            assert {"seconds", "date", "processor", "python", "svdlib", "torch", "code"} <= {*runs}
+            assert list(pd.read_csv(RESULTS / f"{name}.csv", nrows=1)) == sweep.columns
+
+
+SWEEP = """
+notebook = "a"
+table = "table"
+columns = ["n (parameter)", "square"]
+[parameters]
+text = "b"
+[over]
+n = "1:3"
+"""
+
+
+def test_a_sweep_is_run_and_written(tmp_path, monkeypatch, scheduler, capsys):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("notebooks", "results"):
+        Path(folder).mkdir()
+    cells = [
+        new_code_cell(
+            "n: int = 0\ntext: str = ''\nfigures: str = ''", metadata={"tags": ["parameters"]}
+        ),
+        new_code_cell("open(f'{figures}/table.csv', 'w').write(f'n,square\\n0,{n * n / 3}\\n')"),
+    ]
+    nbformat.write(new_notebook(cells=cells), "notebooks/a.ipynb")
+    Path("results/own.toml").write_text(SWEEP)
+    sweep = partial(runner.sweep, scheduler=scheduler, results=Path("results"))
+    assert [outcome.error for outcome in sweep(["own"])] == [None, None]
+    table = pd.read_csv("results/own.csv")
+    assert table["n (parameter)"].tolist() == [1, 2] and table.square.tolist() == [0.33333, 1.3333]
+    runs = pd.read_csv("results/own.runs.csv")
+    assert runs.n.tolist() == [1, 2] and (runs.seconds > 0).all()
+    assert sorted(path.name for path in Path("results").iterdir()) == [
+        "own.csv",
+        "own.runs.csv",
+        "own.toml",
+    ]
+    capsys.readouterr()
+    sweep(dry_run=True)
+    assert "0 runs, 2 there already" in capsys.readouterr().err
+    Path("results/own.toml").write_text(SWEEP.replace("square", "cube"))
+    with pytest.raises(ValueError, match=r"table.csv lacks \['cube'\]; it has"):
+        sweep()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("notebook =", "own.toml is no TOML"),
+        (SWEEP + "[more]", "more = {} does not belong there; known: notebook"),
+        (SWEEP.replace('"table"', "3"), "table = 3 does not belong there"),
+        ("notebook = 'a'", "own.toml lacks columns, over, parameters, table"),
+    ],
+)
+def test_bad_sweeps(tmp_path, content, message):
+    (tmp_path / "own.toml").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        evidence.sweeps([], tmp_path)
+    with pytest.raises(ValueError, match=r"no sweep 'other' in .*; known: own"):
+        evidence.sweeps(["other"], tmp_path)
+    with pytest.raises(ValueError, match="known: none"):
+        evidence.sweeps([], tmp_path / "none")

@@ -1,0 +1,416 @@
+"""Many runs: each in a folder of its own, on as many workers as there are, resumed where it stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import dask
+import nbformat
+import pandas as pd
+import psutil
+from distributed import (
+    CancelledError,
+    Client,
+    Future,
+    KilledWorker,
+    LocalCluster,
+    get_worker,
+    wait,
+)
+from distributed.comm import CommClosedError
+
+import svdlib
+from svdlib import clock
+from svdlib.study.execute import Done, cores, execute
+from svdlib.study.parameters import Values, combinations, defaults
+
+# A run that took its worker or its kernel along has this many tries in all.
+TRIES = 3
+
+# No result depends on these.
+ASIDE = {"figures", "progress"}
+
+# How a folder is called that a client of this machine has not finished, with its process.
+PART = f".part-{platform.node()}-"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A notebook with a set of parameters.
+
+    Attributes:
+        notebook: the file.
+        text: its code and prose without outputs, as JSON: what travels to a worker.
+        parameters: those given.
+        place: the folder of its results, ``NOTEBOOK/NAME=VALUE,…-HASH``.
+    """
+
+    notebook: Path
+    text: str
+    parameters: dict[str, object]
+    place: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run: where its results are, seconds, and the error if it failed."""
+
+    name: str
+    output: Path
+    seconds: float
+    error: str | None = None
+
+
+class Misfit(Exception):
+    """A worker whose Python or svdlib is not the client's: its address, and what it has."""
+
+
+def plan(
+    notebooks: Sequence[Path], given: Mapping[str, str], over: Sequence[tuple[str, Values]] = ()
+) -> list[Run]:
+    """Every run asked for: each notebook with each combination of parameters.
+
+    Raises:
+        ValueError: as `combinations`, for any of them.
+    """
+    runs = []
+    for notebook in notebooks:
+        values = combinations(notebook, given, over)
+        text = _bare(notebook)
+        own = defaults(notebook)
+        runs += [
+            Run(notebook, text, parameters, Path(notebook.stem, _name(text, own, parameters)))
+            for parameters in values
+        ]
+    return runs
+
+
+def _bare(notebook: Path) -> str:
+    """The notebook without outputs and counts."""
+    content = nbformat.read(notebook, as_version=4)
+    for cell in content.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    return nbformat.writes(content)
+
+
+def _name(text: str, own: Mapping[str, object], given: Mapping[str, object]) -> str:
+    """What differs from the notebook's own parameters, for a person, and a hash of everything.
+
+    >>> _name('{"cells": []}', {"rank": 10, "every": "epoch"}, {"rank": 5, "every": "epoch"})[:7]
+    'rank=5-'
+    """
+    given = {name: value for name, value in given.items() if name not in ASIDE}
+    full = {name: value for name, value in {**own, **given}.items() if name not in ASIDE}
+    sources = [
+        cell["source"] for cell in json.loads(text)["cells"] if cell.get("cell_type") == "code"
+    ]
+    whole = json.dumps([sources, full, code()], sort_keys=True, default=repr)
+    digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
+    changed = [f"{name}={value}" for name, value in given.items() if own.get(name, given) != value]
+    told = re.sub(r"[^\w.,=+-]+", "_", ",".join(changed))[:80] or "own"
+    return f"{told}-{digest}"
+
+
+@cache
+def code() -> str:
+    """A hash of the library's code."""
+    folder = Path(svdlib.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def missing(runs: Sequence[Run], out: Path) -> list[Run]:
+    """The runs whose results are not there yet."""
+    return [run for run in runs if not (out / run.place).is_dir()]
+
+
+@contextlib.contextmanager
+def local(jobs: int) -> Iterator[Client]:
+    """A cluster of this machine's own, on loopback alone: so many workers share the cores.
+
+    Raises:
+        ChildProcessError: a worker can't be started.
+    """
+    share = max(1, cores() // jobs)
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    threads = str(min(share, int(wanted)) if wanted.isdigit() and int(wanted) else share)
+    settings = {
+        # A killed worker's run comes back to the client, which counts its tries.
+        "distributed.scheduler.allowed-failures": 0,
+        "distributed.nanny.pre-spawn-environ": {},  # would set the client's own environment
+    }
+    environment = dict.fromkeys(
+        ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads
+    )
+    with (
+        dask.config.set(settings),
+        _cluster(jobs, environment) as cluster,
+        Client(cluster) as client,
+    ):
+        try:
+            yield client
+        except BaseException:
+            _kill(cluster)
+            raise
+
+
+def _cluster(jobs: int, environment: Mapping[str, str]) -> LocalCluster:
+    try:
+        return LocalCluster(
+            n_workers=jobs,
+            threads_per_worker=1,
+            memory_limit=0,  # the kernels have the memory, not the workers
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
+            silence_logs=logging.CRITICAL,
+            env=environment,
+        )
+    except RuntimeError as error:
+        raise ChildProcessError(
+            "a worker ended while it started; the same command completes what is missing"
+        ) from error
+
+
+def _kill(cluster: LocalCluster) -> None:
+    """End its workers and their kernels, which live in sessions that no signal reaches."""
+    for nanny in cluster.workers.values():
+        nanny.auto_restart = False
+        with contextlib.suppress(psutil.NoSuchProcess, AttributeError):
+            worker = psutil.Process(nanny.process.pid)
+            for process in [*worker.children(recursive=True), worker]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+
+@contextlib.contextmanager
+def connected(address: str) -> Iterator[Client]:
+    """A scheduler's client, once its workers are seen to be fit.
+
+    Certificates for a ``tls://`` address are those of Dask's own configuration.
+
+    Raises:
+        ValueError: nobody answers within ten seconds; workers with another Python or svdlib, or
+            with more than one thread.
+    """
+    try:
+        client = Client(address, timeout=10)
+    except Exception as error:  # a bad address, a port that speaks something else, no certificate
+        raise ValueError(
+            f"no scheduler answers at {address!r} within 10 s ({type(error).__name__}: {error})"
+        ) from error
+    with client:
+        mine = fit()
+        for worker, theirs in client.run(fit, on_error="return").items():
+            if theirs != mine:
+                raise ValueError(_misfit(worker, theirs))
+        for worker, threads in client.nthreads().items():
+            if threads != 1:
+                raise ValueError(
+                    f"worker {worker} has {threads} threads; start workers with --nthreads 1, "
+                    "and as many as runs shall go at a time"
+                )
+        yield client
+
+
+def fit() -> str:
+    """What a worker and its client must have in common."""
+    return f"Python {platform.python_version()}, svdlib {version('svdlib')} (code {code()})"
+
+
+def _misfit(worker: object, theirs: object) -> str:
+    return f"worker {worker} has {theirs}, this client {fit()}; install the same on both"
+
+
+def _work(wanted: str, text: str, name: str, parameters: dict[str, object], home: str) -> Done:
+    """On a worker: see `execute`."""
+    if fit() != wanted:
+        raise Misfit(get_worker().address, fit())
+    return execute(text, name, parameters, home)
+
+
+def complete(
+    client: Client, runs: Sequence[Run], out: Path, patience: float = math.inf
+) -> Iterator[Outcome | int]:
+    """Execute runs on a client's workers and keep each one's results as they come.
+
+    As many are under way as there are workers, those included that join later: neither the client
+    nor the scheduler holds more. What took its worker or kernel along is tried again, `TRIES`
+    times in all. A worker that joins later and doesn't fit gets no further run.
+
+    Args:
+        patience: seconds to wait for a worker while there is none.
+
+    Yields:
+        the outcome of each; and once a second, if none came, how many are under way.
+
+    Raises:
+        ConnectionError: the scheduler is lost, or all workers.
+        OSError: results can't be written.
+    """
+    left = iter(runs)
+    again: list[tuple[Run, int]] = []
+    under_way: dict[Future, tuple[Run, int]] = {}
+    misfits: set[str] = set()
+    seen = clock.now()
+    try:
+        while True:
+            workers = [address for address in client.nthreads() if address not in misfits]
+            while len(under_way) < len(workers):
+                run, number = again.pop() if again else (next(left, None), 1)
+                if run is None:
+                    break
+                future = client.submit(
+                    _work,
+                    fit(),
+                    run.text,
+                    run.notebook.stem,
+                    run.parameters,
+                    str(run.notebook.parent.resolve()),
+                    key=f"{run.place}-{number}-{os.urandom(4).hex()}",
+                    workers=workers if misfits else None,
+                    pure=False,
+                )
+                under_way[future] = run, number
+            if not under_way and workers:
+                return
+            seen = clock.now() if workers else seen
+            if clock.now() - seen > patience:
+                raise ConnectionError("no worker is left; the same command does what is missing")
+            if not workers and misfits:
+                raise ValueError(f"no worker fits: {', '.join(sorted(misfits))} do not")
+            for future in _first(under_way):
+                run, number = under_way.pop(future)
+                done = _result(future, misfits)
+                if done is None:
+                    again.append((run, number))
+                elif done.error and not done.final and number < TRIES:
+                    again.append((run, number + 1))
+                else:
+                    yield keep(run, done, out)
+            yield len(under_way)
+    except (CancelledError, CommClosedError) as error:
+        raise ConnectionError(
+            "the scheduler is lost; the same command completes what is missing"
+        ) from error
+
+
+def _first(under_way: Mapping[Future, object]) -> set[Future]:
+    """Those that are done, within a second."""
+    with contextlib.suppress(TimeoutError):
+        if under_way:
+            return set(wait(list(under_way), timeout=1, return_when="FIRST_COMPLETED").done)
+    return set()
+
+
+def _result(future: Future, misfits: set[str]) -> Done | None:
+    """What came of it; None where its worker doesn't fit, which is noted."""
+    try:
+        done: Done = future.result()
+    except KilledWorker:
+        return Done(0.0, {}, error="its worker was killed", final=False)
+    except CancelledError:
+        raise
+    except Misfit as misfit:
+        misfits.add(misfit.args[0])
+        return None
+    except Exception as error:  # noqa: BLE001 - a worker that can't even begin: named, others go on
+        return Done(0.0, {}, error=f"its worker failed: {type(error).__name__}: {error}")
+    finally:
+        future.release()
+    return done
+
+
+def keep(run: Run, done: Done, out: Path) -> Outcome:
+    """Put a run's results into its folder, whole or not at all; a failed one's beside it.
+
+    ``run.json`` has the parameters, seconds, machine, versions and error, if any.
+
+    Raises:
+        OSError: the disk is full, say.
+    """
+    place = out / run.place
+    failed = place.with_name(f"{place.name}.failed")
+    target = failed if done.error else place
+    parameters = {**defaults(run.notebook), **run.parameters}
+    about = {
+        "notebook": run.notebook.stem,
+        "parameters": {name: value for name, value in parameters.items() if name not in ASIDE},
+        "seconds": round(done.seconds, 3),
+        "code": code(),
+        **done.about,
+        **({"error": done.error} if done.error else {}),
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{PART}{os.getpid()}-"))
+    try:
+        for name, content in done.files.items():
+            (part / name).write_bytes(content)
+        (part / "run.json").write_text(json.dumps(about, indent=1, default=repr) + "\n")
+        part.chmod(0o755)
+        if target.exists():
+            target.rename(part.with_name(f"{part.name}-old"))
+        part.rename(target)
+    finally:
+        for rest in (part, part.with_name(f"{part.name}-old")):
+            shutil.rmtree(rest, ignore_errors=True)
+    if not done.error:
+        shutil.rmtree(failed, ignore_errors=True)
+    return Outcome(run.notebook.stem, target, done.seconds, done.error)
+
+
+def tidy(out: Path) -> None:
+    """Remove what clients of this machine that are no more left half written."""
+    for part in out.glob(f"*/{PART}*"):
+        process = part.name.removeprefix(PART).split("-")[0]
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def collect(out: str | Path, notebook: str, table: str) -> pd.DataFrame:
+    """One table of all runs of a notebook, their parameters as columns.
+
+    A parameter named as a column of the table becomes the column ``NAME (parameter)``.
+
+    Args:
+        out: the folder of the runs.
+        table: the name of a CSV file that each run has, without ``.csv``.
+
+    Raises:
+        FileNotFoundError: no run of that notebook has the table.
+    """
+    folder = Path(out, notebook)
+    places = sorted(path.parent for path in folder.glob("*/run.json"))
+    return gathered([place for place in places if place.suffix != ".failed"], table)
+
+
+def gathered(places: Sequence[Path], table: str) -> pd.DataFrame:
+    """The same of these runs."""
+    parts = []
+    for place in places:
+        if (place / f"{table}.csv").is_file():
+            part = pd.read_csv(place / f"{table}.csv")
+            parameters = json.loads((place / "run.json").read_text())["parameters"]
+            for name, value in parameters.items():
+                column = f"{name} (parameter)" if name in part else name
+                part[column] = [value] * len(part)
+            parts.append(part)
+    if not parts:
+        raise FileNotFoundError(f"no run has a table {table}.csv: {len(places)} runs looked at")
+    return pd.concat(parts, ignore_index=True)
