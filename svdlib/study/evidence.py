@@ -1,4 +1,4 @@
-"""Results too dear to measure in a notebook: measured once, committed, with their provenance."""
+"""Tables of many runs: put together, and what the study rests on committed with its provenance."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from svdlib.study.parameters import Values
-from svdlib.study.sweeps import gathered
+if TYPE_CHECKING:  # would bring Jupyter along
+    from svdlib.study.parameters import Values
 
 RESULTS = Path(__file__).parents[2] / "results"
 
@@ -34,6 +35,39 @@ def stored(
     if any(measured.get(key) != value for key, value in parameters.items()):
         return None
     return pd.read_csv(folder / f"{name}.csv")
+
+
+def collect(out: str | Path, notebook: str, table: str) -> pd.DataFrame:
+    """One table of all runs of a notebook, their parameters as columns.
+
+    A parameter named as a column of the table becomes the column ``NAME (parameter)``.
+
+    Args:
+        out: the folder of the runs.
+        table: the name of a CSV file that each run has, without ``.csv``.
+
+    Raises:
+        FileNotFoundError: no run of that notebook has the table.
+    """
+    folder = Path(out, notebook)
+    places = sorted(path.parent for path in folder.glob("*/run.json"))
+    return gathered([place for place in places if place.suffix != ".failed"], table)
+
+
+def gathered(places: Sequence[Path], table: str) -> pd.DataFrame:
+    """The same of these runs."""
+    parts = []
+    for place in places:
+        if (place / f"{table}.csv").is_file():
+            part = pd.read_csv(place / f"{table}.csv")
+            parameters = json.loads((place / "run.json").read_text())["parameters"]
+            for name, value in parameters.items():
+                column = f"{name} (parameter)" if name in part else name
+                part[column] = [value] * len(part)
+            parts.append(part)
+    if not parts:
+        raise FileNotFoundError(f"no run has a table {table}.csv: {len(places)} runs looked at")
+    return pd.concat(parts, ignore_index=True)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import nbformat
 import papermill
+import psutil
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
@@ -53,7 +55,8 @@ def execute(text: str, name: str, parameters: Mapping[str, object], home: str | 
         home: the working folder, where this machine has it; else the temporary one.
     """
     start, about = clock.now(), machine()
-    with tempfile.TemporaryDirectory(prefix="svdlib-") as place:
+    tidy(Path(tempfile.gettempdir()))
+    with tempfile.TemporaryDirectory(prefix=unfinished()) as place:
         source, output = Path(place, "source.ipynb"), Path(place, f"{name}.ipynb")
         figures = Path(place, "figures")
         figures.mkdir()
@@ -82,6 +85,23 @@ def execute(text: str, name: str, parameters: Mapping[str, object], home: str | 
         written = [*figures.iterdir(), *([output] if output.is_file() else [])]
         files = {path.name: path.read_bytes() for path in written if path.is_file()}
     return Done(clock.now() - start, about, files, error, final)
+
+
+# How a folder's name begins that a process of this machine has not finished; its number follows.
+UNFINISHED = f".svdlib-{platform.node()}-"
+
+
+def unfinished() -> str:
+    """How the name of this process's own begins."""
+    return f"{UNFINISHED}{os.getpid()}-"
+
+
+def tidy(place: Path) -> None:
+    """Remove the unfinished folders of processes that are no more: what kills left behind."""
+    for folder in place.glob(f"{UNFINISHED}*"):
+        process = folder.name.removeprefix(UNFINISHED).split("-")[0]
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def machine() -> dict[str, object]:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from svdlib import clock
 from svdlib.study import evidence, sweeps
-from svdlib.study.execute import cores, refreshed
+from svdlib.study.execute import cores, refreshed, tidy
 from svdlib.study.parameters import NOTEBOOKS, Values, find
 from svdlib.study.sweeps import Outcome, Run
 
@@ -84,7 +84,8 @@ def run(
         raise ValueError(f"{out} holds the notebooks themselves; choose another --out")
     for place in (out, figures):
         _check_writable(place)
-    sweeps.tidy(out)
+    for notebook in notebooks:
+        tidy(out / notebook.stem)
     left = runs if fresh else sweeps.missing(runs, out)
     if progress or dry_run:
         _tell(runs, left, dry_run)
@@ -99,7 +100,7 @@ def run(
     if left:
         with sweeps.connected(scheduler) if scheduler else sweeps.local(jobs or 1) as client:
             if progress:
-                print(f"dashboard: {client.dashboard_link}", file=sys.stderr)
+                _tell_dashboard(client)
             patience = math.inf if scheduler else PATIENCE
             done = sweeps.complete(client, left, out, patience)
             outcomes += _shown(done, len(left), progress)
@@ -156,6 +157,11 @@ def _tell(runs: Sequence[Run], left: Sequence[Run], dry_run: bool) -> None:
     there = len(runs) - len(left)
     told = f"{len(left)} {'run' if len(left) == 1 else 'runs'}"
     print(told + (f", {there} there already" if there else ""), file=sys.stderr)
+
+
+def _tell_dashboard(client: Client) -> None:
+    if "dashboard" in client.scheduler_info().get("services", {}):
+        print(f"dashboard: {client.dashboard_link}", file=sys.stderr)
 
 
 def _shown(
@@ -261,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     previous = signal.signal(signal.SIGTERM, _stop)
     try:
         if command == "collect":
-            table = sweeps.collect(options["out"], options["notebook"], options["table"])
+            table = evidence.collect(options["out"], options["notebook"], options["table"])
             with contextlib.suppress(BrokenPipeError):  # a reader that has seen enough, as head
                 print(table.to_csv(index=False), end="", flush=True)
             return 0

@@ -12,6 +12,7 @@ import platform
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +21,6 @@ from pathlib import Path
 
 import dask
 import nbformat
-import pandas as pd
 import psutil
 from distributed import (
     CancelledError,
@@ -35,17 +35,16 @@ from distributed.comm import CommClosedError
 
 import svdlib
 from svdlib import clock
-from svdlib.study.execute import Done, cores, execute
+from svdlib.study.execute import Done, cores, execute, unfinished
 from svdlib.study.parameters import Values, combinations, defaults
+
+VERSION = version("svdlib")
 
 # A run that took its worker or its kernel along has this many tries in all.
 TRIES = 3
 
 # No result depends on these.
 ASIDE = {"figures", "progress"}
-
-# How a folder is called that a client of this machine has not finished, with its process.
-PART = f".part-{platform.node()}-"
 
 
 @dataclass(frozen=True)
@@ -56,12 +55,14 @@ class Run:
         notebook: the file.
         text: its code and prose without outputs, as JSON: what travels to a worker.
         parameters: those given.
+        everything: these and the notebook's own, as far as results depend on them.
         place: the folder of its results, ``NOTEBOOK/NAME=VALUE,…-HASH``.
     """
 
     notebook: Path
     text: str
     parameters: dict[str, object]
+    everything: dict[str, object]
     place: Path
 
 
@@ -89,13 +90,18 @@ def plan(
     """
     runs = []
     for notebook in notebooks:
-        values = combinations(notebook, given, over)
-        text = _bare(notebook)
-        own = defaults(notebook)
-        runs += [
-            Run(notebook, text, parameters, Path(notebook.stem, _name(text, own, parameters)))
-            for parameters in values
-        ]
+        text, own = _bare(notebook), defaults(notebook)
+        for parameters in combinations(notebook, given, over):
+            everything = {**own, **parameters}
+            for name in ASIDE & everything.keys():
+                del everything[name]
+            changed = {
+                name: value
+                for name, value in parameters.items()
+                if name in everything and (name not in own or own[name] != value)
+            }
+            place = Path(notebook.stem, _name(text, changed, everything))
+            runs.append(Run(notebook, text, parameters, everything, place))
     return runs
 
 
@@ -108,21 +114,19 @@ def _bare(notebook: Path) -> str:
     return nbformat.writes(content)
 
 
-def _name(text: str, own: Mapping[str, object], given: Mapping[str, object]) -> str:
+def _name(text: str, changed: Mapping[str, object], everything: Mapping[str, object]) -> str:
     """What differs from the notebook's own parameters, for a person, and a hash of everything.
 
-    >>> _name('{"cells": []}', {"rank": 10, "every": "epoch"}, {"rank": 5, "every": "epoch"})[:7]
+    >>> _name('{"cells": []}', {"rank": 5}, {"rank": 5, "every": "epoch"})[:7]
     'rank=5-'
     """
-    given = {name: value for name, value in given.items() if name not in ASIDE}
-    full = {name: value for name, value in {**own, **given}.items() if name not in ASIDE}
     sources = [
         cell["source"] for cell in json.loads(text)["cells"] if cell.get("cell_type") == "code"
     ]
-    whole = json.dumps([sources, full, code()], sort_keys=True, default=repr)
+    whole = json.dumps([sources, everything, code()], sort_keys=True, default=repr)
     digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
-    changed = [f"{name}={value}" for name, value in given.items() if own.get(name, given) != value]
-    told = re.sub(r"[^\w.,=+-]+", "_", ",".join(changed))[:80] or "own"
+    told = ",".join(f"{name}={value}" for name, value in changed.items())
+    told = re.sub(r"[^\w.,=+-]+", "_", told)[:80] or "own"
     return f"{told}-{digest}"
 
 
@@ -154,6 +158,7 @@ def local(jobs: int) -> Iterator[Client]:
     settings = {
         # A killed worker's run comes back to the client, which counts its tries.
         "distributed.scheduler.allowed-failures": 0,
+        "distributed.worker.profile.enabled": False,  # would cost some hundredths of a core
         "distributed.nanny.pre-spawn-environ": {},  # would set the client's own environment
     }
     environment = dict.fromkeys(
@@ -231,7 +236,7 @@ def connected(address: str) -> Iterator[Client]:
 
 def fit() -> str:
     """What a worker and its client must have in common."""
-    return f"Python {platform.python_version()}, svdlib {version('svdlib')} (code {code()})"
+    return f"Python {platform.python_version()}, svdlib {VERSION} (code {code()})"
 
 
 def _misfit(worker: object, theirs: object) -> str:
@@ -268,17 +273,20 @@ def complete(
     again: list[tuple[Run, int]] = []
     under_way: dict[Future, tuple[Run, int]] = {}
     misfits: set[str] = set()
-    seen = clock.now()
+    workers: list[str] = []
+    wanted = fit()
+    seen = looked = clock.now()
     try:
         while True:
-            workers = [address for address in client.nthreads() if address not in misfits]
+            if clock.now() - looked > 1 or misfits or not workers:
+                looked, workers = clock.now(), [a for a in client.nthreads() if a not in misfits]
             while len(under_way) < len(workers):
                 run, number = again.pop() if again else (next(left, None), 1)
                 if run is None:
                     break
                 future = client.submit(
                     _work,
-                    fit(),
+                    wanted,
                     run.text,
                     run.notebook.stem,
                     run.parameters,
@@ -303,6 +311,8 @@ def complete(
                 elif done.error and not done.final and number < TRIES:
                     again.append((run, number + 1))
                 else:
+                    if done.error and number > 1:
+                        done.error += f" ({number} tries)"
                     yield keep(run, done, out)
             yield len(under_way)
     except (CancelledError, CommClosedError) as error:
@@ -313,10 +323,13 @@ def complete(
 
 def _first(under_way: Mapping[Future, object]) -> set[Future]:
     """Those that are done, within a second."""
-    with contextlib.suppress(TimeoutError):
-        if under_way:
-            return set(wait(list(under_way), timeout=1, return_when="FIRST_COMPLETED").done)
-    return set()
+    if not under_way:
+        time.sleep(1)
+        return set()
+    try:
+        return set(wait(list(under_way), timeout=1, return_when="FIRST_COMPLETED").done)
+    except TimeoutError:
+        return set()
 
 
 def _result(future: Future, misfits: set[str]) -> Done | None:
@@ -348,17 +361,16 @@ def keep(run: Run, done: Done, out: Path) -> Outcome:
     place = out / run.place
     failed = place.with_name(f"{place.name}.failed")
     target = failed if done.error else place
-    parameters = {**defaults(run.notebook), **run.parameters}
     about = {
         "notebook": run.notebook.stem,
-        "parameters": {name: value for name, value in parameters.items() if name not in ASIDE},
+        "parameters": run.everything,
         "seconds": round(done.seconds, 3),
         "code": code(),
         **done.about,
         **({"error": done.error} if done.error else {}),
     }
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{PART}{os.getpid()}-"))
+    part = Path(tempfile.mkdtemp(dir=target.parent, prefix=unfinished()))
     try:
         for name, content in done.files.items():
             (part / name).write_bytes(content)
@@ -373,44 +385,3 @@ def keep(run: Run, done: Done, out: Path) -> Outcome:
     if not done.error:
         shutil.rmtree(failed, ignore_errors=True)
     return Outcome(run.notebook.stem, target, done.seconds, done.error)
-
-
-def tidy(out: Path) -> None:
-    """Remove what clients of this machine that are no more left half written."""
-    for part in out.glob(f"*/{PART}*"):
-        process = part.name.removeprefix(PART).split("-")[0]
-        if process.isdigit() and not psutil.pid_exists(int(process)):
-            shutil.rmtree(part, ignore_errors=True)
-
-
-def collect(out: str | Path, notebook: str, table: str) -> pd.DataFrame:
-    """One table of all runs of a notebook, their parameters as columns.
-
-    A parameter named as a column of the table becomes the column ``NAME (parameter)``.
-
-    Args:
-        out: the folder of the runs.
-        table: the name of a CSV file that each run has, without ``.csv``.
-
-    Raises:
-        FileNotFoundError: no run of that notebook has the table.
-    """
-    folder = Path(out, notebook)
-    places = sorted(path.parent for path in folder.glob("*/run.json"))
-    return gathered([place for place in places if place.suffix != ".failed"], table)
-
-
-def gathered(places: Sequence[Path], table: str) -> pd.DataFrame:
-    """The same of these runs."""
-    parts = []
-    for place in places:
-        if (place / f"{table}.csv").is_file():
-            part = pd.read_csv(place / f"{table}.csv")
-            parameters = json.loads((place / "run.json").read_text())["parameters"]
-            for name, value in parameters.items():
-                column = f"{name} (parameter)" if name in part else name
-                part[column] = [value] * len(part)
-            parts.append(part)
-    if not parts:
-        raise FileNotFoundError(f"no run has a table {table}.csv: {len(places)} runs looked at")
-    return pd.concat(parts, ignore_index=True)

@@ -14,7 +14,7 @@ import pytest
 from faults import kills
 from nbformat.v4 import new_code_cell, new_notebook
 
-from svdlib.study import runner, sweeps
+from svdlib.study import collect, execute, runner, sweeps
 from svdlib.study.execute import Done, cores
 
 PARAMETERS = """
@@ -75,7 +75,7 @@ def test_a_sweep_is_kept_resumed_and_collected(folder, scheduler, capsys):
     about = json.loads(next(Path("runs/a").glob("n=4-*/run.json")).read_text())
     assert about["parameters"] == {"n": 4, "text": "a"} and about["seconds"] > 0
     assert {"torch", "svdlib", "python", "cores", "threads", "processor", "code"} <= about.keys()
-    table = sweeps.collect("runs", "a", "table")
+    table = collect("runs", "a", "table")
     assert sorted(table.square) == [1, 4, 16] and sorted(table.n) == [1, 2, 4]
     before = {path: path.stat().st_mtime_ns for path in Path("runs").glob("*/*/a.ipynb")}
     assert runner.main([*command, "1:5", "--dry-run"]) == 0
@@ -86,7 +86,7 @@ def test_a_sweep_is_kept_resumed_and_collected(folder, scheduler, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in Path("runs").glob("*/*/a.ipynb")}
     assert runner.main([*command, "1,2", "--fresh"]) == 0
     assert sum(before[path] != path.stat().st_mtime_ns for path in before) == 2
-    assert not list(Path("runs").glob("**/.part*")) and not Path("figures/table.csv").exists()
+    assert not list(Path("runs").glob("**/.svdlib*")) and not Path("figures/table.csv").exists()
     capsys.readouterr()
     assert runner.main(["collect", "a", "table"]) == 0
     assert pd.read_csv(pd.io.common.StringIO(capsys.readouterr().out)).shape == (3, 3)
@@ -109,14 +109,14 @@ def test_killed_workers_and_kernels_are_tried_again(folder, scheduler, tmp_path)
     given = {"text": str(tmp_path)}
     outcomes = runner.run(["a"], given, [("n", "1:3")], scheduler=scheduler, progress=False)
     assert [outcome.error for outcome in outcomes] == [None] * 2
-    assert sorted(sweeps.collect("runs", "a", "table").square) == [1, 4]
+    assert sorted(collect("runs", "a", "table").square) == [1, 4]
 
 
 def test_what_always_kills_its_kernel_fails_after_three_tries(folder, scheduler, tmp_path):
     count = "import pathlib, uuid; pathlib.Path(text, uuid.uuid4().hex + '.try').touch()"
     write(folder, "a", count, "import psutil; psutil.Process().kill()")
     (outcome,) = runner.run(["a"], {"text": str(tmp_path)}, scheduler=scheduler, progress=False)
-    assert "the kernel died" in outcome.error
+    assert "the kernel died" in outcome.error and "(3 tries)" in outcome.error
     assert len(list(tmp_path.glob("*.try"))) == 3
 
 
@@ -187,9 +187,9 @@ def test_what_a_killed_client_left_half_written_goes(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     for process in (ended.pid, os.getpid()):
-        (tmp_path / "a" / f"{sweeps.PART}{process}-x").mkdir(parents=True)
-    sweeps.tidy(tmp_path)
-    assert [path.name for path in (tmp_path / "a").iterdir()] == [f"{sweeps.PART}{os.getpid()}-x"]
+        (tmp_path / f"{execute.UNFINISHED}{process}-x").mkdir(parents=True)
+    execute.tidy(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{execute.unfinished()}x"]
 
 
 def test_only_loopback_listens(scheduler):
@@ -243,4 +243,4 @@ def test_bad_input_runs_nothing(folder, capsys, arguments, message):
 
 def test_no_table_to_collect(folder):
     with pytest.raises(FileNotFoundError, match=r"no run has a table absent.csv: 0 runs looked at"):
-        sweeps.collect("runs", "a", "absent")
+        collect("runs", "a", "absent")
