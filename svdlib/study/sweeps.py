@@ -91,6 +91,7 @@ def plan(
     runs = []
     for notebook in notebooks:
         text, own = _bare(notebook), defaults(notebook)
+        quiet = {"progress": False} if own.get("progress") is True else {}  # nobody watches bars
         for parameters in combinations(notebook, given, over):
             everything = {**own, **parameters}
             for name in ASIDE & everything.keys():
@@ -101,7 +102,7 @@ def plan(
                 if name in everything and (name not in own or own[name] != value)
             }
             place = Path(notebook.stem, _name(text, changed, everything))
-            runs.append(Run(notebook, text, parameters, everything, place))
+            runs.append(Run(notebook, text, {**quiet, **parameters}, everything, place))
     return runs
 
 
