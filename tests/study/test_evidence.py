@@ -7,6 +7,8 @@ import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
+import svdlib
+from svdlib import Projection
 from svdlib.study import evidence, runner
 from svdlib.study.evidence import RESULTS, stored
 from svdlib.study.parameters import combinations
@@ -98,3 +100,26 @@ def test_bad_sweeps(tmp_path, content, message):
         evidence.sweeps(["other"], tmp_path)
     with pytest.raises(ValueError, match="known: none"):
         evidence.sweeps([], tmp_path / "none")
+
+
+@pytest.mark.parametrize("every", ["epoch", "published"])
+def test_a_small_part_of_the_headline_sweep_agrees(mnist, every):
+    """Three of its thousand seeds, an epoch: within a point, since processors round differently."""
+    stored = pd.read_csv(RESULTS / "headline.csv")
+    stored = stored[(stored["every (parameter)"] == every) & (stored.epoch == 1)]
+    published = Projection.published
+    projections = {
+        "epoch": [
+            None,
+            Projection("rsvd", 10, oversample=2, power_iters=0),
+            Projection("truncsvd", 10),
+        ],
+        "published": [None, published("rsvd"), published("truncsvd")],
+    }[every]
+    nets = svdlib.MLPEnsemble((784, 15, 15, 10), seeds=[500, 501, 502] * 3, device="cpu")
+    each = [projection for projection in projections for _ in range(3)]
+    history = svdlib.train(nets, mnist, epochs=1, projection=each, progress=False)
+    both = history.merge(stored, on=["method", "seed"], suffixes=("", " stored"))
+    assert len(both) == 9
+    assert (both.test_error - both["test_error stored"]).abs().max() < 1
+    assert (both.test_loss - both["test_loss stored"]).abs().max() < 0.05
