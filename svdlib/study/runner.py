@@ -82,15 +82,15 @@ def run(
         raise ValueError(f"jobs must be at least 1 and at most the {cores()} cores, not {jobs}")
     if any(out.resolve() == notebook.parent.resolve() for notebook in notebooks):
         raise ValueError(f"{out} holds the notebooks themselves; choose another --out")
-    for place in (out, figures):
-        _check_writable(place)
-    for notebook in notebooks:
-        tidy(out / notebook.stem)
     left = runs if fresh else sweeps.missing(runs, out)
     if progress or dry_run:
         _tell(runs, left, dry_run)
     if dry_run:
         return []
+    for place in (out, figures):
+        _check_writable(place)
+    for notebook in notebooks:
+        tidy(out / notebook.stem)
     todo = {each.place for each in left}
     outcomes = [
         Outcome(each.notebook.stem, out / each.place, 0.0)

@@ -86,11 +86,14 @@ def plan(
     """Every run asked for: each notebook with each combination of parameters.
 
     Raises:
-        ValueError: as `combinations`, for any of them.
+        ValueError: as `combinations`, for any of them; a parameter ``figures``, which is set here.
     """
+    if "figures" in {*given, *dict(over)}:
+        raise ValueError("each run has a folder for its figures; give --figures for the last step")
     runs = []
     for notebook in notebooks:
         text, own = _bare(notebook), defaults(notebook)
+        sources = _sources(text)
         quiet = {"progress": False} if own.get("progress") is True else {}  # nobody watches bars
         for parameters in combinations(notebook, given, over):
             everything = {**own, **parameters}
@@ -101,7 +104,7 @@ def plan(
                 for name, value in parameters.items()
                 if name in everything and (name not in own or own[name] != value)
             }
-            place = Path(notebook.stem, _name(text, changed, everything))
+            place = Path(notebook.stem, _name(sources, changed, everything))
             runs.append(Run(notebook, text, {**quiet, **parameters}, everything, place))
     return runs
 
@@ -115,15 +118,19 @@ def _bare(notebook: Path) -> str:
     return nbformat.writes(content)
 
 
-def _name(text: str, changed: Mapping[str, object], everything: Mapping[str, object]) -> str:
+def _sources(text: str) -> str:
+    """A hash of a notebook's code."""
+    cells = json.loads(text)["cells"]
+    sources = [cell["source"] for cell in cells if cell.get("cell_type") == "code"]
+    return hashlib.sha256(json.dumps(sources).encode()).hexdigest()
+
+
+def _name(sources: str, changed: Mapping[str, object], everything: Mapping[str, object]) -> str:
     """What differs from the notebook's own parameters, for a person, and a hash of everything.
 
-    >>> _name('{"cells": []}', {"rank": 5}, {"rank": 5, "every": "epoch"})[:7]
+    >>> _name("", {"rank": 5}, {"rank": 5, "every": "epoch"})[:7]
     'rank=5-'
     """
-    sources = [
-        cell["source"] for cell in json.loads(text)["cells"] if cell.get("cell_type") == "code"
-    ]
     whole = json.dumps([sources, everything, code()], sort_keys=True, default=repr)
     digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
     told = ",".join(f"{name}={value}" for name, value in changed.items())

@@ -97,6 +97,7 @@ def test_kernels_at_a_time_share_the_cores(folder, monkeypatch):
         (["-p", "flag", "1"], "must be a bool"),
         (["-p", "sizes", "(1"], "must be a list"),
         (["--jobs", "0"], "jobs must be at least 1"),
+        (["-p", "figures", "x"], "give --figures"),
         (["--out", "notebooks"], "holds the notebooks themselves"),
         (["--figures", "file/figures"], "can't write to the folder"),
     ],
