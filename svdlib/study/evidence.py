@@ -51,7 +51,8 @@ def collect(out: str | Path, notebook: str, table: str) -> pd.DataFrame:
     """
     folder = Path(out, notebook)
     places = sorted(path.parent for path in folder.glob("*/run.json"))
-    return gathered([place for place in places if place.suffix != ".failed"], table)
+    whole = [p for p in places if p.suffix != ".failed" and not p.name.startswith(".")]
+    return gathered(whole, table)
 
 
 def gathered(places: Sequence[Path], table: str) -> pd.DataFrame:
@@ -123,6 +124,9 @@ def _sweep(path: Path) -> Sweep:
     if missing := kinds.keys() - read.keys():
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}")
     parameters = {name: str(value) for name, value in read["parameters"].items()}
+    wrong = [name for name, values in read["over"].items() if type(values) not in (str, list)]
+    for name in wrong:
+        raise ValueError(f"{path}: over {name} takes a list, or a range as text")
     return Sweep(
         path.stem,
         read["notebook"],

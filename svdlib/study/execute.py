@@ -54,7 +54,19 @@ def execute(text: str, name: str, parameters: Mapping[str, object], home: str | 
         parameters: values for its parameters cell; ``figures`` is a folder in the temporary one.
         home: the working folder, where this machine has it; else the temporary one.
     """
-    start, about = clock.now(), machine()
+    start, about = clock.now(), {}
+    try:
+        about = machine()
+        files, error, final = _executed(text, name, parameters, home)
+    except OSError as failure:  # no room for temporary files, say
+        files, error, final = {}, f"{type(failure).__name__}: {failure}", False
+    return Done(clock.now() - start, about, files, error, final)
+
+
+def _executed(
+    text: str, name: str, parameters: Mapping[str, object], home: str | None
+) -> tuple[dict[str, bytes], str | None, bool]:
+    """The files that it leaves, and `Done`'s error and final."""
     tidy(Path(tempfile.gettempdir()))
     with tempfile.TemporaryDirectory(prefix=unfinished()) as place:
         source, output = Path(place, "source.ipynb"), Path(place, f"{name}.ipynb")
@@ -84,7 +96,7 @@ def execute(text: str, name: str, parameters: Mapping[str, object], home: str | 
             error, final = f"{type(failure).__name__}: {failure}", False
         written = [*figures.iterdir(), *([output] if output.is_file() else [])]
         files = {path.name: path.read_bytes() for path in written if path.is_file()}
-    return Done(clock.now() - start, about, files, error, final)
+    return files, error, final
 
 
 # How a folder's name begins that a process of this machine has not finished; its number follows.
@@ -114,7 +126,7 @@ def machine() -> dict[str, object]:
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "processor": _processor(),
         "cores": cores(),
-        "threads": int(os.environ.get("OMP_NUM_THREADS", cores())),
+        "threads": int(os.environ.get("OMP_NUM_THREADS") or cores()),
         "python": platform.python_version(),
         "svdlib": version("svdlib"),
         "torch": version("torch"),

@@ -135,11 +135,14 @@ def _value(text: str, kinds: set[str]) -> object:
         return text
     try:
         value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         value = text
     kind = "None" if value is None else type(value).__name__
     if kind == "int" and "float" in kinds - {"int"} and "int" not in kinds:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"is too large: {text}") from None
     if not kinds or kind in kinds - {"str"}:
         return value
     if "str" in kinds:
@@ -210,7 +213,10 @@ def _several(name: str, text: Values) -> list[str]:
         ends = [int(number) for number in text.split(":")]
         if ends[2:] == [0]:
             raise ValueError(f"--over {name}: the range {text} has step 0; give another")
-        values = [str(number) for number in range(*ends)]
+        low, high, step = *ends[:2], *(ends[2:] or [1])
+        if (length := -((low - high) // step)) > MOST:
+            raise ValueError(f"--over {name}: {text} holds {length:,} values, more than {MOST:,}")
+        values = [str(number) for number in range(low, high, step)]
     else:
         parts, depth = [""], 0
         for character in text:

@@ -12,8 +12,9 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from distributed import Client, as_completed
+from distributed import Client, KilledWorker, as_completed
 from tqdm.auto import tqdm
 
 from svdlib import clock
@@ -49,7 +50,7 @@ def run(
     """Execute notebooks, each with every combination of parameters; a failure stops no other.
 
     Each run has a folder of its own under ``out``; what is there already is not run again. The
-    figures of a notebook that has a single run are put into ``figures``, if it succeeds.
+    figures of a notebook are put into ``figures`` where it succeeds and ``over`` is empty.
 
     Args:
         names: notebooks; all of the folder's by default.
@@ -78,6 +79,8 @@ def run(
     runs = sweeps.plan(notebooks, given or {}, over)
     if jobs is not None and scheduler is not None:
         raise ValueError("--jobs is for this machine, --scheduler for others; give one of them")
+    if scheduler == "":
+        raise ValueError("--scheduler is empty; give an address such as tcp://10.0.0.1:8786")
     if jobs is not None and not 1 <= jobs <= cores():
         raise ValueError(f"jobs must be at least 1 and at most the {cores()} cores, not {jobs}")
     if any(out.resolve() == notebook.parent.resolve() for notebook in notebooks):
@@ -102,8 +105,8 @@ def run(
             if progress:
                 _tell_dashboard(client)
             patience = math.inf if scheduler else PATIENCE
-            done = sweeps.complete(client, left, out, patience)
-            outcomes += _shown(done, len(left), progress)
+            with contextlib.closing(sweeps.complete(client, left, out, patience)) as done:
+                outcomes += _shown(done, len(left), progress)
     if not over:
         for outcome in outcomes:
             if outcome.error is None:
@@ -224,7 +227,11 @@ def refresh(names: Sequence[str] = (), folder: Path = NOTEBOOKS) -> list[Outcome
             for name, path in notebooks.items()
         ]
         for future in as_completed(futures):
-            path, (text, error, seconds) = notebooks[future.key], future.result()
+            path = notebooks[future.key]
+            try:
+                text, error, seconds = future.result()
+            except KilledWorker:
+                text, error, seconds = "", "its worker was killed", 0.0
             if error is None:
                 path.with_suffix(".part").write_text(text)
                 os.replace(path.with_suffix(".part"), path)
@@ -258,12 +265,29 @@ def report(outcomes: Sequence[Outcome]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line, ``python -m svdlib``; returns the exit status."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal that knows no σ shows \u03c3
-            stream.reconfigure(errors="backslashreplace")
     rest, given, over = _parameters(sys.argv[1:] if arguments is None else arguments)
-    options = vars(_parser().parse_args(rest))
+    parser = _parser()
+    options = vars(parser.parse_args(rest))
     command = options.pop("command")
+    if command != "run" and (given or over):
+        parser.error(f"-p and --over belong to run, not to {command}")
+    streams = [each for each in (sys.stdout, sys.stderr) if hasattr(each, "reconfigure")]
+    errors = [stream.errors for stream in streams]
+    for stream in streams:  # a terminal that knows no σ shows \u03c3
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        return _run(command, options, given, over)
+    finally:
+        for stream, before in zip(streams, errors, strict=True):
+            stream.reconfigure(errors=before)
+
+
+def _run(
+    command: str,
+    options: dict[str, Any],
+    given: Mapping[str, str],
+    over: Sequence[tuple[str, Values]],
+) -> int:
     previous = signal.signal(signal.SIGTERM, _stop)
     try:
         if command == "collect":
@@ -291,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m svdlib")
+    parser = argparse.ArgumentParser(prog="python -m svdlib", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     out = argparse.ArgumentParser(add_help=False)
     out.add_argument("--out", type=Path, default=Path("runs"), help="folder of the runs (runs)")
@@ -301,7 +325,9 @@ def _parser() -> argparse.ArgumentParser:
     many.add_argument("--fresh", action="store_true", help="run again what is there")
     many.add_argument("--dry-run", action="store_true", help="only tell what would run")
 
-    runner = commands.add_parser("run", help="execute notebooks, rebuild figures", parents=[many])
+    runner = commands.add_parser(
+        "run", help="execute notebooks, rebuild figures", parents=[many], allow_abbrev=False
+    )
     runner.add_argument("names", nargs="*", metavar="NOTEBOOK", help="01_baseline …; all")
     # Both are taken out before, see `_parameters`: one that comes here lacks its value.
     pair = argparse.SUPPRESS

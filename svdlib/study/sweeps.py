@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -79,6 +79,9 @@ class Outcome:
 class Misfit(Exception):
     """A worker whose Python or svdlib is not the client's: its address, and what it has."""
 
+    def __str__(self) -> str:
+        return "worker {} has {}, this client {}; install the same on both".format(*self.args)
+
 
 def plan(
     notebooks: Sequence[Path], given: Mapping[str, str], over: Sequence[tuple[str, Values]] = ()
@@ -90,9 +93,10 @@ def plan(
     """
     if "figures" in {*given, *dict(over)}:
         raise ValueError("each run has a folder for its figures; give --figures for the last step")
-    runs = []
+    runs: dict[Path, Run] = {}
     for notebook in notebooks:
-        text, own = _bare(notebook), defaults(notebook)
+        own = defaults(notebook)
+        text = _bare(notebook)
         sources = _sources(text)
         quiet = {"progress": False} if own.get("progress") is True else {}  # nobody watches bars
         for parameters in combinations(notebook, given, over):
@@ -105,8 +109,8 @@ def plan(
                 if name in everything and (name not in own or own[name] != value)
             }
             place = Path(notebook.stem, _name(sources, changed, everything))
-            runs.append(Run(notebook, text, {**quiet, **parameters}, everything, place))
-    return runs
+            runs[place] = Run(notebook, text, {**quiet, **parameters}, everything, place)
+    return list(runs.values())
 
 
 def _bare(notebook: Path) -> str:
@@ -167,14 +171,11 @@ def local(jobs: int) -> Iterator[Client]:
         # A killed worker's run comes back to the client, which counts its tries.
         "distributed.scheduler.allowed-failures": 0,
         "distributed.worker.profile.enabled": False,  # would cost some hundredths of a core
-        "distributed.nanny.pre-spawn-environ": {},  # would set the client's own environment
     }
-    environment = dict.fromkeys(
-        ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads
-    )
     with (
+        _environment(),
         dask.config.set(settings),
-        _cluster(jobs, environment) as cluster,
+        _cluster(jobs, {"OMP_NUM_THREADS": threads}) as cluster,
         Client(cluster) as client,
     ):
         try:
@@ -182,6 +183,18 @@ def local(jobs: int) -> Iterator[Client]:
         except BaseException:
             _kill(cluster)
             raise
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """This process's environment as it was: Dask sets some of it for the workers it starts."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def _cluster(jobs: int, environment: Mapping[str, str]) -> LocalCluster:
@@ -203,24 +216,41 @@ def _cluster(jobs: int, environment: Mapping[str, str]) -> LocalCluster:
 
 def _kill(cluster: LocalCluster) -> None:
     """End its workers and their kernels, which live in sessions that no signal reaches."""
-    for nanny in cluster.workers.values():
-        nanny.auto_restart = False
-        with contextlib.suppress(psutil.NoSuchProcess, AttributeError):
-            worker = psutil.Process(nanny.process.pid)
-            for process in [*worker.children(recursive=True), worker]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
+    for nanny in list(cluster.workers.values()):
+        nanny.close_gracefully()  # so that it starts no other
+        if nanny.process and nanny.process.pid:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker = psutil.Process(nanny.process.pid)
+                _end(*worker.children(recursive=True), worker)
+
+
+def _end(*processes: psutil.Process) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _stop(client: Client, futures: Iterable[Future]) -> None:
+    """End the kernels of these runs, wherever they are."""
+    keys = {future.key for future in futures}
+    busy = [worker for worker, running in client.processing().items() if keys & {*running}]
+    if busy:
+        client.run(_end_children, workers=busy)
+
+
+def _end_children() -> None:
+    _end(*psutil.Process().children(recursive=True))
 
 
 @contextlib.contextmanager
 def connected(address: str) -> Iterator[Client]:
-    """A scheduler's client, once its workers are seen to be fit.
+    """A scheduler's client, once it and its workers are seen to be fit.
 
     Certificates for a ``tls://`` address are those of Dask's own configuration.
 
     Raises:
-        ValueError: nobody answers within ten seconds; workers with another Python or svdlib, or
-            with more than one thread.
+        ValueError: nobody answers within ten seconds; a scheduler or workers with another Python
+            or svdlib, or workers with more than one thread.
     """
     try:
         client = Client(address, timeout=10)
@@ -229,16 +259,14 @@ def connected(address: str) -> Iterator[Client]:
             f"no scheduler answers at {address!r} within 10 s ({type(error).__name__}: {error})"
         ) from error
     with client:
-        mine = fit()
-        for worker, theirs in client.run(fit, on_error="return").items():
-            if theirs != mine:
-                raise ValueError(_misfit(worker, theirs))
-        for worker, threads in client.nthreads().items():
-            if threads != 1:
-                raise ValueError(
-                    f"worker {worker} has {threads} threads; start workers with --nthreads 1, "
-                    "and as many as runs shall go at a time"
-                )
+        try:
+            theirs = client.run_on_scheduler(fit)
+        except Exception as error:  # it has no svdlib, or one of old
+            raise ValueError(f"the scheduler can't import this svdlib: {error}") from error
+        found = {"(the scheduler)": theirs, **client.run(fit, on_error="return")}
+        for worker, theirs in found.items():
+            if theirs != fit():
+                raise ValueError(str(Misfit(worker, theirs, fit())))
         yield client
 
 
@@ -247,25 +275,39 @@ def fit() -> str:
     return f"Python {platform.python_version()}, svdlib {VERSION} (code {code()})"
 
 
-def _misfit(worker: object, theirs: object) -> str:
-    return f"worker {worker} has {theirs}, this client {fit()}; install the same on both"
+def _workers(client: Client) -> int:
+    """How many there are, each with one thread, since a process can run one notebook at a time."""
+    found = client.nthreads()
+    for worker, threads in found.items():
+        if threads != 1:
+            raise ValueError(
+                f"worker {worker} has {threads} threads; start workers with --nthreads 1, "
+                "and as many as runs shall go at a time"
+            )
+    return len(found)
 
 
 def _work(wanted: str, text: str, name: str, parameters: dict[str, object], home: str) -> Done:
     """On a worker: see `execute`."""
     if fit() != wanted:
-        raise Misfit(get_worker().address, fit())
-    return execute(text, name, parameters, home)
+        raise Misfit(get_worker().address, fit(), wanted)
+    threads = os.environ.get("OMP_NUM_THREADS", str(cores()))
+    # Where these are not set, Dask's own default is one thread.
+    os.environ.update(dict.fromkeys(("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads))
+    done = execute(text, name, parameters, home)
+    if code.__wrapped__() != code():
+        return Done(done.seconds, done.about, error="svdlib's code was changed while it ran")
+    return done
 
 
 def complete(
     client: Client, runs: Sequence[Run], out: Path, patience: float = math.inf
-) -> Iterator[Outcome | int]:
+) -> Generator[Outcome | int]:
     """Execute runs on a client's workers and keep each one's results as they come.
 
     As many are under way as there are workers, those included that join later: neither the client
     nor the scheduler holds more. What took its worker or kernel along is tried again, `TRIES`
-    times in all. A worker that joins later and doesn't fit gets no further run.
+    times in all. Where it ends early, the kernels that are under way end too.
 
     Args:
         patience: seconds to wait for a worker while there is none.
@@ -275,23 +317,19 @@ def complete(
 
     Raises:
         ConnectionError: the scheduler is lost, or all workers.
+        ValueError: a worker that joined later does not fit.
         OSError: results can't be written.
     """
-    left = iter(runs)
-    again: list[tuple[Run, int]] = []
+    left = [(run, 1) for run in reversed(runs)]
     under_way: dict[Future, tuple[Run, int]] = {}
-    misfits: set[str] = set()
-    workers: list[str] = []
-    wanted = fit()
+    wanted, workers = fit(), 0
     seen = looked = clock.now()
     try:
-        while True:
-            if clock.now() - looked > 1 or misfits or not workers:
-                looked, workers = clock.now(), [a for a in client.nthreads() if a not in misfits]
-            while len(under_way) < len(workers):
-                run, number = again.pop() if again else (next(left, None), 1)
-                if run is None:
-                    break
+        while left or under_way:
+            if clock.now() - looked > 1 or not workers:
+                looked, workers = clock.now(), _workers(client)
+            while left and len(under_way) < workers:
+                run, number = left.pop()
                 future = client.submit(
                     _work,
                     wanted,
@@ -300,24 +338,17 @@ def complete(
                     run.parameters,
                     str(run.notebook.parent.resolve()),
                     key=f"{run.place}-{number}-{os.urandom(4).hex()}",
-                    workers=workers if misfits else None,
                     pure=False,
                 )
                 under_way[future] = run, number
-            if not under_way and workers:
-                return
             seen = clock.now() if workers else seen
             if clock.now() - seen > patience:
                 raise ConnectionError("no worker is left; the same command does what is missing")
-            if not workers and misfits:
-                raise ValueError(f"no worker fits: {', '.join(sorted(misfits))} do not")
             for future in _first(under_way):
                 run, number = under_way.pop(future)
-                done = _result(future, misfits)
-                if done is None:
-                    again.append((run, number))
-                elif done.error and not done.final and number < TRIES:
-                    again.append((run, number + 1))
+                done = _result(future)
+                if done.error and not done.final and number < TRIES:
+                    left.append((run, number + 1))
                 else:
                     if done.error and number > 1:
                         done.error += f" ({number} tries)"
@@ -327,6 +358,10 @@ def complete(
         raise ConnectionError(
             "the scheduler is lost; the same command completes what is missing"
         ) from error
+    except BaseException:
+        with contextlib.suppress(Exception):
+            _stop(client, under_way)
+        raise
 
 
 def _first(under_way: Mapping[Future, object]) -> set[Future]:
@@ -340,19 +375,15 @@ def _first(under_way: Mapping[Future, object]) -> set[Future]:
         return set()
 
 
-def _result(future: Future, misfits: set[str]) -> Done | None:
-    """What came of it; None where its worker doesn't fit, which is noted."""
+def _result(future: Future) -> Done:
     try:
         done: Done = future.result()
     except KilledWorker:
         return Done(0.0, {}, error="its worker was killed", final=False)
     except CancelledError:
         raise
-    except Misfit as misfit:
-        misfits.add(misfit.args[0])
-        return None
-    except Exception as error:  # noqa: BLE001 - a worker that can't even begin: named, others go on
-        return Done(0.0, {}, error=f"its worker failed: {type(error).__name__}: {error}")
+    except Exception as error:  # a run's own errors come back as its result
+        raise ValueError(f"a worker can't run notebooks of this client: {error}") from error
     finally:
         future.release()
     return done
@@ -379,16 +410,23 @@ def keep(run: Run, done: Done, out: Path) -> Outcome:
     }
     target.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=target.parent, prefix=unfinished()))
+    old = part.with_name(f"{part.name}-old")
     try:
         for name, content in done.files.items():
             (part / name).write_bytes(content)
         (part / "run.json").write_text(json.dumps(about, indent=1, default=repr) + "\n")
         part.chmod(0o755)
-        if target.exists():
-            target.rename(part.with_name(f"{part.name}-old"))
-        part.rename(target)
+        with contextlib.suppress(FileNotFoundError):
+            target.rename(old)
+        try:
+            part.rename(target)
+        except OSError:
+            if not target.is_dir():  # else another client's, of the same run
+                raise
     finally:
-        for rest in (part, part.with_name(f"{part.name}-old")):
+        if old.exists() and not target.exists():
+            old.rename(target)
+        for rest in (part, old):
             shutil.rmtree(rest, ignore_errors=True)
     if not done.error:
         shutil.rmtree(failed, ignore_errors=True)

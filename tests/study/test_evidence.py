@@ -89,6 +89,7 @@ def test_a_sweep_is_run_and_written(tmp_path, monkeypatch, scheduler, capsys):
         ("notebook =", "own.toml is no TOML"),
         (SWEEP + "[more]", "more = {} does not belong there; known: notebook"),
         (SWEEP.replace('"table"', "3"), "table = 3 does not belong there"),
+        (SWEEP.replace('"1:3"', "5"), "over n takes a list, or a range as text"),
         ("notebook = 'a'", "own.toml lacks columns, over, parameters, table"),
     ],
 )

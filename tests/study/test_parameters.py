@@ -65,6 +65,8 @@ def test_every_combination(notebook):
     ("over", "message"),
     [
         ([("seed", "1,2")], "own has no parameter 'seed'; known: seeds, rate"),
+        ([("sizes", "{[1]}")], "parameter 'sizes' must be a list"),
+        ([("seeds", "0:300000")], "300,000 values, more than 100,000"),
         ([("seeds", "1,many")], "parameter 'seeds' must be an int, not 'many'"),
         ([("seeds", "5:5")], "--over seeds: '5:5' holds no value"),
         ([("seeds", " , ")], "holds no value; give 1,2,3 or 0:10:2"),

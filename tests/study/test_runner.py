@@ -110,6 +110,16 @@ def test_bad_input_runs_nothing(folder, capsys, arguments, message):
     assert not list(Path().glob("runs/*/*"))
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["refresh", "-p", "n", "1"], ["sweep", "--over", "n", "1"], ["run", "--ov", "n", "1"]],
+)
+def test_options_of_another_command(folder, capsys, arguments):
+    with pytest.raises(SystemExit):
+        runner.main(arguments)
+    assert "usage: python -m svdlib" in capsys.readouterr().err
+
+
 def test_no_notebooks(folder):
     with pytest.raises(ValueError, match="no notebooks; run from the project's root"):
         parameters.find()

@@ -11,6 +11,7 @@ import nbformat
 import pandas as pd
 import psutil
 import pytest
+from distributed import Client
 from faults import kills
 from nbformat.v4 import new_code_cell, new_notebook
 
@@ -207,20 +208,63 @@ def test_only_loopback_listens(scheduler):
 def test_a_cluster_of_unlike_workers_is_refused(folder, scheduler, monkeypatch, capsys):
     write(folder, "a", TABLE)
     monkeypatch.setattr(sweeps, "code", lambda: "another")
+    monkeypatch.setattr(
+        Client, "run_on_scheduler", lambda *_: "Python 2"
+    )  # here it is this process
     assert runner.main(["run", "--scheduler", scheduler]) == 2
     told = capsys.readouterr().err
-    assert "has Python 3" in told and "(code another); install the same on both" in told
+    assert (
+        "worker (the scheduler) has Python 2" in told and "(code another); install the same" in told
+    )
     assert places() == []
 
 
-def test_a_worker_that_joins_later_and_does_not_fit_gets_no_run(folder, scheduler, monkeypatch):
-    path = write(folder, "a", TABLE)
-    runs = sweeps.plan([path], {})
+def test_a_worker_that_joins_later_and_does_not_fit_ends_the_sweep(folder, scheduler, monkeypatch):
+    runs = sweeps.plan([write(folder, "a", TABLE)], {})
     with sweeps.connected(scheduler) as client:
         monkeypatch.setattr(sweeps, "code", lambda: "another")
-        with pytest.raises(ValueError, match="no worker fits"):
+        with pytest.raises(ValueError, match="can't run notebooks of this client: worker tcp"):
             list(sweeps.complete(client, runs, Path("runs")))
     assert places() == []
+
+
+def test_what_ends_a_sweep_ends_its_kernels(folder, scheduler, tmp_path):
+    told = tmp_path / "process"
+    path = write(
+        folder,
+        "a",
+        "import os, time; open(text + '-', 'w').write(str(os.getpid()))",
+        "os.rename(text + '-', text); time.sleep(600)",
+    )
+    runs = sweeps.plan([path], {"text": str(told)})
+    with sweeps.connected(scheduler) as client:
+        going = sweeps.complete(client, runs, Path("runs"))
+        while not told.exists():
+            next(going)
+        kernel = psutil.Process(int(told.read_text()))
+        going.close()
+    assert kernel.wait(timeout=30) is None or not kernel.is_running()
+
+
+def test_another_client_s_result_of_the_same_run_stays(folder, monkeypatch):
+    (run,) = sweeps.plan([write(folder, "a", TABLE)], {})
+    rename = Path.rename
+
+    def beaten(path, target):
+        if path.name.startswith(".svdlib"):
+            target.mkdir()
+            (target / "theirs").touch()
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", beaten)
+    kept = sweeps.keep(run, Done(1.0, {}, {"a.ipynb": b"ours"}), Path("runs"))
+    assert [path.name for path in kept.output.iterdir()] == ["theirs"]
+    assert len(list(Path("runs/a").iterdir())) == 1
+
+
+def test_one_run_is_planned_once(folder):
+    path = write(folder, "a", TABLE)
+    assert len(sweeps.plan([path], {}, [("progress", "true,True"), ("n", "2,2")])) == 1
 
 
 @pytest.mark.parametrize(
@@ -230,6 +274,8 @@ def test_a_worker_that_joins_later_and_does_not_fit_gets_no_run(folder, schedule
         (["--jobs", str(cores() + 1)], f"at most the {cores()} cores"),
         (["--scheduler", "tcp://127.0.0.1:9"], "no scheduler answers at 'tcp://127.0.0.1:9'"),
         (["--scheduler", "nonsense://x"], "no scheduler answers at 'nonsense://x'"),
+        (["--scheduler", ""], "--scheduler is empty"),
+        (["--over", "n", "0:99999999999999999999"], "more than 100,000"),
         (["--over", "n", "5:1"], "holds no value"),
         (["--over", "n", "0:400", "--over", "text", ",".join(map(str, range(300)))], "120,000"),
     ],
