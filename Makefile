@@ -1,6 +1,6 @@
 # make study:      set up, fetch MNIST, execute every notebook, rebuild figures/
 # make test:       set up, then every test (code, notebooks, style, types)
-# make evidence:   set up, then measure what is too dear for a notebook (results/*.toml), an hour
+# make evidence:   set up, then measure what is too dear for a notebook (results/*.toml), over an hour
 # make processors: the numerical tests as other processors would run them
 PYTHON ?= python3
 BIN := .venv/bin

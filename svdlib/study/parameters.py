@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import nbformat
@@ -57,14 +58,32 @@ def declared(notebook: Path) -> dict[str, set[str]]:
         ValueError: not a notebook, or a parameters cell that is not Python.
     """
     found: dict[str, set[str]] = {}
+    for name, annotation, value in _assigned(notebook):
+        if annotation is not None:
+            found[name] = _kinds(annotation)
+        elif value is not None:
+            found[name] = _kinds_of_value(value)
+    return found
+
+
+def defaults(notebook: Path) -> dict[str, object]:
+    """What the notebook's own parameters cell sets, where that is a literal."""
+    found: dict[str, object] = {}
+    for name, _, value in _assigned(notebook):
+        with contextlib.suppress(ValueError):
+            found[name] = None if value is None else ast.literal_eval(value)
+    return found
+
+
+def _assigned(notebook: Path) -> Iterator[tuple[str, ast.expr | None, ast.expr | None]]:
+    """Each name that the parameters cell assigns to, with its annotation and its value."""
     for line in _cell(notebook).body:
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
-            found[line.target.id] = _kinds(line.annotation)
+            yield line.target.id, line.annotation, line.value
         elif isinstance(line, ast.Assign):
             for target in line.targets:
                 if isinstance(target, ast.Name):
-                    found[target.id] = _kinds_of_value(line.value)
-    return found
+                    yield target.id, None, line.value
 
 
 def _cell(notebook: Path) -> ast.Module:
@@ -182,7 +201,7 @@ def combinations(
     [{'seeds': 1}, {'seeds': 2}, {'seeds': 3}]
     """
     known = declared(notebook)
-    fixed = {name: _typed(notebook.stem, known, name, text) for name, text in given.items()}
+    fixed = parse(notebook, given)
     lists = {}
     for name, text in over:
         if name in given or name in lists:
@@ -229,20 +248,3 @@ def _several(name: str, text: Values) -> list[str]:
     if not values:
         raise ValueError(f"--over {name}: {text!r} holds no value; give 1,2,3 or 0:10:2")
     return list(dict.fromkeys(values))
-
-
-def defaults(notebook: Path) -> dict[str, object]:
-    """What the notebook's own parameters cell sets, where that is a literal."""
-    found: dict[str, object] = {}
-    for line in _cell(notebook).body:
-        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
-            names, value = [line.target.id], line.value
-        elif isinstance(line, ast.Assign):
-            names, value = [t.id for t in line.targets if isinstance(t, ast.Name)], line.value
-        else:
-            continue
-        try:
-            found |= dict.fromkeys(names, None if value is None else ast.literal_eval(value))
-        except ValueError:
-            continue
-    return found
