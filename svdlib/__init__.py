@@ -10,6 +10,8 @@ from svdlib.layers.kinds import LowRank
 from svdlib.layers.project import project_
 from svdlib.layers.storage import export_onnx, load_factorized, save_factorized
 from svdlib.linalg.svd import SVD, randomized_svd, truncated_svd
+from svdlib.ranks.joint import front, joint_profile
+from svdlib.ranks.predicted import predicted_profile
 from svdlib.ranks.profile import loss_profile, search_ranks
 from svdlib.ranks.reduced import refine_ranks, verify_ranks
 from svdlib.ranks.rules import reveal_ranks
@@ -23,10 +25,13 @@ __all__ = [
     "cost",
     "export_onnx",
     "factorize",
+    "front",
+    "joint_profile",
     "load",
     "load_factorized",
     "loss_profile",
     "merge",
+    "predicted_profile",
     "project_",
     "randomized_svd",
     "refine_ranks",

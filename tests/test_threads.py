@@ -98,6 +98,8 @@ def prepared(name, data, folder):
             )
         ),
         "loss_profile": lambda: numbers(svdlib.loss_profile(net, x, y, progress=False)),
+        "joint_profile": lambda: numbers(svdlib.joint_profile(net, x, y, progress=False)),
+        "predicted_profile": lambda: numbers(svdlib.predicted_profile(net, x, y)),
         "search_ranks": lambda: numbers(
             pd.Series(svdlib.search_ranks(net, x, y, lambda rows: rows.increase <= 0.1)).to_frame()
         ),
@@ -120,7 +122,7 @@ def numbers(table):
 CALLS = [
     "train", "adam", "factors", "validation", "factorize", "merge", "load_factorized", "cost",
     "project_", "truncated_svd", "randomized_svd", "loss_profile", "search_ranks", "verify_ranks",
-    "refine_ranks", "from_modules", "one network", "truncate_", "losses", "spectra",
+    "refine_ranks", "joint_profile", "predicted_profile", "from_modules", "one network", "truncate_", "losses", "spectra",
 ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from svdlib import checks
 from svdlib.layers.kinds import apply_rows, hooked, matrix_layers, obstacle
 from svdlib.ranks.losses import (
+    CACHED,
     Moments,
     check_data,
     full_losses,
@@ -148,9 +149,6 @@ def _smallest(sweep: _Sweep, accept: Callable[[pd.DataFrame], pd.Series], window
         best = min(better)
     return best
 
-
-# Numbers that fit a processor's cache, about: stacks of this size are fastest.
-CACHED = 2**20
 
 Blocks = Iterator[tuple[slice, Tensor]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -66,7 +67,7 @@ def refine_ranks(
         tolerance: the largest admissible increase of the mean loss, at least 0.
 
     Raises:
-        ValueError: a negative tolerance, or as `verify_ranks`.
+        ValueError: a negative or infinite tolerance, or as `verify_ranks`.
 
     >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
@@ -74,8 +75,8 @@ def refine_ranks(
     >>> refine_ranks(net, x, y, {"0": 6, "2": 3}, tolerance=1.0)
     {'0': 1, '2': 1}
     """
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance must be at least 0, not {tolerance}")
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance must be at least 0 and finite, not {tolerance}")
     check_data(x, y)
     with measuring(model):
         reduced = _Reduced(model, list(ranks), x, y, memory)
@@ -84,7 +85,7 @@ def refine_ranks(
         slack = tolerance + 1e-6 * abs(reduced.full.mean().item())
         while reduced.increase(current) > slack:
             raised = [
-                {**current, name: min(rank + max(1, rank // 4), reduced.limit[name])}
+                reduced.moved(current, name, min(rank + max(1, rank // 4), reduced.limit[name]))
                 for name, rank in current.items()
                 if rank < reduced.limit[name]
             ]
@@ -97,7 +98,7 @@ def refine_ranks(
                 lowered = False
                 for name in sorted(current, key=lambda layer: -sum(reduced.shape[layer])):
                     step = 1 if fraction is None else current[name] // fraction
-                    trial = {**current, name: current[name] - step}
+                    trial = reduced.moved(current, name, current[name] - step)
                     if 0 < step < current[name] and reduced.increase(trial) <= slack:
                         current, lowered = trial, True
         return current
@@ -121,26 +122,37 @@ class _Reduced:
             self.shape[name] = (len(U), Vh.shape[1])
         self.limit = {name: min(shape) for name, shape in self.shape.items()}
         self.others = sum(p.numel() for p in model.parameters())
-        self.others -= sum(weight.numel() for weight in self.weight.values())
+        shared = {id(weight): weight.numel() for weight in self.weight.values()}
+        self.others -= sum(shared.values())
         self.known: dict[tuple[int, ...], dict[str, float]] = {}
 
     def parameters(self, ranks: Mapping[str, int]) -> int:
         """Of the whole model, each layer as two factors where that is smaller."""
-        return self.others + sum(stored(rank, *self.shape[name]) for name, rank in ranks.items())
+        # A weight that two layers share is there once.
+        kept = {id(self.weight[name]): stored(r, *self.shape[name]) for name, r in ranks.items()}
+        return self.others + sum(kept.values())
+
+    def moved(self, ranks: Mapping[str, int], layer: str, rank: int) -> dict[str, int]:
+        """With another rank for a layer, and for those that share its weight."""
+        alike = [name for name in ranks if self.weight[name] is self.weight[layer]]
+        return {**ranks, **dict.fromkeys(alike, rank)}
 
     def measure(self, ranks: Mapping[str, int]) -> dict[str, float]:
         """See `verify_ranks`; each choice of ranks is measured once."""
         key = tuple(ranks[name] for name in self.factors)
         if key not in self.known:
             weights: dict[Tensor, Tensor] = {}
+            given: dict[int, int] = {}
             for name, (US, Vh) in self.factors.items():
                 rank = checks.positive_int(ranks[name], f"the rank of layer {name!r}", least=0)
                 if rank > self.limit[name]:
                     raise ValueError(
                         f"layer {name!r} has rank {self.limit[name]} at most, not {rank}"
                     )
+                weight = self.weight[name]
+                if given.setdefault(id(weight), rank) != rank:
+                    raise ValueError(f"layer {name!r} shares its weight; give both the same rank")
                 if rank < self.limit[name]:
-                    weight = self.weight[name]
                     weights[weight] = (US[:, :rank] @ Vh[:rank]).view_as(weight)
             moments = Moments.zeros(1, self.x.device)
             size = max(1, self.memory // (8 * width(self.model, self.x[:1]) * 4))
@@ -159,7 +171,9 @@ class _Reduced:
         return self.known[key]
 
     def increase(self, ranks: Mapping[str, int]) -> float:
-        return self.measure(ranks)["increase"]
+        """Infinite where the network gives no number."""
+        increase = self.measure(ranks)["increase"]
+        return increase if math.isfinite(increase) else math.inf
 
     def price(self, now: Mapping[str, int], then: Mapping[str, int]) -> float:
         """Change of loss per parameter; a free change costs nothing but its loss."""

@@ -11,6 +11,7 @@ from scipy.optimize import minimize_scalar
 
 from svdlib import checks
 from svdlib.layers.kinds import stored
+from svdlib.ranks.joint import optimal, walk
 
 Tolerance = float | Mapping[str, float]
 
@@ -23,7 +24,19 @@ def reveal_ranks(
     parameters: int | None = None,
     increase: float | None = None,
 ) -> dict[str, int]:
-    """The rank of each layer, by a rule, from what `loss_profile` measured.
+    """The rank of each layer, by a rule, from a table of losses.
+
+    From what `joint_profile` measured, all layers at once:
+
+    - ``"optimal"`` with ``parameters``: the least loss of a model with so many parameters at
+      most; or with ``increase``: the fewest parameters with so much increase of the loss at most.
+      No other ranks in the table do better.
+    - ``"removal"`` with ``parameters``: from the highest ranks down, always in the layer where the
+      loss then rises least for a parameter saved, measured anew after each step.
+    - ``"gain"`` with ``parameters``: from the lowest ranks up, always in the layer where the loss
+      then falls most for a parameter spent (as in AIMET's greedy selection).
+
+    The others take what `loss_profile` measured, or `predicted_profile` foretells.
 
     One layer at a time, by the loss ℓ_j at rank j (a profile of every rank is needed for the
     first two):
@@ -37,9 +50,11 @@ def reveal_ranks(
 
     From the singular values σ alone:
 
-    - ``"energy"``: the smallest j with Σ_{i≤j} σ_i² ≥ (1 − ε) Σ σ_i²; ε = 0.01 by default.
-    - ``"tail"``: the smallest j with (Σ_{i>j} σ_i²)^½ ≤ ε (Σ σ_i²)^½, the truncation of
-      dynamical low-rank training (Schotthöfer et al. 2022, Algorithm 1); ε = 0.1 by default.
+    - ``"energy"``: the smallest j with Σ_{i>j} σ_i² ≤ ε Σ σ_i²; ε = 0.01 by default. With √ε for
+      the tail it is the truncation of dynamical low-rank training (Schotthöfer et al. 2022,
+      Algorithm 1).
+    - ``"effective-rank"``: exp(−Σ p_i ln p_i) with p_i = σ_i / Σ σ, rounded up (Roy and
+      Vetterli 2007).
     - ``"stable-rank"``: ‖W‖_F² / σ_1² rounded up (Rudelson and Vershynin 2007).
     - ``"gavish-donoho"``: the σ above ω(β) · median(σ), β = m/n, the optimal hard threshold for
       unknown noise (Gavish and Donoho 2014, section IV and its cubic fit of ω).
@@ -56,7 +71,7 @@ def reveal_ranks(
     smallest rank given is 1.
 
     Args:
-        profile: what `loss_profile` returns.
+        profile: what `loss_profile`, `predicted_profile` or `joint_profile` returns.
         rule: one of the names above.
         tolerance: ε, one or {layer: ε}; needed by "printed" and "marginal".
         parameters, increase: the budget, exactly one of them.
@@ -74,7 +89,9 @@ def reveal_ranks(
     >>> reveal_ranks(profile, "printed", tolerance=0.5)
     {'a': 1}
     """
-    checks.one_of(rule, (*ONE_LAYER, "budget"), "rule")
+    checks.one_of(rule, (*JOINT, *ONE_LAYER, "budget"), "rule")
+    if rule in JOINT:
+        return _joint(profile, rule, tolerance, parameters, increase)
     _check_profile(profile)
     layers = {str(name): table for name, table in profile.groupby("layer", sort=False)}
     if rule == "budget":
@@ -127,10 +144,10 @@ def _energy(table: pd.DataFrame, epsilon: float) -> int:
     return 1 + int(np.argmax(energy >= (1 - epsilon) * energy[-1]))
 
 
-def _tail(table: pd.DataFrame, epsilon: float) -> int:
-    square = _sigma(table) ** 2
-    tail = square.sum() - np.cumsum(square)
-    return 1 + int(np.argmax(tail <= epsilon**2 * square.sum()))
+def _effective_rank(table: pd.DataFrame, epsilon: float) -> int:
+    sigma = _sigma(table)
+    part = sigma[sigma > 0] / sigma.sum()
+    return math.ceil(math.exp(-(part * np.log(part)).sum()) - 1e-9) if len(part) else 1
 
 
 def _stable_rank(table: pd.DataFrame, epsilon: float) -> int:
@@ -179,7 +196,7 @@ ONE_LAYER: dict[str, tuple[Callable[[pd.DataFrame, float], int], str, float | No
     "marginal": (_marginal, "all", None),
     "one-se": (_one_se, "full", 0.0),
     "energy": (_energy, "all", 0.01),
-    "tail": (_tail, "all", 0.1),
+    "effective-rank": (_effective_rank, "all", 0.0),
     "stable-rank": (_stable_rank, "all", 0.0),
     "gavish-donoho": (_gavish_donoho, "all", 0.0),
     "evbmf": (_evbmf, "all", 0.0),
@@ -187,7 +204,7 @@ ONE_LAYER: dict[str, tuple[Callable[[pd.DataFrame, float], int], str, float | No
 
 
 def _epsilon(rule: str, layer: str, tolerance: Tolerance | None, default: float | None) -> float:
-    if rule in ("one-se", "stable-rank", "gavish-donoho", "evbmf"):
+    if rule in ("one-se", "effective-rank", "stable-rank", "gavish-donoho", "evbmf"):
         if tolerance is not None:
             raise ValueError(f"rule {rule!r} takes no tolerance")
         return 0.0
@@ -199,8 +216,8 @@ def _epsilon(rule: str, layer: str, tolerance: Tolerance | None, default: float 
         value = default if tolerance is None else tolerance
     if value is None:
         raise ValueError(f"rule {rule!r} needs a tolerance, a loss difference such as 0.01")
-    if not value >= 0 or (rule in ("energy", "tail") and value >= 1):
-        limits = "at least 0 and below 1" if rule in ("energy", "tail") else "at least 0"
+    if not value >= 0 or (rule == "energy" and value >= 1):
+        limits = "at least 0 and below 1" if rule == "energy" else "at least 0"
         raise ValueError(f"the tolerance of rule {rule!r} must be {limits}, not {value}")
     return float(value)
 
@@ -212,8 +229,8 @@ def _check_profile(profile: pd.DataFrame) -> None:
         raise ValueError(f"the profile lacks {', '.join(sorted(missing))}; see loss_profile")
     if profile.empty:
         raise ValueError("the profile has no layer")
-    if profile[["loss", "increase", "se"]].isna().to_numpy().any():
-        raise ValueError("the profile has NaN losses")
+    if not np.isfinite(profile[["loss", "increase", "se"]].to_numpy(float)).all():
+        raise ValueError("the profile has NaN or infinite losses")
 
 
 def _budget(
@@ -262,3 +279,24 @@ def _falls(values: np.ndarray) -> np.ndarray:
     """Where a value is below all before it."""
     before = np.append(math.inf, np.minimum.accumulate(values)[:-1])
     return np.flatnonzero(values < before)
+
+
+JOINT = ("optimal", "removal", "gain")
+
+
+def _joint(
+    joint: pd.DataFrame,
+    rule: str,
+    tolerance: Tolerance | None,
+    parameters: int | None,
+    increase: float | None,
+) -> dict[str, int]:
+    if tolerance is not None:
+        raise ValueError(f"rule {rule!r} takes parameters=…, not a tolerance")
+    if rule == "optimal":
+        if (parameters is None) == (increase is None):
+            raise ValueError("a budget is either parameters=… or increase=…, exactly one of them")
+        return optimal(joint, parameters, increase)
+    if parameters is None or increase is not None:
+        raise ValueError(f"rule {rule!r} takes a budget of parameters=…")
+    return walk(joint, parameters, rising=rule == "gain")

@@ -63,9 +63,11 @@ def test_rules_of_the_spectrum():
     sigma = [4.0, 3.0, 0.4, 0.3, 0.2]
     assert svdlib.reveal_ranks(spectrum(sigma), "energy", tolerance=0.02) == {"a": 2}
     assert svdlib.reveal_ranks(spectrum(sigma), "energy", tolerance=0.5) == {"a": 1}
-    tail = (sum(s**2 for s in sigma[3:]) / sum(s**2 for s in sigma)) ** 0.5
-    assert svdlib.reveal_ranks(spectrum(sigma), "tail", tolerance=tail * 1.001) == {"a": 3}
-    assert svdlib.reveal_ranks(spectrum(sigma), "tail", tolerance=tail * 0.999) == {"a": 4}
+    assert svdlib.reveal_ranks(spectrum([2.0] * 5), "effective-rank") == {"a": 5}
+    assert svdlib.reveal_ranks(spectrum([2.0, 1e-9, 0.0]), "effective-rank") == {"a": 2}
+    entropy = -sum(s / sum(sigma) * np.log(s / sum(sigma)) for s in sigma)
+    ranks = svdlib.reveal_ranks(spectrum(sigma), "effective-rank")
+    assert ranks == {"a": int(np.ceil(np.exp(entropy)))}
     assert svdlib.reveal_ranks(spectrum([2.0] * 5), "stable-rank") == {"a": 5}
     assert svdlib.reveal_ranks(spectrum(sigma), "stable-rank") == {"a": 2}
 
@@ -133,10 +135,12 @@ def test_bad_input():
         with pytest.raises(ValueError, match=message):
             svdlib.reveal_ranks(table, rule, **keywords)
 
-    refused("unknown rule 'best'; known: printed, marginal, one-se", rule="best")
+    refused(
+        "unknown rule 'best'; known: optimal, removal, gain, printed, marginal, one-se", rule="best"
+    )
     refused("lacks se, sigma", table=good.drop(columns=["se", "sigma"]))
     refused("has no layer", table=good[:0])
-    refused("NaN losses", table=profile([3, np.nan, 1]))
+    refused("NaN or infinite losses", table=profile([3, np.nan, 1]))
     refused("needs a tolerance", rule="marginal")
     refused("must be at least 0, not -1", rule="marginal", tolerance=-1)
     refused("at least 0 and below 1", rule="energy", tolerance=1.0)

@@ -1,0 +1,380 @@
+"""The loss of a perceptron at every combination of its layers' ranks, exactly and cheaply."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from threading import Event
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from svdlib import checks, threads
+from svdlib.layers.kinds import obstacle, stored
+from svdlib.ranks.losses import CACHED, Moments, check_data, full_losses, measuring
+
+# Up to so many combinations all are looked at unless others are asked for, and never more than MOST.
+ALL = 20_000
+MOST = 1_000_000
+
+# The images are measured in so many shares, side by side.
+SHARES = 4
+
+Ranks = Iterable[int] | Mapping[str, Iterable[int]] | None
+
+# What may stand between two layers: it works on each number alone, or does nothing in evaluation.
+ELEMENTWISE = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish,
+    nn.Tanh, nn.Sigmoid, nn.LogSigmoid, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardswish,
+    nn.Hardsigmoid, nn.Tanhshrink, nn.Identity, nn.Dropout, nn.AlphaDropout,
+)  # fmt: skip
+
+
+def joint_profile(
+    model: nn.Sequential,
+    x: Tensor,
+    y: Tensor,
+    *,
+    ranks: Ranks = None,
+    memory: int = 2**28,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """The loss of a perceptron with all its layers cut at once, at every combination of ranks.
+
+    With W_l = Σ_j σ_j u_j v_jᵀ, layer l at rank r gives z = b + Σ_{j≤r} σ_j u_j (v_jᵀ h), a nested
+    sum over r. So each combination of ranks is reached from the one before by adding the terms
+    between them, and v_jᵀ h is taken once for all ranks of a layer. With |R_l| ranks of layer l,
+    an m_l × n_l matrix, that is for each image, in multiply-adds,
+
+        Σ_l |R_1| ⋯ |R_{l−1}| k_l (m_l + n_l),    k_l the highest rank in R_l,
+
+    and the softmax of |R_1| ⋯ |R_L| outputs: the cost grows by the number of ranks with each
+    layer. The losses are those of the weights replaced, to rounding.
+
+    Args:
+        model: Linear layers in an ``nn.Sequential`` with activations between; evaluation mode,
+            left as it was.
+        x, y: inputs (n, …) and labels (n,), on the model's device.
+        ranks: those to combine, for all layers or {layer: ranks}, capped at each layer's
+            min(m, n). By default all, from 0, where these are at most 20,000 combinations; else
+            the geometric grid with the most ranks that is.
+        memory: bytes that intermediate results may take, about.
+        progress: show a progress bar.
+
+    Returns:
+        one row a combination: a column a layer with its rank, loss (mean cross-entropy), accuracy
+        (per cent), increase (of the loss over the full network, paired by image), se (its
+        standard error), parameters (of the model, each layer stored as two factors where that is
+        smaller), multiply_adds (for one input). ``attrs`` has the full network's ``loss``, and
+        ``layers``, the names of the columns of ranks.
+
+    Raises:
+        ValueError: a model that is no perceptron, weights that another layer shares or that are
+            computed, empty data, labels that don't fit, a rank below 0 or not whole, an unknown
+            layer, more than a million combinations, NaN or infinite weights or losses.
+
+    >>> _ = torch.manual_seed(0)
+    >>> net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    >>> joint = joint_profile(net, torch.rand(20, 8), torch.arange(20) % 3, progress=False)
+    >>> len(joint), joint.attrs["layers"]
+    (28, ['0', '2'])
+    >>> joint[(joint["0"] == 2) & (joint["2"] == 3)].parameters.item()
+    55
+    """
+    check_data(x, y)
+    links = _links(model)
+    grids = _grids(links, ranks)
+    usual = torch.get_num_threads()
+    with measuring(model), threads.inside(1):
+        full, _ = full_losses(model, x, y, memory)
+        for link, grid in zip(links, grids, strict=True):
+            link.decompose(grid)
+        # So many shares whatever the number of threads, which so changes no result.
+        shares = SHARES if x.device.type == "cpu" and len(x) > SHARES else 1
+        ends = [len(x) * share // shares for share in range(shares + 1)]
+        parts = [slice(*pair) for pair in pairwise(ends)]
+        done, stop = [0] * shares, Event()
+        size = _images(links, x, memory // shares)
+
+        def measure(share: int) -> Moments:
+            """Of a share of the images."""
+            moments = Moments.zeros(math.prod(map(len, grids)), x.device)
+            part = parts[share]
+            blocks = zip(*(t[part].split(size) for t in (x, y, full)), strict=True)
+            with torch.no_grad():
+                for h, labels, own in blocks:
+                    for at, logits in _visit(links, h.flatten(1).mT, 0):
+                        if stop.is_set():
+                            return moments
+                        moments.add(at, logits, labels, own)
+                        done[share] += len(h)
+            return moments
+
+        bar = tqdm(
+            total=len(x) * math.prod(map(len, grids[:-1])),
+            disable=not progress,
+            desc="joint profile",
+            unit="image",
+            unit_scale=True,
+        )
+        with bar, ThreadPoolExecutor(min(usual, shares)) as pool:
+            found = threads.side_by_side(
+                pool, measure, range(shares), lambda: bar.update(sum(done) - bar.n), stop
+            )
+    return _table(model, links, grids, sum(found[1:], found[0]).means(len(x)), full)
+
+
+def _images(links: Sequence[_Link], x: Tensor, memory: int) -> int:
+    """How many to take at once: what is worked on again and again stays in the cache."""
+    # For an image: the sums of each layer, or all logits, and what is made of them.
+    numbers = max(*(link.rows for link in links), 2 * links[-1].rows * len(links[-1].ranks))
+    most = memory // (8 * max(numbers, x[0].numel()) * x.element_size())
+    return max(1, min(most, max(256, CACHED // numbers)))
+
+
+class _Link:
+    """A layer of the chain and what stands before it."""
+
+    def __init__(self, name: str, layer: nn.Linear, before: Sequence[nn.Module]) -> None:
+        self.name, self.layer, self.before = name, layer, before
+        self.rows, self.columns = layer.weight.shape
+        self.limit = min(layer.weight.shape)
+        self.ranks: Sequence[int] = ()
+
+    def decompose(self, ranks: Sequence[int]) -> None:
+        """Take the SVD, as far as these ranks need it."""
+        U, S, Vh = torch.linalg.svd(self.layer.weight.detach(), full_matrices=False)
+        self.ranks, self.Vh = ranks, Vh[: ranks[-1]]
+        self.steps = [rank - low for low, rank in pairwise((0, *ranks))]
+        self.US = (U * S)[:, : ranks[-1]].split(self.steps, dim=1)
+
+    def sums(self, h: Tensor) -> Iterator[Tensor]:
+        """The layer's output (rows, b) at each rank, from h (columns, b): one growing tensor."""
+        code = self.Vh @ h
+        z = code.new_zeros(self.rows, code.shape[1])
+        if self.layer.bias is not None:
+            z += self.layer.bias.detach()[:, None]
+        for US, part in zip(self.US, code.split(self.steps), strict=True):
+            yield z.addmm_(US, part)
+
+
+def _visit(links: Sequence[_Link], h: Tensor, start: int) -> Iterator[tuple[slice, Tensor]]:
+    """The logits (R, b, classes) at every combination, the last layer's R ranks at a time.
+
+    Args:
+        links: the layers that are left, the first of which takes h (columns, b).
+        start: the number of the first combination of their ranks.
+    """
+    link, *behind = links
+    for step in link.before:
+        # In place it would change the sum that the next rank grows from.
+        h = step(h.clone() if getattr(step, "inplace", False) else h)
+    if not behind:
+        z = h.new_empty(len(link.ranks), link.rows, h.shape[1])
+        for row, found in zip(z, link.sums(h), strict=True):
+            row.copy_(found)
+        yield slice(start, start + len(z)), z.mT
+        return
+    size = math.prod(len(each.ranks) for each in behind)
+    for number, z in enumerate(link.sums(h)):
+        yield from _visit(behind, z, start + number * size)
+
+
+def _links(model: nn.Module) -> list[_Link]:
+    """The layers of a perceptron in their order."""
+    told = (
+        "joint_profile takes a perceptron, an nn.Sequential of Linear layers with activations "
+        "between; loss_profile takes any module"
+    )
+    kind = type(model).__name__
+    if type(model).forward is not nn.Sequential.forward:
+        raise ValueError(f"{told}; this {kind} has a forward of its own")
+    if model._forward_hooks or model._forward_pre_hooks:
+        raise ValueError(f"{told}; this {kind} has hooks")
+    links: list[_Link] = []
+    before: list[nn.Module] = []
+    for name, step in model.named_children():
+        if isinstance(step, nn.Linear):
+            if reason := obstacle(model, step, twin=True):
+                raise ValueError(f"{told}; layer {name!r}: {reason}")
+            links.append(_Link(name, step, before))
+            before = []
+        elif isinstance(step, ELEMENTWISE) or (type(step) is nn.Flatten and not links):
+            before.append(step)
+        else:
+            raise ValueError(f"{told}; step {name!r} is a {type(step).__name__}")
+    if not links or before:
+        raise ValueError(f"{told}; the last step must be a Linear layer")
+    if len(list(model.children())) < len(model._modules):
+        raise ValueError(f"{told}; a step is used twice")
+    for link in links:
+        checks.finite(link.layer.weight, f"the weight of layer {link.name!r}")
+    return links
+
+
+def _grids(links: Sequence[_Link], ranks: Ranks) -> list[list[int]]:
+    """The ranks of each layer, in rising order."""
+    if ranks is None:
+        most = max(link.limit for link in links) + 1
+        grids = [geometric(link.limit, most) for link in links]
+        while (number := math.prod(map(len, grids))) > ALL:
+            most = max(3, int(most * (ALL / number) ** (1 / len(links))))
+            smaller = [geometric(link.limit, most) for link in links]
+            if smaller == grids:
+                break
+            grids = smaller
+    else:
+        names = [link.name for link in links]
+        ranks = ranks if isinstance(ranks, Mapping) else list(ranks)
+        asked = dict(ranks) if isinstance(ranks, Mapping) else {name: [*ranks] for name in names}
+        if unknown := asked.keys() - set(names):
+            raise ValueError(f"no layer {unknown.pop()!r}; the model has {', '.join(names)}")
+        grids = []
+        for link in links:
+            # A layer that is not named stays whole.
+            given = [
+                checks.positive_int(rank, f"a rank of layer {link.name!r}", least=0)
+                for rank in asked.get(link.name, [link.limit])
+            ]
+            if not given:
+                raise ValueError(f"layer {link.name!r} has no ranks; give one at least")
+            grids.append(sorted({min(rank, link.limit) for rank in given}))
+    number = math.prod(map(len, grids))
+    if number > MOST:
+        fits = int(MOST ** (1 / len(links)) + 1e-9)
+        raise ValueError(
+            f"{' × '.join(str(len(grid)) for grid in grids)} = {number:,} combinations are more "
+            f"than {MOST:,}; {fits} ranks a layer would fit"
+        )
+    return grids
+
+
+def geometric(limit: int, number: int) -> list[int]:
+    """At most so many ranks from 0 to a limit, each about as many times the one before.
+
+    >>> geometric(3, 10), geometric(100, 6)
+    ([0, 1, 2, 3], [0, 1, 3, 10, 32, 100])
+    """
+    if number > limit:
+        return list(range(limit + 1))
+    return sorted({0, *np.geomspace(1, limit, number - 1).round().astype(int).tolist()})
+
+
+def _table(
+    model: nn.Module,
+    links: Sequence[_Link],
+    grids: Sequence[Sequence[int]],
+    means: Mapping[str, list[float]],
+    full: Tensor,
+) -> pd.DataFrame:
+    if not all(map(math.isfinite, means["loss"])):
+        raise ValueError("some combination of ranks gives NaN or infinite losses on these data")
+    names = [link.name for link in links]
+    table = pd.MultiIndex.from_product(grids, names=names).to_frame(index=False)
+    weights = sum(
+        table[link.name].map(lambda rank, link=link: stored(rank, link.rows, link.columns))
+        for link in links
+    )
+    others = sum(parameter.numel() for parameter in model.parameters())
+    others -= sum(link.rows * link.columns for link in links)
+    table = table.assign(**means, parameters=weights + others, multiply_adds=weights)
+    table.attrs = {"loss": full.double().mean().item(), "layers": names}
+    return table
+
+
+def front(joint: pd.DataFrame, cost: str = "parameters") -> pd.DataFrame:
+    """The combinations of ranks that no other beats in both loss and cost, and those close by.
+
+    Args:
+        joint: what `joint_profile` returns.
+        cost: "parameters" or "multiply_adds".
+
+    Returns:
+        the rows of ``joint`` in the order of their cost, with ``excess``: by how much a row's
+        loss is above the least at its cost or less, 0 on the front. Those off the front are
+        within one standard error, their own.
+
+    Raises:
+        ValueError: a table that `joint_profile` didn't make, an unknown cost.
+
+    >>> joint = pd.DataFrame({"loss": [3.0, 1.0, 1.1, 2.0], "se": 0.2, "parameters": [1, 2, 2, 3]})
+    >>> front(joint)[["loss", "parameters", "excess"]].round(2).values.tolist()
+    [[3.0, 1.0, 0.0], [1.0, 2.0, 0.0], [1.1, 2.0, 0.1]]
+    """
+    checks.one_of(cost, ("parameters", "multiply_adds"), "cost")
+    if lacking := {"loss", "se", cost} - set(joint):
+        raise ValueError(f"the table lacks {', '.join(sorted(lacking))}; see joint_profile")
+    ordered = joint.sort_values([cost, "loss"], kind="stable")
+    least = ordered.loss.cummin()
+    first = ordered.loss < least.shift(fill_value=math.inf)
+    excess = ordered.loss - least
+    return ordered.assign(excess=excess)[first | (excess > 0) & (excess <= ordered.se)]
+
+
+def layers_of(joint: pd.DataFrame) -> list[str]:
+    """The columns of ranks: those that stand before the loss.
+
+    Raises:
+        ValueError: a table that `joint_profile` didn't make.
+    """
+    needed = ["loss", "increase", "se", "parameters"]
+    if lacking := [name for name in needed if name not in joint]:
+        raise ValueError(f"the table lacks {', '.join(lacking)}; see joint_profile")
+    if not np.isfinite(joint[["loss", "increase"]].to_numpy()).all():
+        raise ValueError("the table has NaN or infinite losses")
+    return [str(name) for name in joint.columns[: joint.columns.get_loc("loss")]]
+
+
+def optimal(joint: pd.DataFrame, parameters: int | None, increase: float | None) -> dict[str, int]:
+    """The combination with the least loss, or the fewest parameters, under a budget."""
+    layers = layers_of(joint)
+    if parameters is not None:
+        able, by = joint[joint.parameters <= parameters], ["loss", "parameters"]
+        least = f"{joint.parameters.min()} parameters are the fewest in the table"
+    else:
+        able, by = joint[joint.increase <= increase], ["parameters", "loss"]
+        least = f"{joint.increase.min():.3g} is the least increase in the table"
+    if not len(able):
+        raise ValueError(f"no combination of ranks meets the budget; {least}")
+    best = able.sort_values(by, kind="stable").iloc[0]
+    return {name: int(best[name]) for name in layers}
+
+
+def walk(joint: pd.DataFrame, parameters: int, rising: bool) -> dict[str, int]:
+    """From one end of the table towards a budget, a step of the grid in one layer at a time.
+
+    Each step is the best by the change of the verified loss for a parameter.
+    """
+    layers = layers_of(joint)
+    grids = [sorted(joint[name].unique()) for name in layers]
+    shape = tuple(map(len, grids))
+    ordered = joint.sort_values(layers)
+    loss = ordered.loss.to_numpy().reshape(shape)
+    weights = ordered.parameters.to_numpy().reshape(shape)
+    at = (0,) * len(shape) if rising else tuple(size - 1 for size in shape)
+    if weights[(0,) * len(shape)] > parameters:
+        raise ValueError(
+            f"no combination of ranks meets the budget; {weights.min()} parameters are the "
+            "fewest in the table"
+        )
+    while True:
+        steps = []
+        for axis in range(len(shape)):
+            to = tuple(
+                place + (1 if rising else -1) * (axis == each) for each, place in enumerate(at)
+            )
+            inside = 0 <= to[axis] < shape[axis]
+            if inside and (not rising or weights[to] <= parameters):
+                spent = max(abs(int(weights[to]) - int(weights[at])), 1)
+                steps.append(((loss[to] - loss[at]) / spent, to))
+        if not rising and weights[at] <= parameters:
+            break
+        if not steps or (rising and min(steps)[0] >= 0):
+            break
+        at = min(steps)[1]
+    return {name: int(grid[place]) for name, grid, place in zip(layers, grids, at, strict=True)}

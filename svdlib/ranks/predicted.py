@@ -1,0 +1,150 @@
+"""What cutting a layer will cost, predicted from one pass of the network, without cutting it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from svdlib import checks, threads
+from svdlib.layers.kinds import Matrix, apply_rows, hooked
+from svdlib.ranks.losses import (
+    CACHED,
+    check_data,
+    full_losses,
+    measuring,
+    profiled_layers,
+    width,
+)
+
+METHODS = ("output", "gradient", "fisher")
+
+
+def predicted_profile(
+    model: nn.Module, x: Tensor, y: Tensor, by: str = "fisher", *, memory: int = 2**28
+) -> pd.DataFrame:
+    """A loss profile that is predicted, for layers of any module: no rank is tried.
+
+    Cutting W = Σ σ_i u_i v_iᵀ to rank j takes Σ_{i>j} σ_i u_i (v_iᵀ h) from the layer's output z.
+    With δ = ∂ℓ/∂z, the gradient of an image's loss, that image's loss changes to first order by
+    −Σ_{i>j} t_i, where t_i = σ_i (u_iᵀ δ)(v_iᵀ h), summed over the places of a layer that is
+    applied at several. All t_i come from one forward and backward pass.
+
+    - ``"output"``: the part of the output's square that the cut takes,
+      E‖Σ_{i>j} σ_i u_i v_iᵀ h‖² / E‖W h‖², as activation-aware methods weigh singular values
+      (Yuan et al. 2023, ASVD; the exact error for a cut at the layer's own singular vectors).
+      An error, no loss.
+    - ``"gradient"``: |E Σ_{i>j} t_i|, the first order (Molchanov et al. 2017 for channels).
+    - ``"fisher"``: ½ E (Σ_{i>j} t_i)², the second order with the empirical Fisher matrix for the
+      Hessian (Theis et al. 2018; LeCun et al. 1990 with its diagonal).
+
+    Args:
+        model: a module of Linear and Conv2d layers; called in evaluation mode, left as it was.
+        x, y: inputs (n, …) and labels (n,), on the model's device.
+        by: one of the names above.
+        memory: bytes that intermediate results may take, about.
+
+    Returns:
+        the columns of `loss_profile`, one row a layer and rank, with what is predicted as
+        ``increase``, its standard error over images as ``se`` (0 for "output"), and ``loss`` the
+        network's own plus the increase; no accuracy. `reveal_ranks` takes it.
+
+    Raises:
+        ValueError: as `loss_profile`; an unknown method.
+
+    >>> _ = torch.manual_seed(0)
+    >>> net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    >>> profile = predicted_profile(net, torch.rand(20, 8), torch.arange(20) % 3)
+    >>> profile.groupby("layer").increase.min().tolist()
+    [0.0, 0.0]
+    """
+    checks.one_of(by, METHODS, "method")
+    check_data(x, y)
+    layers = profiled_layers(model, None)
+    with measuring(model), threads.making():
+        full, _ = full_losses(model, x, y, memory)
+        factors = {}
+        for name, layer in layers.items():
+            U, S, Vh = torch.linalg.svd(layer.weight.detach().flatten(1), full_matrices=False)
+            factors[name] = (U, S, Vh)
+        numbers = width(model, x[:1])
+        size = max(1, min(memory // (8 * numbers * x.element_size()), CACHED // numbers))
+        terms: dict[str, list[Tensor]] = {name: [] for name in layers}
+        for images, labels in zip(x.split(size), y.split(size), strict=True):
+            for name, found in _terms(model, layers, factors, images, labels, by):
+                terms[name].append(found)
+    loss = full.double().mean().item()
+    tables = [
+        _table(name, factors[name], torch.cat(terms[name]).double(), by, loss) for name in layers
+    ]
+    profile = pd.concat(tables, ignore_index=True)
+    profile.attrs["loss"] = loss
+    return profile
+
+
+def _terms(
+    model: nn.Module,
+    layers: dict[str, Matrix],
+    factors: dict[str, tuple[Tensor, Tensor, Tensor]],
+    x: Tensor,
+    y: Tensor,
+    by: str,
+) -> Iterator[tuple[str, Tensor]]:
+    """Each layer's t_i of each image (b, k), or the squares of its terms' outputs for "output"."""
+    codes: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def note(name: str, inputs: tuple[Tensor, ...], z: Tensor) -> Tensor:
+        if name in codes:
+            raise ValueError(f"layer {name!r} is called more than once")
+        codes[name] = apply_rows(layers[name], inputs[0].detach(), factors[name][2])
+        outputs[name] = z if z.requires_grad else z.requires_grad_()
+        return z
+
+    with torch.set_grad_enabled(by != "output"), hooked(layers, after=note):
+        losses = F.cross_entropy(model(x), y, reduction="sum")
+    gradients = torch.autograd.grad(losses, list(outputs.values())) if by != "output" else ()
+    for number, (name, code) in enumerate(codes.items()):
+        U, S, _ = factors[name]
+        if by == "output":
+            found = (_last(code, layers[name]) * S).square()
+        else:
+            found = _last(code, layers[name]) * (_last(gradients[number], layers[name]) @ (U * S))
+        yield name, found.flatten(1, -2).sum(1) if found.ndim > 2 else found
+
+
+def _last(z: Tensor, layer: Matrix) -> Tensor:
+    """With the layer's features in the last place."""
+    return z if isinstance(layer, nn.Linear) else z.movedim(1, -1)
+
+
+def _table(
+    name: str, factors: tuple[Tensor, Tensor, Tensor], terms: Tensor, by: str, loss: float
+) -> pd.DataFrame:
+    U, S, Vh = factors
+    # Σ_{i>j} for j = 0 … k.
+    left = F.pad(terms.flip(1).cumsum(1).flip(1), (0, 1))
+    n = len(left)
+    if by == "output":
+        mean, se = left.mean(0), torch.zeros(left.shape[1])
+        mean = mean / mean[0].clamp(min=1e-300)
+    else:
+        each = left.square() / 2 if by == "fisher" else -left
+        mean = each.mean(0).abs()
+        se = each.std(0) / math.sqrt(n) if n > 1 else torch.zeros(left.shape[1])
+    return pd.DataFrame(
+        {
+            "layer": name,
+            "rank": range(left.shape[1]),
+            "loss": (loss + mean).tolist(),
+            "increase": mean.tolist(),
+            "se": se.tolist(),
+            "rows": len(U),
+            "columns": Vh.shape[1],
+            "sigma": [math.nan, *S.tolist()],
+        }
+    )
