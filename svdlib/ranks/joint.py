@@ -353,28 +353,28 @@ def walk(joint: pd.DataFrame, parameters: int, rising: bool) -> dict[str, int]:
     layers = layers_of(joint)
     grids = [sorted(joint[name].unique()) for name in layers]
     shape = tuple(map(len, grids))
+    if len(joint) != math.prod(shape) or joint.duplicated(layers).any():
+        raise ValueError("a search in steps needs every combination of the table's ranks, once")
     ordered = joint.sort_values(layers)
     loss = ordered.loss.to_numpy().reshape(shape)
     weights = ordered.parameters.to_numpy().reshape(shape)
-    at = (0,) * len(shape) if rising else tuple(size - 1 for size in shape)
     if weights[(0,) * len(shape)] > parameters:
         raise ValueError(
             f"no combination of ranks meets the budget; {weights.min()} parameters are the "
             "fewest in the table"
         )
-    while True:
+    at = (0,) * len(shape) if rising else tuple(size - 1 for size in shape)
+    visited = [at]
+    while rising or weights[at] > parameters:
         steps = []
         for axis in range(len(shape)):
-            to = tuple(
-                place + (1 if rising else -1) * (axis == each) for each, place in enumerate(at)
-            )
-            inside = 0 <= to[axis] < shape[axis]
-            if inside and (not rising or weights[to] <= parameters):
+            to = (*at[:axis], at[axis] + (1 if rising else -1), *at[axis + 1 :])
+            if 0 <= to[axis] < shape[axis] and (not rising or weights[to] <= parameters):
                 spent = max(abs(int(weights[to]) - int(weights[at])), 1)
                 steps.append(((loss[to] - loss[at]) / spent, to))
-        if not rising and weights[at] <= parameters:
-            break
-        if not steps or (rising and min(steps)[0] >= 0):
+        if not steps:
             break
         at = min(steps)[1]
-    return {name: int(grid[place]) for name, grid, place in zip(layers, grids, at, strict=True)}
+        visited.append(at)
+    best = min(visited, key=loss.__getitem__) if rising else at
+    return {name: int(grid[place]) for name, grid, place in zip(layers, grids, best, strict=True)}

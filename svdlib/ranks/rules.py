@@ -34,7 +34,7 @@ def reveal_ranks(
     - ``"removal"`` with ``parameters``: from the highest ranks down, always in the layer where the
       loss then rises least for a parameter saved, measured anew after each step.
     - ``"gain"`` with ``parameters``: from the lowest ranks up, always in the layer where the loss
-      then falls most for a parameter spent (as in AIMET's greedy selection).
+      then falls most for a parameter spent; the best ranks on that way.
 
     The others take what `loss_profile` measured, or `predicted_profile` foretells.
 
@@ -67,6 +67,10 @@ def reveal_ranks(
       or with ``increase``: the fewest weights with so much total increase at most. A layer of
       rank j stores min(j (m+n), m n) weights.
 
+    - ``"level"`` with ``parameters``: in every layer the smallest rank whose increase is at most
+      t, for the least t that the budget allows (as AIMET's greedy selection of compression
+      ratios levels the score of all layers).
+
     Every rank is looked at, so that a plateau or bump of the profile ends no search early. The
     smallest rank given is 1.
 
@@ -89,17 +93,21 @@ def reveal_ranks(
     >>> reveal_ranks(profile, "printed", tolerance=0.5)
     {'a': 1}
     """
-    checks.one_of(rule, (*JOINT, *ONE_LAYER, "budget"), "rule")
+    checks.one_of(rule, (*JOINT, *ONE_LAYER, "budget", "level"), "rule")
     if rule in JOINT:
         return _joint(profile, rule, tolerance, parameters, increase)
     _check_profile(profile)
     layers = {str(name): table for name, table in profile.groupby("layer", sort=False)}
+    if rule in ("budget", "level") and tolerance is not None:
+        raise ValueError(f"rule {rule!r} takes a budget, parameters=…, not a tolerance")
     if rule == "budget":
-        if tolerance is not None:
-            raise ValueError("a budget takes parameters=… or increase=…, not a tolerance")
         return _budget(layers, parameters, increase)
+    if rule == "level":
+        if parameters is None or increase is not None:
+            raise ValueError("rule 'level' takes a budget of parameters=…")
+        return _level(layers, parameters)
     if parameters is not None or increase is not None:
-        raise ValueError(f"parameters and increase belong to rule 'budget', not {rule!r}")
+        raise ValueError(f"parameters and increase belong to rules of a budget, not {rule!r}")
     choose, needs, default = ONE_LAYER[rule]
     found = {}
     for name, table in layers.items():
@@ -273,6 +281,21 @@ def _budget(
         ranks.append(int(rank[at]))
         at = parent[at]
     return dict(zip(layers, reversed(ranks), strict=True))
+
+
+def _level(layers: Mapping[str, pd.DataFrame], parameters: int) -> dict[str, int]:
+    able = {
+        name: table[table["rank"] > 0].sort_values("rank").reset_index()
+        for name, table in layers.items()
+    }
+    # The highest of the layers' least increases: below it some layer has no rank.
+    levels = np.unique(np.concatenate([table.increase for table in able.values()]))
+    for level in levels[levels >= max(table.increase.min() for table in able.values())]:
+        rows = {name: table[table.increase <= level].iloc[0] for name, table in able.items()}
+        spent = sum(stored(row["rank"], row.rows, row["columns"]) for row in rows.values())
+        if spent <= parameters:
+            return {name: int(row["rank"]) for name, row in rows.items()}
+    raise ValueError(f"{parameters} weights are too few; the lowest ranks have {int(spent)}")
 
 
 def _falls(values: np.ndarray) -> np.ndarray:

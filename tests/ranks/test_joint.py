@@ -242,6 +242,8 @@ def test_the_optimum_and_the_walks(data):
     for rule in ("optimal", "removal", "gain"):
         with pytest.raises(ValueError, match="no combination of ranks meets the budget; "):
             svdlib.reveal_ranks(joint, rule, parameters=10)
+    with pytest.raises(ValueError, match="every combination of the table's ranks, once"):
+        svdlib.reveal_ranks(joint[1:], "gain", parameters=100)
     with pytest.raises(ValueError, match="exactly one of them"):
         svdlib.reveal_ranks(joint, "optimal")
     with pytest.raises(ValueError, match="takes a budget of parameters"):

@@ -128,6 +128,20 @@ def test_budgets_are_met_at_the_optimum(seed, share):
     assert weights == budget_by_trying(tables, increase=share)
 
 
+def test_a_level_allows_every_layer_the_same_increase():
+    two = pd.concat(
+        [
+            profile([9, 3.0, 1.2, 1.25, 1.0], shape=(4, 50)),
+            profile([4, 1.4, 1.1, 1.0], layer="b", shape=(3, 50)),
+        ]
+    )
+    # At most 0.2 everywhere: ranks 2 (108 weights) and 2 (106).
+    assert svdlib.reveal_ranks(two, "level", parameters=214) == {"a": 2, "b": 2}
+    assert svdlib.reveal_ranks(two, "level", parameters=213) == {"a": 2, "b": 1}
+    assert svdlib.reveal_ranks(two, "level", parameters=350) == {"a": 4, "b": 3}
+    assert svdlib.reveal_ranks(two, "level", parameters=107) == {"a": 1, "b": 1}
+
+
 def test_bad_input():
     good = profile([3, 2, 1])
 
@@ -148,9 +162,12 @@ def test_bad_input():
     refused("tolerance lacks layer 'a'; it has b", rule="marginal", tolerance={"b": 1})
     refused(r"needs a profile of all ranks of layer 'a'; missing: \[1\]",
             table=good.drop(index=1), rule="energy")  # fmt: skip
-    refused("belong to rule 'budget'", rule="one-se", parameters=5)
+    refused("belong to rules of a budget", rule="one-se", parameters=5)
     refused("exactly one of them", rule="budget")
     refused("exactly one of them", rule="budget", parameters=5, increase=0.1)
-    refused("takes parameters=", rule="budget", tolerance=0.1)
+    refused("takes a budget, parameters=", rule="budget", tolerance=0.1)
+    refused("takes a budget, parameters=", rule="level", tolerance=0.1)
+    refused("takes a budget of parameters=", rule="level", increase=0.1)
+    refused("3 weights are too few; the lowest ranks have 52", rule="level", parameters=3)
     refused("3 weights are too few; rank 1 everywhere has 52", rule="budget", parameters=3)
     refused("no ranks keep the increase to -5", rule="budget", increase=-5.0)
