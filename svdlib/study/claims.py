@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
+from svdlib.study.statistics import told
+
 
 def claims_table(claims: Mapping[str, tuple[object, object]]) -> pd.DataFrame:
     """A row a claim: the sentence, what was measured, and whether it holds.
@@ -28,5 +30,5 @@ def claims_table(claims: Mapping[str, tuple[object, object]]) -> pd.DataFrame:
 
 def _told(measured: object) -> str:
     if isinstance(measured, pd.Series):
-        return f"{measured['mean']:.2f} [{measured['low']:.2f}, {measured['high']:.2f}]"
+        return told(measured)
     return f"{measured:.3g}" if isinstance(measured, float | np.floating) else str(measured)

@@ -22,19 +22,32 @@ def stored(
 ) -> pd.DataFrame | None:
     """The committed table of that name, if it was measured with these parameters, else None.
 
-    ``results/NAME.csv`` is the table and ``results/NAME.json`` says how it came about: command,
-    parameters, versions, machine. Parameters that the caller leaves out may be anything.
+    ``results/NAME.csv`` is the table; ``results/NAME.toml`` (a sweep's, see `Sweep`) or
+    ``results/NAME.json`` says with which parameters. Of a sweep's table these are the rows of the
+    ones given, without their columns. Parameters that the caller leaves out may be anything.
 
     >>> stored("08_wide_network", {"dataset": "a data set of my own"}) is None
     True
     """
-    about = folder / f"{name}.json"
-    if not about.is_file():
+    sweep, other = folder / f"{name}.toml", folder / f"{name}.json"
+    path = folder / f"{name}.csv"
+    if not path.is_file() or not (sweep.is_file() or other.is_file()):
         return None
-    measured = json.loads(about.read_text())["parameters"]
-    if any(measured.get(key) != value for key, value in parameters.items()):
-        return None
-    return pd.read_csv(folder / f"{name}.csv")
+    about = tomllib.loads(sweep.read_text()) if sweep.is_file() else json.loads(other.read_text())
+    table = pd.read_csv(path)
+    for key, value in parameters.items():
+        if key in about.get("over", {}):
+            column = _column(table, key)
+            table = table[table[column] == value].drop(columns=column)
+        elif about["parameters"].get(key) != value:
+            return None
+    return table if len(table) else None
+
+
+def _column(table: pd.DataFrame, parameter: str) -> str:
+    """The column of a parameter: its name, or with a note where the table has one of its own."""
+    noted = f"{parameter} (parameter)"
+    return noted if noted in table else parameter
 
 
 def collect(out: str | Path, notebook: str, table: str) -> pd.DataFrame:
@@ -148,8 +161,7 @@ def write(sweep: Sweep, places: Sequence[Path], folder: Path = RESULTS) -> None:
     """
     table = gathered(places, sweep.table)
     over = [name for name, _ in sweep.over]
-    keys = [f"{name} (parameter)" if f"{name} (parameter)" in table else name for name in over]
-    table = table.sort_values(keys, kind="stable")
+    table = table.sort_values([_column(table, name) for name in over], kind="stable")
     if lacking := [name for name in sweep.columns if name not in table]:
         raise ValueError(f"{sweep.table}.csv lacks {lacking}; it has {list(table)}")
     runs = [json.loads((place / "run.json").read_text()) for place in places]

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
@@ -197,21 +198,93 @@ def loss_profiles(profile: pd.DataFrame, title: str = "") -> Figure:
     return figure
 
 
-def accuracy_by_parameters(table: pd.DataFrame, full: float, title: str = "") -> Figure:
-    """Test accuracy against parameters, a point with its interval a rule.
+def front(grades: pd.DataFrame, full: tuple[int, float], title: str = "") -> Figure:
+    """Rules for ranks against the best ranks of as many parameters, means and 95 % intervals.
 
-    Columns rule, parameters, mean, low, high; ``full`` is the full network's accuracy.
+    Left the test error of rules that choose their own size, beside the front of the best;
+    right the test loss over the best of the same budget, of rules that take one.
+
+    Args:
+        grades: what `svdlib.study.grading.grade` returns, of several networks with a column seed.
+        full: parameters and test error of the full network.
     """
-    figure, axis = plt.subplots(figsize=(7.5, 4.0))
-    colors = sns.color_palette("colorblind", len(table))
-    rows = zip(table.to_dict("records"), colors, itertools.cycle("osD^vP*Xp<"), strict=False)
-    for row, color, marker in rows:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), width_ratios=(3, 2))
+    under = grades[grades.share.notna()]
+    best = under[under.rule == "optimal"]
+    line = summarize(best, "error", ["share"]).assign(
+        parameters=best.groupby("share", sort=False).parameters.mean().values
+    )
+    left.plot(line.parameters, line["mean"], "-", color="0.2", label="the best ranks", zorder=1)
+    left.fill_between(line.parameters, line.low, line.high, color="0.2", alpha=0.2, linewidth=0)
+    own = grades[grades.share.isna()]
+    points = summarize(own, "error", ["rule"]).assign(
+        parameters=own.groupby("rule", sort=False).parameters.mean().values
+    )
+    colors = itertools.cycle(sns.color_palette("colorblind"))
+    for row, color, marker in zip(
+        points.to_dict("records"), colors, itertools.cycle("osD^vP*X<>p"), strict=False
+    ):
         spread = [[row["mean"] - row["low"]], [row["high"] - row["mean"]]]
-        bar = axis.errorbar(row["parameters"], row["mean"], yerr=spread, fmt=marker, color=color)
+        bar = left.errorbar(row["parameters"], row["mean"], spread, fmt=marker, color=color)
         bar.lines[0].set(label=row["rule"], markersize=7)
-    axis.axhline(full, color="0.3", linestyle="--", linewidth=1, label="full network")
-    axis.set(xlabel="parameters", ylabel="test accuracy (%)", title=title)
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    left.plot(*full, "*", color="k", markersize=12, label="full network")
+    left.set(yscale="log", xlabel="parameters", ylabel="test error (%)")
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.yaxis.set_major_formatter("{x:g}")
+    left.minorticks_off()
+    left.legend(fontsize=8.5, loc="upper right")
+    regret = summarize(under[under.rule != "optimal"], "regret", ["rule", "share"])
+    for (rule, part), marker in zip(
+        regret.groupby("rule", sort=False), itertools.cycle("osD^vP*X"), strict=False
+    ):
+        spread = np.stack([part["mean"] - part.low, part.high - part["mean"]])
+        right.errorbar(part.share, part["mean"], spread, fmt=f"{marker}-", label=rule, capsize=2)
+    right.axhline(0, color="0.3", linewidth=1)
+    right.set_yscale("symlog", linthresh=0.01)
+    right.set(xlabel="budget, share of the parameters", ylabel="test loss above the best's")
+    right.legend(fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
+    return figure
+
+
+def joint_map(joint: pd.DataFrame, layers: Sequence[str], title: str = "") -> Figure:
+    """The test error of every pair of ranks of the first two layers, the others full.
+
+    Args:
+        joint: what `joint_profile` returns, or a mean of several.
+        layers: its columns of ranks, two at least.
+    """
+    whole = joint[joint[list(layers[2:])].eq(joint[list(layers[2:])].max()).all(axis=1)]
+    error = (100 - whole.pivot(index=layers[1], columns=layers[0], values="accuracy"))[::-1]
+    figure, axis = plt.subplots(figsize=(0.42 * error.shape[1] + 1.2, 0.28 * len(error) + 1.2))
+    norm = LogNorm(error.min().min(), 90)
+    sns.heatmap(
+        error, annot=True, fmt=".0f", cmap="viridis_r", norm=norm, cbar=False, ax=axis,
+        annot_kws={"size": 8},
+    )  # fmt: skip
+    axis.set(xlabel="rank of the first layer", ylabel="rank of the second layer", title=title)
+    return figure
+
+
+def joint_cloud(
+    joint: pd.DataFrame, best: pd.DataFrame, points: pd.DataFrame, title: str = ""
+) -> Figure:
+    """Every combination of ranks by parameters and loss, the front of the best, and some points.
+
+    Args:
+        joint: what `joint_profile` returns.
+        best: what `front` makes of it.
+        points: columns rule, parameters, loss.
+    """
+    figure, axis = plt.subplots(figsize=(7.5, 4.2))
+    axis.plot(joint.parameters, joint.loss, ".", color="0.75", markersize=3, label="combinations")
+    best = best[best.excess == 0]
+    axis.step(best.parameters, best.loss, where="post", color="0.2", label="the best of them")
+    for row, marker in zip(points.to_dict("records"), "osD^vP", strict=False):
+        axis.plot(row["parameters"], row["loss"], marker, markersize=8, label=row["rule"])
+    axis.set(xscale="log", yscale="log", xlabel="parameters", ylabel="validation loss")
+    axis.set_title(title)
+    axis.legend()
     return figure
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -24,6 +24,16 @@ def interval(values: Sequence[float] | np.ndarray | pd.Series, level: float = 0.
     return pd.Series(
         {"n": len(x), "mean": x.mean(), "low": x.mean() - half, "high": x.mean() + half}
     )
+
+
+def told(summary: Mapping[str, float] | pd.Series, digits: int = 2) -> str:
+    """A mean with its interval as text.
+
+    >>> told(interval([1.0, 2.0, 3.0]))
+    '2.00 [-0.48, 4.48]'
+    """
+    mean, low, high = (f"{summary[key]:.{digits}f}" for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
 
 
 def summarize(table: pd.DataFrame, value: str, by: Sequence[str]) -> pd.DataFrame:

@@ -24,6 +24,20 @@ def test_a_table_is_that_of_its_parameters_or_none(tmp_path):
     assert stored("b", {}, tmp_path) is None
 
 
+def test_of_a_sweep_s_table_the_rows_that_were_asked_for(tmp_path):
+    table = pd.DataFrame({"dataset": ["x", "y"], "n": [1, 2], "n (parameter)": [5, 6]})
+    table.to_csv(tmp_path / "a.csv", index=False)
+    (tmp_path / "a.toml").write_text(
+        '[parameters]\nepochs = 4\n[over]\ndataset = ["x", "y"]\nn = [5, 6]\n'
+    )
+    found = stored("a", {"epochs": 4, "dataset": "y"}, tmp_path)
+    assert found.to_dict("list") == {"n": [2], "n (parameter)": [6]}
+    assert stored("a", {"n": 5}, tmp_path).dataset.tolist() == ["x"]
+    assert stored("a", {"dataset": "z"}, tmp_path) is None
+    assert stored("a", {"epochs": 5}, tmp_path) is None
+    assert stored("a", {"seeds": 5}, tmp_path) is None
+
+
 def test_every_committed_table_says_how_it_came_about():
     tables = sorted(path.stem for path in RESULTS.glob("*.csv") if ".runs" not in path.stem)
     assert tables

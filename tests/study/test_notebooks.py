@@ -23,9 +23,12 @@ SMALL = {
     },
     "05_speed": {"counts": "[1, 2]", "projected": "2", "repeats": "1"},
     "06_rank_revealer": {
-        "seeds": "2",
+        "seeds": "3",
+        "graded": "2",
         "epochs": "2",
+        "shares": "[0.4, 0.6]",
         "wide": "[784, 40, 40, 10]",
+        "wide_ranks": "[1, 10, 40]",
         "wide_images": "100",
         "bench": "[[784, 15, 15, 10]]",
     },

@@ -75,6 +75,14 @@ def test_other_plots():
     rule = pd.DataFrame(
         {"rule": ["a"], "parameters": [9.0], "mean": [90.0], "low": [89.0], "high": [91.0]}
     )
+    joint = pd.DataFrame(
+        {"0": [0, 0, 1, 1], "2": [0, 1, 0, 1], "4": 1, "accuracy": [10.0, 20, 30, 90],
+         "loss": [3.0, 2, 1, 4], "parameters": [1, 2, 3, 4]}
+    )  # fmt: skip
+    grades = pd.DataFrame(
+        {"rule": ["printed"] * 2 + ["budget", "optimal"] * 2, "parameters": 9, "error": 8.0,
+         "seed": [0, 1, 0, 0, 1, 1], "share": [np.nan] * 2 + [0.5] * 4, "regret": 0.1}
+    )  # fmt: skip
     race = pd.DataFrame(
         {"paper": [9.0, 90], "nested": [1.0, 2], "bound": [0.5, 1]}, index=["a", "b"]
     )
@@ -102,7 +110,9 @@ def test_other_plots():
         figures.confusion(counts),
         figures.differences(spread, "what", "points"),
         figures.error_by_rank(ranks, [9.0, 10.0]),
-        figures.accuracy_by_parameters(rule, full=91.0),
+        figures.front(grades, (12, 9.0)),
+        figures.joint_map(joint, ["0", "2", "4"]),
+        figures.joint_cloud(joint, joint.assign(excess=[0, 0, 0, 1]), rule.assign(loss=2.0)),
         figures.loss_profiles(profile.assign(network=0)),
         figures.profile_times(race),
         figures.spectra(sigma),
