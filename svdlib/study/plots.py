@@ -224,8 +224,8 @@ def front(grades: pd.DataFrame, full: tuple[int, float], title: str = "") -> Fig
     for row, color, marker in zip(
         points.to_dict("records"), colors, itertools.cycle("osD^vP*X<>p"), strict=False
     ):
-        spread = [[row["mean"] - row["low"]], [row["high"] - row["mean"]]]
-        bar = left.errorbar(row["parameters"], row["mean"], spread, fmt=marker, color=color)
+        ends = [[row["mean"] - row["low"]], [row["high"] - row["mean"]]]
+        bar = left.errorbar(row["parameters"], row["mean"], ends, fmt=marker, color=color)
         bar.lines[0].set(label=row["rule"], markersize=7)
     left.plot(*full, "*", color="k", markersize=12, label="full network")
     left.set(yscale="log", xlabel="parameters", ylabel="test error (%)")
