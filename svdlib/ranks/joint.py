@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from threading import Event
 
@@ -47,8 +48,8 @@ def joint_profile(
     """The loss of a perceptron with all its layers cut at once, at every combination of ranks.
 
     With W_l = Σ_j σ_j u_j v_jᵀ, layer l at rank r gives z = b + Σ_{j≤r} σ_j u_j (v_jᵀ h), a nested
-    sum over r. So each combination of ranks is reached from the one before by adding the terms
-    between them, and v_jᵀ h is taken once for all ranks of a layer. With |R_l| ranks of layer l,
+    sum over r. So each rank of a layer is reached from the one before by adding the terms between
+    them, v_jᵀ h is taken once for all its ranks, and only the layers behind start anew. With |R_l| ranks of layer l,
     an m_l × n_l matrix, that is for each image, in multiply-adds,
 
         Σ_l |R_1| ⋯ |R_{l−1}| k_l (m_l + n_l),    k_l the highest rank in R_l,
@@ -96,25 +97,10 @@ def joint_profile(
             link.decompose(grid)
         # So many shares whatever the number of threads, which so changes no result.
         shares = SHARES if x.device.type == "cpu" and len(x) > SHARES else 1
-        ends = [len(x) * share // shares for share in range(shares + 1)]
-        parts = [slice(*pair) for pair in pairwise(ends)]
-        done, stop = [0] * shares, Event()
-        size = _images(links, x, memory // shares)
-
-        def measure(share: int) -> Moments:
-            """Of a share of the images."""
-            moments = Moments.zeros(math.prod(map(len, grids)), x.device)
-            part = parts[share]
-            blocks = zip(*(t[part].split(size) for t in (x, y, full)), strict=True)
-            with torch.no_grad():
-                for h, labels, own in blocks:
-                    for at, logits in _visit(links, h.flatten(1).mT, 0):
-                        if stop.is_set():
-                            return moments
-                        moments.add(at, logits, labels, own)
-                        done[share] += len(h)
-            return moments
-
+        images = _images(links, x, memory // shares)
+        parts = list(zip(*(t.tensor_split(shares) for t in (x, y, full)), strict=True))
+        done: list[int] = []
+        stop = Event()
         bar = tqdm(
             total=len(x) * math.prod(map(len, grids[:-1])),
             disable=not progress,
@@ -124,9 +110,38 @@ def joint_profile(
         )
         with bar, ThreadPoolExecutor(min(usual, shares)) as pool:
             found = threads.side_by_side(
-                pool, measure, range(shares), lambda: bar.update(sum(done) - bar.n), stop
+                pool,
+                partial(_moments, links, images, done, stop),
+                parts,
+                lambda: bar.update(sum(done) - bar.n),
+                stop,
             )
     return _table(model, links, grids, sum(found[1:], found[0]).means(len(x)), full)
+
+
+@torch.no_grad()
+def _moments(
+    links: Sequence[_Link],
+    images: int,
+    done: list[int],
+    stop: Event,
+    share: tuple[Tensor, Tensor, Tensor],
+) -> Moments:
+    """Of every combination, over a share of the inputs, labels and losses of the network itself.
+
+    Args:
+        images: how many to take at once.
+        done: receives how many images each step of the tree has seen.
+    """
+    combinations = math.prod(len(link.ranks) for link in links)
+    moments = Moments.zeros(combinations, share[0].device)
+    for h, y, full in zip(*(t.split(images) for t in share), strict=True):
+        for at, logits in _visit(links, h.flatten(1).mT, 0):
+            if stop.is_set():
+                return moments
+            moments.add(at, logits, y, full)
+            done.append(len(h))
+    return moments
 
 
 def _images(links: Sequence[_Link], x: Tensor, memory: int) -> int:
@@ -204,8 +219,10 @@ def _links(model: nn.Module) -> list[_Link]:
                 raise ValueError(f"{told}; layer {name!r}: {reason}")
             links.append(_Link(name, step, before))
             before = []
-        elif isinstance(step, ELEMENTWISE) or (type(step) is nn.Flatten and not links):
+        elif isinstance(step, ELEMENTWISE):
             before.append(step)
+        elif type(step) is nn.Flatten and not links and (step.start_dim, step.end_dim) == (1, -1):
+            pass  # inputs are flattened anyway
         else:
             raise ValueError(f"{told}; step {name!r} is a {type(step).__name__}")
     if not links or before:
@@ -219,31 +236,7 @@ def _links(model: nn.Module) -> list[_Link]:
 
 def _grids(links: Sequence[_Link], ranks: Ranks) -> list[list[int]]:
     """The ranks of each layer, in rising order."""
-    if ranks is None:
-        most = max(link.limit for link in links) + 1
-        grids = [geometric(link.limit, most) for link in links]
-        while (number := math.prod(map(len, grids))) > ALL:
-            most = max(3, int(most * (ALL / number) ** (1 / len(links))))
-            smaller = [geometric(link.limit, most) for link in links]
-            if smaller == grids:
-                break
-            grids = smaller
-    else:
-        names = [link.name for link in links]
-        ranks = ranks if isinstance(ranks, Mapping) else list(ranks)
-        asked = dict(ranks) if isinstance(ranks, Mapping) else {name: [*ranks] for name in names}
-        if unknown := asked.keys() - set(names):
-            raise ValueError(f"no layer {unknown.pop()!r}; the model has {', '.join(names)}")
-        grids = []
-        for link in links:
-            # A layer that is not named stays whole.
-            given = [
-                checks.positive_int(rank, f"a rank of layer {link.name!r}", least=0)
-                for rank in asked.get(link.name, [link.limit])
-            ]
-            if not given:
-                raise ValueError(f"layer {link.name!r} has no ranks; give one at least")
-            grids.append(sorted({min(rank, link.limit) for rank in given}))
+    grids = _fitting(links) if ranks is None else _asked(links, ranks)
     number = math.prod(map(len, grids))
     if number > MOST:
         fits = int(MOST ** (1 / len(links)) + 1e-9)
@@ -251,6 +244,38 @@ def _grids(links: Sequence[_Link], ranks: Ranks) -> list[list[int]]:
             f"{' × '.join(str(len(grid)) for grid in grids)} = {number:,} combinations are more "
             f"than {MOST:,}; {fits} ranks a layer would fit"
         )
+    return grids
+
+
+def _fitting(links: Sequence[_Link]) -> list[list[int]]:
+    """All ranks, or a geometric grid: the largest with not more than `ALL` combinations, about."""
+    most = max(link.limit for link in links) + 1
+    while True:
+        grids = [geometric(link.limit, most) for link in links]
+        number = math.prod(map(len, grids))
+        if number <= ALL or most == 3:
+            return grids
+        most = max(3, min(most - 1, int(most * (ALL / number) ** (1 / len(links)))))
+
+
+def _asked(
+    links: Sequence[_Link], ranks: Iterable[int] | Mapping[str, Iterable[int]]
+) -> list[list[int]]:
+    """The ranks asked for; a layer that is not named stays whole."""
+    names = [link.name for link in links]
+    if not isinstance(ranks, Mapping):
+        ranks = dict.fromkeys(names, tuple(ranks))
+    if unknown := ranks.keys() - set(names):
+        raise ValueError(f"no layer {unknown.pop()!r}; the model has {', '.join(names)}")
+    grids = []
+    for link in links:
+        given = {
+            min(checks.positive_int(rank, f"a rank of layer {link.name!r}", least=0), link.limit)
+            for rank in ranks.get(link.name, [link.limit])
+        }
+        if not given:
+            raise ValueError(f"layer {link.name!r} has no ranks; give one at least")
+        grids.append(sorted(given))
     return grids
 
 
@@ -285,96 +310,3 @@ def _table(
     table = table.assign(**means, parameters=weights + others, multiply_adds=weights)
     table.attrs = {"loss": full.double().mean().item(), "layers": names}
     return table
-
-
-def front(joint: pd.DataFrame, cost: str = "parameters") -> pd.DataFrame:
-    """The combinations of ranks that no other beats in both loss and cost, and those close by.
-
-    Args:
-        joint: what `joint_profile` returns.
-        cost: "parameters" or "multiply_adds".
-
-    Returns:
-        the rows of ``joint`` in the order of their cost, with ``excess``: by how much a row's
-        loss is above the least at its cost or less, 0 on the front. Those off the front are
-        within one standard error, their own.
-
-    Raises:
-        ValueError: a table that `joint_profile` didn't make, an unknown cost.
-
-    >>> joint = pd.DataFrame({"loss": [3.0, 1.0, 1.1, 2.0], "se": 0.2, "parameters": [1, 2, 2, 3]})
-    >>> front(joint)[["loss", "parameters", "excess"]].round(2).values.tolist()
-    [[3.0, 1.0, 0.0], [1.0, 2.0, 0.0], [1.1, 2.0, 0.1]]
-    """
-    checks.one_of(cost, ("parameters", "multiply_adds"), "cost")
-    if lacking := {"loss", "se", cost} - set(joint):
-        raise ValueError(f"the table lacks {', '.join(sorted(lacking))}; see joint_profile")
-    ordered = joint.sort_values([cost, "loss"], kind="stable")
-    least = ordered.loss.cummin()
-    first = ordered.loss < least.shift(fill_value=math.inf)
-    excess = ordered.loss - least
-    return ordered.assign(excess=excess)[first | (excess > 0) & (excess <= ordered.se)]
-
-
-def layers_of(joint: pd.DataFrame) -> list[str]:
-    """The columns of ranks: those that stand before the loss.
-
-    Raises:
-        ValueError: a table that `joint_profile` didn't make.
-    """
-    needed = ["loss", "increase", "se", "parameters"]
-    if lacking := [name for name in needed if name not in joint]:
-        raise ValueError(f"the table lacks {', '.join(lacking)}; see joint_profile")
-    if not np.isfinite(joint[["loss", "increase"]].to_numpy()).all():
-        raise ValueError("the table has NaN or infinite losses")
-    return [str(name) for name in joint.columns[: joint.columns.get_loc("loss")]]
-
-
-def optimal(joint: pd.DataFrame, parameters: int | None, increase: float | None) -> dict[str, int]:
-    """The combination with the least loss, or the fewest parameters, under a budget."""
-    layers = layers_of(joint)
-    if parameters is not None:
-        able, by = joint[joint.parameters <= parameters], ["loss", "parameters"]
-        least = f"{joint.parameters.min()} parameters are the fewest in the table"
-    else:
-        able, by = joint[joint.increase <= increase], ["parameters", "loss"]
-        least = f"{joint.increase.min():.3g} is the least increase in the table"
-    if not len(able):
-        raise ValueError(f"no combination of ranks meets the budget; {least}")
-    best = able.sort_values(by, kind="stable").iloc[0]
-    return {name: int(best[name]) for name in layers}
-
-
-def walk(joint: pd.DataFrame, parameters: int, rising: bool) -> dict[str, int]:
-    """From one end of the table towards a budget, a step of the grid in one layer at a time.
-
-    Each step is the best by the change of the verified loss for a parameter.
-    """
-    layers = layers_of(joint)
-    grids = [sorted(joint[name].unique()) for name in layers]
-    shape = tuple(map(len, grids))
-    if len(joint) != math.prod(shape) or joint.duplicated(layers).any():
-        raise ValueError("a search in steps needs every combination of the table's ranks, once")
-    ordered = joint.sort_values(layers)
-    loss = ordered.loss.to_numpy().reshape(shape)
-    weights = ordered.parameters.to_numpy().reshape(shape)
-    if weights[(0,) * len(shape)] > parameters:
-        raise ValueError(
-            f"no combination of ranks meets the budget; {weights.min()} parameters are the "
-            "fewest in the table"
-        )
-    at = (0,) * len(shape) if rising else tuple(size - 1 for size in shape)
-    visited = [at]
-    while rising or weights[at] > parameters:
-        steps = []
-        for axis in range(len(shape)):
-            to = (*at[:axis], at[axis] + (1 if rising else -1), *at[axis + 1 :])
-            if 0 <= to[axis] < shape[axis] and (not rising or weights[to] <= parameters):
-                spent = max(abs(int(weights[to]) - int(weights[at])), 1)
-                steps.append(((loss[to] - loss[at]) / spent, to))
-        if not steps:
-            break
-        at = min(steps)[1]
-        visited.append(at)
-    best = min(visited, key=loss.__getitem__) if rising else at
-    return {name: int(grid[place]) for name, grid, place in zip(layers, grids, best, strict=True)}

@@ -1,4 +1,4 @@
-"""What cutting a layer will cost, predicted from one pass of the network, without cutting it."""
+"""What cutting a layer will cost, predicted from its gradients, without cutting it."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from svdlib.ranks.losses import (
 def verify_ranks(
     model: nn.Module, ranks: Mapping[str, int], x: Tensor, y: Tensor, memory: int = 2**28
 ) -> dict[str, float]:
-    """What the network loses with all these layers reduced at once. Layer effects do not add.
+    """What the network loses with all these layers reduced at once. Layer effects need not add.
 
     Returns:
         loss, accuracy (per cent), increase (of the loss, paired by image), se, error_increase

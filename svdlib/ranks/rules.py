@@ -11,7 +11,7 @@ from scipy.optimize import minimize_scalar
 
 from svdlib import checks
 from svdlib.layers.kinds import stored
-from svdlib.ranks.joint import optimal, walk
+from svdlib.ranks.front import optimal, walk
 
 Tolerance = float | Mapping[str, float]
 
@@ -42,7 +42,7 @@ def reveal_ranks(
     first two):
 
     - ``"printed"``: Algorithm 3 of the paper to the letter, which assigns rank j wherever
-      ℓ_j − ℓ_{j+1} ≥ ε: the last such j stands, one short of where the gain arrives.
+      ℓ_j − ℓ_{j+1} ≥ ε: the last such j stands, one short of where the gain arrives; full rank if there is none.
     - ``"marginal"``: its sensible reading, the smallest j beyond which no further rank gains ε:
       ℓ_j − min_{i>j} ℓ_i < ε.
     - ``"one-se"``: the smallest rank whose loss increase, paired by image, is within one
@@ -108,10 +108,10 @@ def reveal_ranks(
         return _level(layers, parameters)
     if parameters is not None or increase is not None:
         raise ValueError(f"parameters and increase belong to rules of a budget, not {rule!r}")
-    choose, needs, default = ONE_LAYER[rule]
+    choose, needs = ONE_LAYER[rule]
     found = {}
     for name, table in layers.items():
-        epsilon = _epsilon(rule, name, tolerance, default)
+        epsilon = _epsilon(rule, name, tolerance)
         full = int(table[["rows", "columns"]].iloc[0].min())
         ranks = set(table["rank"])
         needed = set(range(1, full + 1)) if needs == "all" else {full}
@@ -198,24 +198,31 @@ def _evbmf(table: pd.DataFrame, epsilon: float) -> int:
     return int((sigma > math.sqrt(large * variance * x_bound)).sum())
 
 
-# name: the rule for one layer, the ranks that it needs in the profile, its default tolerance
-ONE_LAYER: dict[str, tuple[Callable[[pd.DataFrame, float], int], str, float | None]] = {
-    "printed": (_printed, "all", None),
-    "marginal": (_marginal, "all", None),
-    "one-se": (_one_se, "full", 0.0),
-    "energy": (_energy, "all", 0.01),
-    "effective-rank": (_effective_rank, "all", 0.0),
-    "stable-rank": (_stable_rank, "all", 0.0),
-    "gavish-donoho": (_gavish_donoho, "all", 0.0),
-    "evbmf": (_evbmf, "all", 0.0),
+# name: the rule for one layer, and the ranks that it needs in the profile
+ONE_LAYER: dict[str, tuple[Callable[[pd.DataFrame, float], int], str]] = {
+    "printed": (_printed, "all"),
+    "marginal": (_marginal, "all"),
+    "one-se": (_one_se, "full"),
+    "energy": (_energy, "all"),
+    "effective-rank": (_effective_rank, "all"),
+    "stable-rank": (_stable_rank, "all"),
+    "gavish-donoho": (_gavish_donoho, "all"),
+    "evbmf": (_evbmf, "all"),
 }
 
+# The rules that take a tolerance, and the one they have if none is given.
+TOLERANCES: dict[str, float | None] = {"printed": None, "marginal": None, "energy": 0.01}
 
-def _epsilon(rule: str, layer: str, tolerance: Tolerance | None, default: float | None) -> float:
-    if rule in ("one-se", "effective-rank", "stable-rank", "gavish-donoho", "evbmf"):
+# The rules of a joint table.
+JOINT = ("optimal", "removal", "gain")
+
+
+def _epsilon(rule: str, layer: str, tolerance: Tolerance | None) -> float:
+    if rule not in TOLERANCES:
         if tolerance is not None:
             raise ValueError(f"rule {rule!r} takes no tolerance")
         return 0.0
+    default = TOLERANCES[rule]
     if isinstance(tolerance, Mapping):
         if layer not in tolerance:
             raise ValueError(f"tolerance lacks layer {layer!r}; it has {', '.join(tolerance)}")
@@ -302,9 +309,6 @@ def _falls(values: np.ndarray) -> np.ndarray:
     """Where a value is below all before it."""
     before = np.append(math.inf, np.minimum.accumulate(values)[:-1])
     return np.flatnonzero(values < before)
-
-
-JOINT = ("optimal", "removal", "gain")
 
 
 def _joint(

@@ -44,6 +44,38 @@ def stored(
     return table if len(table) else None
 
 
+def rested(
+    live: pd.DataFrame,
+    committed: pd.DataFrame | None,
+    keys: Sequence[str],
+    value: str,
+    by: str,
+) -> tuple[pd.DataFrame, float | None]:
+    """Which table a notebook draws: the committed one, if it has all that was measured live.
+
+    Args:
+        live, committed: what was measured here, and what `stored` found.
+        keys: columns that name a measurement.
+        value, by: compared are the means of ``value`` over each group ``by``.
+
+    Returns:
+        the committed table, and how far apart the two are in the mean of any group; or the live
+        one and None, where there is no other or the live one has as much.
+
+    >>> live = pd.DataFrame({"seed": [0], "error": [9.0], "method": "a"})
+    >>> committed = pd.DataFrame({"seed": [0, 1], "error": [9.5, 8.0], "method": "a"})
+    >>> rested(live, committed, ["seed", "method"], "error", "method")[1]
+    0.5
+    """
+    if committed is None or len(live) >= len(committed):
+        return live, None
+    both = live.merge(committed, on=list(keys), suffixes=("", " stored"))
+    if len(both) < len(live):
+        return live, None
+    apart = (both[value] - both[f"{value} stored"]).groupby(both[by], dropna=False).mean()
+    return committed, float(apart.abs().max())
+
+
 def _column(table: pd.DataFrame, parameter: str) -> str:
     """The column of a parameter: its name, or with a note where the table has one of its own."""
     noted = f"{parameter} (parameter)"

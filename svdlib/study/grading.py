@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 from torch import Tensor, nn
 
-from svdlib.ranks.joint import joint_profile, layers_of
+from svdlib.ranks.front import layers_of
+from svdlib.ranks.joint import joint_profile
 from svdlib.ranks.predicted import METHODS, predicted_profile
 from svdlib.ranks.profile import loss_profile
 from svdlib.ranks.reduced import refine_ranks
-from svdlib.ranks.rules import ONE_LAYER, reveal_ranks
+from svdlib.ranks.rules import ONE_LAYER, TOLERANCES, reveal_ranks
 
 Choices = dict[str, dict[str, int]]
 
@@ -71,7 +72,7 @@ def _own(
     tolerance: float,
 ) -> Choices:
     """What each rule answers that chooses its own number of parameters."""
-    needs = {"printed", "marginal"}
+    needs = [rule for rule, default in TOLERANCES.items() if default is None]
     found = {
         rule: reveal_ranks(profile, rule, tolerance=tolerance if rule in needs else None)
         for rule in ONE_LAYER

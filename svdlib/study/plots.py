@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -216,15 +216,14 @@ def front(grades: pd.DataFrame, full: tuple[int, float], title: str = "") -> Fig
     )
     left.plot(line.parameters, line["mean"], "-", color="0.2", label="the best ranks", zorder=1)
     left.fill_between(line.parameters, line.low, line.high, color="0.2", alpha=0.2, linewidth=0)
+    styles = dict(zip(grades.rule.unique(), _styles(), strict=False))
     own = grades[grades.share.isna()]
     points = summarize(own, "error", ["rule"]).assign(
         parameters=own.groupby("rule", sort=False).parameters.mean().values
     )
-    colors = itertools.cycle(sns.color_palette("colorblind"))
-    for row, color, marker in zip(
-        points.to_dict("records"), colors, itertools.cycle("osD^vP*X<>p"), strict=False
-    ):
+    for row in points.to_dict("records"):
         ends = [[row["mean"] - row["low"]], [row["high"] - row["mean"]]]
+        color, marker = styles[row["rule"]]
         bar = left.errorbar(row["parameters"], row["mean"], ends, fmt=marker, color=color)
         bar.lines[0].set(label=row["rule"], markersize=7)
     left.plot(*full, "*", color="k", markersize=12, label="full network")
@@ -234,17 +233,24 @@ def front(grades: pd.DataFrame, full: tuple[int, float], title: str = "") -> Fig
     left.minorticks_off()
     left.legend(fontsize=8.5, loc="upper right")
     regret = summarize(under[under.rule != "optimal"], "regret", ["rule", "share"])
-    for (rule, part), marker in zip(
-        regret.groupby("rule", sort=False), itertools.cycle("osD^vP*X"), strict=False
-    ):
+    for rule, part in regret.groupby("rule", sort=False):
         spread = np.stack([part["mean"] - part.low, part.high - part["mean"]])
-        right.errorbar(part.share, part["mean"], spread, fmt=f"{marker}-", label=rule, capsize=2)
+        color, marker = styles[rule]
+        style = {"fmt": f"{marker}-", "color": color, "label": rule, "capsize": 2}
+        right.errorbar(part.share, part["mean"], spread, **style)
     right.axhline(0, color="0.3", linewidth=1)
     right.set_yscale("symlog", linthresh=0.01)
     right.set(xlabel="budget, share of the parameters", ylabel="test loss above the best's")
     right.legend(fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
     return figure
+
+
+def _styles() -> Iterator[tuple[tuple[float, float, float], str]]:
+    """Colours and markers without end, each pair different from those before."""
+    colors = itertools.cycle(sns.color_palette("colorblind", 10))
+    markers = itertools.cycle("osD^vP*X<>p")
+    return zip(colors, markers, strict=False)
 
 
 def joint_map(joint: pd.DataFrame, layers: Sequence[str], title: str = "") -> Figure:
@@ -283,6 +289,9 @@ def joint_cloud(
     for row, marker in zip(points.to_dict("records"), "osD^vP", strict=False):
         axis.plot(row["parameters"], row["loss"], marker, markersize=8, label=row["rule"])
     axis.set(xscale="log", yscale="log", xlabel="parameters", ylabel="validation loss")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.minorticks_off()
     axis.set_title(title)
     axis.legend()
     return figure

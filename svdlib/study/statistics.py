@@ -32,7 +32,10 @@ def told(summary: Mapping[str, float] | pd.Series, digits: int = 2) -> str:
     >>> told(interval([1.0, 2.0, 3.0]))
     '2.00 [-0.48, 4.48]'
     """
-    mean, low, high = (f"{summary[key]:.{digits}f}" for key in ("mean", "low", "high"))
+    # Zero is added so that nothing reads −0.00.
+    mean, low, high = (
+        f"{round(summary[key], digits) + 0.0:.{digits}f}" for key in ("mean", "low", "high")
+    )
     return f"{mean} [{low}, {high}]"
 
 
