@@ -172,21 +172,27 @@ def _input_moments(
     counts = dict.fromkeys(layers, 0)
     sums: dict[str, Tensor] = {}
     squares: dict[str, Tensor] = {}
-    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
+    waiting: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def add(name: str) -> None:
+        x = torch.cat(waiting[name])
+        waiting[name].clear()
+        counts[name] += len(x)
+        sums[name] = sums.get(name, 0) + x.sum(0)
+        squares[name] = squares.get(name, 0) + x.mT @ x
 
     def note(name: str, inputs: tuple[Tensor, ...]) -> None:
-        seen[name].append(rows(layers[name], inputs[0]))
+        # a copy: the model may go on to work on its input in place
+        waiting[name].append(rows(layers[name], inputs[0]).to(torch.float64, copy=True))
+        if sum(map(len, waiting[name])) >= 1024:  # products of few rows at a time are slow
+            add(name)
 
     with evaluating(model), hooked(layers, before=note):
         for part in calibration.split(batch):
             model(part)
-            for name, parts in seen.items():
-                if parts:
-                    x = torch.cat(parts).double()
-                    counts[name] += len(x)
-                    sums[name] = sums.get(name, 0) + x.sum(0)
-                    squares[name] = squares.get(name, 0) + x.mT @ x
-                    parts.clear()
+    for name in layers:
+        if waiting[name]:
+            add(name)
     unused = [name for name in layers if not counts[name]]
     if unused:
         raise ValueError(f"calibration does not reach layer {unused[0]!r}")

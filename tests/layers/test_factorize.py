@@ -100,6 +100,21 @@ def test_calibration_minimises_the_error_of_the_output(generator):
     assert error(small) == pytest.approx(sigma[5:].square().sum().item(), rel=1e-8)
 
 
+def test_calibration_sees_a_layers_input_as_it_was_when_the_layer_was_called():
+    class Overwrites(nn.Sequential):
+        def forward(self, x):
+            hidden = self[0](x)
+            out = self[1](hidden)
+            hidden.zero_()
+            return out
+
+    model = Overwrites(*list(perceptron())[::2])
+    x = torch.randn(1500, 40)  # more rows than are summed at once
+    expected = svdlib.factorize(nn.Sequential(*model), {"1": 2}, calibration=x)
+    small = svdlib.factorize(model, {"1": 2}, calibration=x)
+    assert torch.equal(small[1].weight, expected[1].weight)
+
+
 def test_calibration_without_bias_with_rank_deficient_inputs_and_for_convolutions(generator):
     torch.manual_seed(0)
     layer = nn.Linear(30, 20, bias=False)
