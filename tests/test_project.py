@@ -110,8 +110,14 @@ def test_notebooks_keep_to_the_house(path):
     assert "widget-view" not in outputs and "/.venv/" not in outputs
 
 
-def test_readme_points_at_files_that_are_there():
-    text = (ROOT / "README.md").read_text()
-    links = re.findall(r"\]\(([^)#:]+)\)", text)
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+@pytest.mark.parametrize("path", ["README.md", *sorted(Path("docs").glob("*.md"))], ids=str)
+def test_texts_point_at_files_that_are_there(path):
+    text = (ROOT / path).read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+    folder = (ROOT / path).parent
+    assert [link for link in links if not (folder / link).exists()] == []
+
+
+def test_every_figure_is_in_the_gallery():
+    shown = set(re.findall(r"figures/(\w+).png", (ROOT / "docs/gallery.md").read_text()))
+    assert shown == {path.stem for path in (ROOT / "figures").glob("*.png")}

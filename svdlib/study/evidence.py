@@ -35,6 +35,8 @@ def stored(
         return None
     about = tomllib.loads(sweep.read_text()) if sweep.is_file() else json.loads(other.read_text())
     table = pd.read_csv(path)
+    if "columns" in about and list(table) != about["columns"]:
+        return None  # of an older sweep
     for key, value in parameters.items():
         if key in about.get("over", {}):
             column = _column(table, key)

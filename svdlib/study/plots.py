@@ -10,15 +10,28 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from svdlib.study.statistics import interval, summarize
+from svdlib.study.statistics import interval, paired, prediction, summarize
 
 STYLE = Path(__file__).with_name("svdlib.mplstyle")
-COLORS = {"stock": "#0072B2", "rsvd": "#D55E00", "truncsvd": "#009E73"}
+COLORS = {
+    "stock": "#0072B2",
+    "rsvd": "#D55E00",
+    "rSVD every epoch": "#D55E00",
+    "rSVD every step": "#EFA176",
+    "truncsvd": "#009E73",
+    "truncSVD every epoch": "#009E73",
+    "truncSVD every step": "#7CCBB5",
+}
+OTHERS = ("#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933", "#000000")
 LABELS = {"stock": "stock", "rsvd": "rSVD", "truncsvd": "truncSVD"}
 
 
@@ -28,47 +41,145 @@ def style() -> None:
     pd.set_option("display.max_colwidth", None)
 
 
-def save(figure: Figure, name: str, data: pd.DataFrame, folder: str | Path) -> None:
+def save(figure: Figure | None, name: str, data: pd.DataFrame, folder: str | Path) -> None:
     """Write ``name``.png and its data as ``name``.csv; nothing if ``folder`` is empty.
 
-    The PNG carries no metadata, so that equal figures are equal files.
+    Without a figure, the data alone. The PNG carries no metadata, so that equal figures are equal
+    files.
     """
     if not str(folder):
         return
-    figure.savefig(Path(folder) / f"{name}.png", metadata={"Software": None})
+    if figure is not None:
+        figure.savefig(Path(folder) / f"{name}.png", metadata={"Software": None})
     data.to_csv(Path(folder) / f"{name}.csv", index=False, float_format="%.6g")
 
 
 def learning_curves(history: pd.DataFrame, title: str = "") -> Figure:
-    """Test error, test loss and elapsed seconds by epoch: mean and 95 % interval of each method.
+    """Test error and test loss by epoch: mean, its 95 % interval, and where 95 % of runs lie.
 
-    ``history`` is what `train` returns, of one call or of several concatenated; the seconds
-    are those of the whole ensemble, divided by its networks.
+    ``history`` is what `train` returns, of one call or of several concatenated.
     """
-    figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.4))
-    networks = history.groupby("method", sort=False).network.transform("nunique")
-    elapsed = history.assign(per_network=history.seconds / networks)
-    elapsed["elapsed"] = elapsed.groupby(["method", "network"]).per_network.cumsum()
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6))
     for axis, value, label in (
         (axes[0], "test_error", "test error (%)"),
         (axes[1], "test_loss", "test loss (cross-entropy)"),
-        (axes[2], "elapsed", "training time (s per network)"),
     ):
-        _bands(axis, elapsed, "epoch", value)
-        axis.set(xlabel="epoch", ylabel=label, ylim=(0, None))
+        _runs(axis, history, value)
+        _bands(axis, history, "epoch", value)
+        axis.set(xlabel="epoch", ylabel=label, yscale="log")
+        _plain(axis.yaxis)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].legend()
     figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
     return figure
 
 
+def against_stock(history: pd.DataFrame, title: str = "") -> Figure:
+    """The error of stock networks by epoch, and what each other method adds to it, seed by seed.
+
+    Left the mean with its 95 % interval and, lighter, where 95 % of the runs lie (not below the
+    best of them); right the mean
+    of the paired differences with its 95 % interval, on a scale that is linear below 0.1.
+
+    Args:
+        history: several calls of `train`, concatenated, with a method "stock".
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.8))
+    stock = history[history.method == "stock"]
+    _runs(left, stock, "test_error")
+    _bands(left, stock, "epoch", "test_error")
+    left.set(xlabel="epoch", ylabel="test error (%)", title="stock", yscale="log")
+    _plain(left.yaxis)
+    added = pd.concat(
+        paired(part, "test_error", against="stock").assign(epoch=epoch)
+        for epoch, part in history.groupby("epoch")
+    )
+    for method, part in added.groupby("method", sort=False):
+        _line(right, part, "epoch", str(method))
+    right.axhline(0, color="0.3", linewidth=1)
+    right.set_yscale("symlog", linthresh=0.1)
+    right.set_yticks(_ticks(added.low.min(), added.high.max()))
+    right.yaxis.set_major_formatter("{x:g}")
+    right.set(xlabel="epoch", ylabel="points of test error", title="added to it")
+    right.legend()
+    for axis in (left, right):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
+    return figure
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten from 0.1 on, in both directions, as far as they are needed."""
+    steps = [step * 10.0**power for power in (-1, 0, 1) for step in (1, 2, 5)]
+    return [s for s in (*(-step for step in steps), 0, *steps) if min(low, 0) <= s <= max(high, 0)]
+
+
+def _plain(axis: Axis) -> None:
+    """Plain numbers on a logarithmic axis, as many as its range has room for."""
+    low, high = axis.get_view_interval()
+    steps = (1, 2, 5) if high > 8 * low else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
+
+
+def _runs(axis: Axes, table: pd.DataFrame, value: str) -> None:
+    """Where 95 % of the runs lie, by epoch; not below the best of them."""
+    for method, part in table.groupby("method", sort=False):
+        groups = part.groupby("epoch")[value]
+        ends = pd.DataFrame({epoch: prediction(v) for epoch, v in groups}).T
+        color = COLORS.get(str(method), "0.5")
+        low = ends.low.clip(lower=groups.min())
+        axis.fill_between(ends.index, low, ends.high, color=color, alpha=0.12, linewidth=0)
+
+
+def reproduction(places: Mapping[str, pd.DataFrame], title: str = "") -> Figure:
+    """Single runs among many: bands hold 95 % of the runs, dots are their means, crosses single.
+
+    Args:
+        places: tables of `svdlib.study.statistics.placed`, by what the runs do; columns method,
+            epoch, value.
+    """
+    first = next(iter(places.values()))
+    groups = first[["value", "epoch"]].drop_duplicates().sort_values("epoch", kind="stable")
+    methods = list(first.method.unique())
+    size = (2.9 * len(groups), 3.9)
+    figure, axes = plt.subplots(1, len(groups), figsize=size, squeeze=False)
+    shades = np.linspace(0.25, 0.6, len(places))
+    for axis, (value, epoch) in zip(axes[0], groups.itertuples(index=False), strict=True):
+        for number, (table, shade) in enumerate(zip(places.values(), shades, strict=True)):
+            for row in table[(table.value == value) & (table.epoch == epoch)].to_dict("records"):
+                x = methods.index(row["method"]) + 0.32 * (number - (len(places) - 1) / 2)
+                color = COLORS.get(row["method"])
+                bar = axis.plot([x, x], [row["low"], row["high"]], color=color, alpha=shade)
+                bar[0].set(linewidth=9, solid_capstyle="butt")
+                axis.plot(x, row["mean"], "o", color=color)
+                axis.plot(x, row["single"], "kx", markersize=8, markeredgewidth=2)
+        axis.set_xticks(range(len(methods)), [LABELS.get(m, m) for m in methods])
+        axis.set(title=f"{value}, epoch {epoch}", xlim=(-0.6, len(methods) - 0.4))
+    keys: list[Artist] = [
+        Patch(color="0.3", alpha=a, label=how) for how, a in zip(places, shades, strict=True)
+    ]
+    keys.append(Line2D([], [], color="k", marker="x", linestyle="", label="the single run"))
+    figure.legend(handles=keys, loc="outside lower center", ncols=len(keys))
+    figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
+    return figure
+
+
 def _bands(axis: Axes, table: pd.DataFrame, x: str, y: str) -> None:
+    """The mean and its 95 % interval, a line a method."""
     summary = summarize(table, y, ["method", x])
-    others = iter(["#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"])
     for method, part in summary.groupby("method", sort=False):
-        color = COLORS.get(str(method)) or next(others)
-        label = LABELS.get(str(method), str(method))
-        axis.plot(part[x], part["mean"], "o-", color=color, label=label)
-        axis.fill_between(part[x], part.low, part.high, color=color, alpha=0.2, linewidth=0)
+        _line(axis, part, x, str(method))
+
+
+def _line(axis: Axes, part: pd.DataFrame, x: str, method: str) -> None:
+    color = COLORS.get(method)
+    if color is None:
+        taken = {line.get_color() for line in axis.lines}
+        color = next(other for other in OTHERS if other not in taken)
+    axis.plot(part[x], part["mean"], "o-", color=color, label=LABELS.get(method, method))
+    axis.fill_between(part[x], part.low, part.high, color=color, alpha=0.25, linewidth=0)
 
 
 def confusion(counts: pd.DataFrame, title: str = "") -> Figure:
@@ -86,7 +197,11 @@ def confusion(counts: pd.DataFrame, title: str = "") -> Figure:
         square=True,
         ax=axis,
     )
-    axis.set(xlabel="predicted digit", ylabel="true digit (rows add to 100 %)", title=title)
+    axis.set(
+        xlabel="predicted class (colours end at 10 %)",
+        ylabel="true class (rows add to 100 %)",
+        title=title,
+    )
     return figure
 
 
@@ -119,31 +234,69 @@ def spectra(values: pd.DataFrame, title: str = "") -> Figure:
     return figure
 
 
-def differences(table: pd.DataFrame, value: str, label: str, title: str = "") -> Figure:
-    """Paired differences with intervals, a row each: columns ``value``, mean, low, high."""
-    figure, axis = plt.subplots(figsize=(7.5, 0.45 * len(table) + 1.3))
-    y = np.arange(len(table))[::-1]
-    spread = np.stack([table["mean"] - table.low, table.high - table["mean"]])
-    axis.errorbar(table["mean"], y, xerr=spread, fmt="o", capsize=3)
-    axis.axvline(0, color="0.3", linewidth=1)
-    axis.set_yticks(y, list(table[value]))
-    axis.set(xlabel=label, title=title, ylim=(-0.6, len(table) - 0.4))
+def sketch_grid(table: pd.DataFrame, title: str = "") -> Figure:
+    """What rSVD adds to the error against oversampling, a panel a method and epoch, a line a q.
+
+    Columns method, epoch, p, q, mean, low, high.
+    """
+    groups = list(table.groupby(["method", "epoch"], sort=False))
+    figure, axes = plt.subplots(1, len(groups), figsize=(2.9 * len(groups), 3.6), squeeze=False)
+    for axis, ((method, epoch), part) in zip(axes[0], groups, strict=True):
+        shades = sns.light_palette(COLORS["rsvd"], part.q.nunique() + 1)[1:]
+        for shift, ((q, rows), shade) in enumerate(zip(part.groupby("q"), shades, strict=True)):
+            spread = np.stack([rows["mean"] - rows.low, rows.high - rows["mean"]])
+            x = rows.p + 0.08 * (shift - 1)
+            style = {"fmt": "o-", "capsize": 3, "color": shade, "label": f"q = {q}"}
+            axis.errorbar(x, rows["mean"], spread, **style)
+        axis.axhline(0, color="0.3", linewidth=1)
+        axis.set_xticks(sorted(part.p.unique()))
+        axis.set(xlabel="oversampling p", title=f"{method}, epoch {epoch}")
+        axis.title.set_fontsize(10)
+    axes[0][0].set_ylabel("points of test error added")
+    axes[0][-1].legend()
+    figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
+    return figure
+
+
+def effects(table: pd.DataFrame, title: str = "") -> Figure:
+    """Paired differences with intervals, a row each, a panel an epoch on a scale of its own.
+
+    Columns what, epoch, mean, low, high.
+    """
+    epochs = sorted(table.epoch.unique())
+    names = list(table.what.unique())
+    size = (4.6 * len(epochs) + 2, 0.42 * len(names) + 1.5)
+    figure, axes = plt.subplots(1, len(epochs), figsize=size, sharey=True, squeeze=False)
+    for axis, epoch in zip(axes[0], epochs, strict=True):
+        rows = table[table.epoch == epoch].set_index("what").loc[names]
+        spread = np.stack([rows["mean"] - rows.low, rows.high - rows["mean"]])
+        axis.errorbar(rows["mean"], np.arange(len(rows))[::-1], xerr=spread, fmt="o", capsize=3)
+        axis.axvline(0, color="0.3", linewidth=1)
+        axis.set_yticks(np.arange(len(rows))[::-1], names)
+        axis.set(xlabel="points of test error", title=f"epoch {epoch}")
+        axis.set_ylim(-0.6, len(rows) - 0.4)
+    figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
     return figure
 
 
 def error_by_rank(table: pd.DataFrame, reference: Sequence[float], title: str = "") -> Figure:
-    """Final test error against rank, by method: columns method, rank, test_error.
+    """Final test error against rank, by method: mean, 95 % interval; light: best to worst network.
 
-    ``reference`` are the errors of stock networks, drawn as a horizontal band.
+    Args:
+        table: columns method, rank, test_error.
+        reference: errors of stock networks; their mean is a dashed line.
     """
-    figure, axis = plt.subplots(figsize=(7.5, 3.8))
+    figure, axis = plt.subplots(figsize=(7.5, 4.0))
+    for method, part in table.groupby("method", sort=False):
+        ends = part.groupby("rank").test_error.agg(["min", "max"])
+        color = COLORS.get(str(method), "0.5")
+        axis.fill_between(ends.index, ends["min"], ends["max"], color=color, alpha=0.1, linewidth=0)
     _bands(axis, table, "rank", "test_error")
     stock = interval(reference)
     axis.axhline(stock["mean"], color=COLORS["stock"], linestyle="--", label="stock, full rank")
-    axis.axvspan(0.5, 9.5, color="0.94", zorder=0)
-    axis.text(5, 93, "ranks said to destroy it", ha="center", color="0.35", fontsize=9)
     axis.set(xlabel="rank of every weight matrix", ylabel="test error (%)", title=title)
-    axis.set(ylim=(0, 100), xlim=(0.5, table["rank"].max() + 0.5))
+    axis.set(yscale="log", xlim=(0.5, table["rank"].max() + 0.5))
+    _plain(axis.yaxis)
     axis.set_xticks(sorted(table["rank"].unique()))
     axis.legend()
     return figure
@@ -314,59 +467,82 @@ def profile_times(times: pd.DataFrame, title: str = "") -> Figure:
 def sketch_errors(table: pd.DataFrame, title: str = "") -> Figure:
     """Spectral error against oversampling, a panel a matrix, a line a number of power iterations.
 
-    Columns matrix, oversample, power_iters, error, bound: a row a draw, in units of σ_{k+1};
-    ``bound`` is that of the mean without power iterations. Bands hold 95 % of the draws.
+    Columns matrix, oversample, power_iters, error, bound, sharp_bound, worst: a row a draw, in
+    units of σ_{k+1}; ``bound`` is that of the mean without power iterations (dashed),
+    ``sharp_bound`` with those of the row (dotted, in its colour), ``worst`` the largest error that
+    any Q can have, told above each panel. Bands hold 95 % of the draws.
     """
     names = list(dict.fromkeys(table.matrix))
-    figure, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 3.6), sharey=True)
+    figure, axes = plt.subplots(1, len(names), figsize=(3.1 * len(names), 4.0), sharey=True)
+    counts = sorted(table.power_iters.unique())
+    colors = sns.light_palette(COLORS["rsvd"], len(counts) + 1)[:0:-1]
     for axis, name in zip(np.atleast_1d(axes), names, strict=True):
         part = table[table.matrix == name]
-        for q, drawn in part.groupby("power_iters"):
-            errors = drawn.groupby("oversample").error
-            line = axis.plot(errors.mean(), "o-", label=f"q = {q}")[0]
-            low, high = errors.quantile(0.025), errors.quantile(0.975)
-            axis.fill_between(low.index, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-        axis.plot(part.groupby("oversample").bound.first(), "--", color="0.3", label="bound, q = 0")
+        for q, color in zip(counts, colors, strict=True):
+            drawn = part[part.power_iters == q].groupby("oversample")
+            low, high = drawn.error.quantile(0.025), drawn.error.quantile(0.975)
+            axis.plot(drawn.error.mean(), "o-", color=color, label=f"mean, q = {q}")
+            axis.fill_between(low.index, low, high, color=color, alpha=0.25, linewidth=0)
+            axis.plot(drawn.sharp_bound.first(), ":", color=color, label=f"sharper bound, q = {q}")
+        printed = part.groupby("oversample").bound.first()
+        axis.plot(printed, "--", color="0.3", label="printed bound, q = 0")
         axis.axhline(1, color="0.6", linewidth=1)
-        axis.set(yscale="log", xlabel="oversampling p", title=name)
+        axis.set(yscale="log", xlabel="oversampling p")
+        worst = f"{part.worst.iloc[0]:,.1f}".removesuffix(".0")
+        axis.set_title(f"{name}\nworst Q: {worst}", fontsize=10)
         axis.yaxis.set_major_formatter("{x:g}")
-    axis.legend()
     np.atleast_1d(axes)[0].set_ylabel("error / best possible")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center")
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
     return figure
 
 
 def exact_or_randomized(table: pd.DataFrame, title: str = "") -> Figure:
-    """How many times faster a randomized SVD is than the fastest exact one, by shape and rank.
+    """How many times faster a randomized SVD is than the fastest exact one, and what its error is.
 
-    Columns shape, rank, full, truncated, randomized: seconds. Under each ratio, the fastest way.
+    A panel a spectrum, a row a shape, a column a rank. Columns spectrum, shape, rank; full,
+    truncated, randomized: seconds; error: of the randomized, over the best possible.
     """
-    table = table.assign(
-        ratio=table[["full", "truncated"]].min(axis=1) / table.randomized,
-        fastest=table[["full", "truncated", "randomized"]].idxmin(axis=1),
-    )
-    shapes = list(dict.fromkeys(table["shape"]))
-    ratio, fastest = (
-        table.pivot(index="shape", columns="rank", values=value).loc[shapes]
-        for value in ("ratio", "fastest")
-    )
-    text = ratio.map("{:.2g}×\n".format) + fastest.fillna("")
-    figure, axis = plt.subplots(figsize=(7.0, 0.62 * len(shapes) + 1.0))
-    sns.heatmap(
-        np.log2(ratio),
-        annot=text,
-        fmt="",
-        annot_kws={"fontsize": 9},
-        cmap="vlag_r",
-        center=0,
-        cbar=False,
-        linewidths=1,
-        ax=axis,
-    )
-    axis.set(ylabel="", title=title)
-    axis.tick_params(axis="y", rotation=0)
-    axis.grid(visible=False)
+    table = table.assign(ratio=table[["full", "truncated"]].min(axis=1) / table.randomized)
+    spectra, shapes = (list(dict.fromkeys(table[name])) for name in ("spectrum", "shape"))
+    limit = np.abs(np.log2(table.ratio)).max()
+    size = (0.9 + 1.05 * table["rank"].nunique() * len(spectra), 0.6 * len(shapes) + 1.2)
+    figure, axes = plt.subplots(1, len(spectra), figsize=size, sharey=True, squeeze=False)
+    for axis, spectrum in zip(axes[0], spectra, strict=True):
+        part = table[table.spectrum == spectrum]
+        ratio, error = (
+            part.pivot(index="shape", columns="rank", values=value).loc[shapes]
+            for value in ("ratio", "error")
+        )
+        sns.heatmap(
+            np.log2(ratio),
+            annot=ratio.map("{:.2g}×\n".format) + error.map("error {:.3f}".format),
+            fmt="",
+            annot_kws={"fontsize": 8.5},
+            cmap="vlag_r",
+            vmin=-limit,
+            vmax=limit,
+            cbar=False,
+            linewidths=1,
+            ax=axis,
+        )
+        axis.set(ylabel="", title=f"{spectrum} spectrum")
+        axis.tick_params(axis="y", rotation=0)
+        axis.grid(visible=False)
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
     return figure
+
+
+# Apart from the colours of the three methods.
+WAYS = {
+    "products alone": {"color": "0.3", "linestyle": ":"},
+    "svdlib": {"color": "#000000", "marker": "o"},
+    "torch.svd_lowrank": {"color": "#CC79A7", "marker": "s"},
+    "scikit-learn": {"color": "#E69F00", "marker": "D"},
+    "fbpca": {"color": "#56B4E9", "marker": "^"},
+    "SciPy svds": {"color": "0.6", "marker": "v"},
+    "SciPy interpolative": {"color": "0.6", "marker": "x", "linestyle": "--"},
+}
 
 
 def svd_race(table: pd.DataFrame, title: str = "") -> Figure:
@@ -375,60 +551,54 @@ def svd_race(table: pd.DataFrame, title: str = "") -> Figure:
     figure, axes = plt.subplots(1, len(shapes), figsize=(2.9 * len(shapes), 3.8), sharey=True)
     for axis, shape in zip(np.atleast_1d(axes), shapes, strict=True):
         for way, part in table[table["shape"] == shape].groupby("way", sort=False):
-            look = ":" if way == "products alone" else "o-"
-            color = "0.3" if way == "products alone" else None
-            axis.plot(part["rank"], part.seconds, look, color=color, label=way)
+            axis.plot(part["rank"], part.seconds, label=way, **WAYS.get(str(way), {}))
         axis.set(xscale="log", yscale="log", xlabel="rank", title=shape)
         ranks = sorted(table["rank"].unique())
         axis.set_xticks(ranks, list(map(str, ranks)))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
     np.atleast_1d(axes)[0].set_ylabel("seconds")
-    handles, labels = axis.get_legend_handles_labels()
-    for axis in np.atleast_1d(axes):
-        if len(axis.lines) > len(handles):
-            handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center")
+    shown = {line.get_label(): line for axis in np.atleast_1d(axes) for line in axis.lines}
+    figure.legend(shown.values(), shown.keys(), loc="outside right center")
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
     return figure
 
 
 def compression(
     table: pd.DataFrame,
-    dense: Mapping[str, float],
     published: pd.DataFrame | None = None,
     title: str = "",
+    size: str = "parameters",
 ) -> Figure:
-    """Test error against parameters and against latency: a line a form, with 95 % intervals.
+    """Test error against size: mean and 95 % interval of each form and size.
 
-    Columns form, parameters, milliseconds, and mean, low, high of the accuracy in per cent.
-    ``dense`` are the dense network's parameters, milliseconds and accuracy, ``published``
-    somebody else's points (columns parameters, accuracy).
+    Sizes of one form are joined, but for those that are networks of different kinds.
+
+    Args:
+        table: columns form ("dense" is a star), size, mean, low, high (of the accuracy).
+        published: columns size, accuracy.
+        size: "parameters", or "weights" (without biases).
     """
-    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.4), sharey=True)
-    labels = {"parameters": "parameters", "milliseconds": "milliseconds for 256 images"}
-    for axis, (column, label) in zip(axes, labels.items(), strict=True):
-        for (form, part), marker in zip(table.groupby("form", sort=False), "osD^vP", strict=False):
-            rows = part.sort_values("parameters")
-            error, low, high = 100 - rows["mean"], 100 - rows.high, 100 - rows.low
-            spread = [error - low.clip(lower=0.5 * error), high - error]
-            axis.errorbar(rows[column], error, yerr=spread, marker=marker, label=str(form))
-        axis.axhline(100 - dense["accuracy"], color="0.3", linestyle="--", linewidth=1)
-        axis.plot(dense[column], 100 - dense["accuracy"], "k*", markersize=12, label="dense")
-        if published is not None and column in published:
-            named = "published: dynamical low-rank training"
-            axis.plot(published[column], 100 - published.accuracy, "x", color="0.35", label=named)
-        axis.set(xscale="log", yscale="log", xlabel=label)
-        for scale in (axis.xaxis, axis.yaxis):
-            low, high = scale.get_view_interval()
-            steps = (1, 2, 5) if high > 10 * low else (1, 1.2, 1.5, 2, 3, 4, 6, 8)
-            scale.set_major_locator(LogLocator(subs=steps))
-            scale.set_major_formatter(
-                lambda value, _: f"{value / 1e6:g} M" if value >= 1e6 else f"{value:,.9g}"
-            )
-        axis.minorticks_off()
-    axes[0].set_ylabel("test error (%)")
-    axes[0].legend(fontsize=8.5)
-    figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
+    figure, axis = plt.subplots(figsize=(7.5, 4.4))
+    markers = itertools.cycle("osD^vP")
+    for form, part in table.groupby("form", sort=False):
+        rows = part.sort_values(size)
+        error = 100 - rows["mean"]
+        spread = np.stack([rows.high - rows["mean"], rows["mean"] - rows.low])
+        style = "" if form == "factors from the start" else "-"
+        shape = "k*" if form == "dense" else next(markers) + style
+        bar = axis.errorbar(rows[size], error, spread, fmt=shape, label=str(form), capsize=2)
+        bar.lines[0].set_markersize(12 if form == "dense" else 6)
+    if published is not None:
+        named = "published: dynamical low-rank training"
+        axis.plot(published[size], 100 - published.accuracy, "x", color="0.35", label=named)
+    label = {"weights": "weights (biases not counted)"}.get(size, size)
+    axis.set(xscale="log", yscale="log", xlabel=label, ylabel="test error (%)", title=title)
+    for scale in (axis.xaxis, axis.yaxis):
+        _plain(scale)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axis.legend(fontsize=8.5)
     return figure
 
 

@@ -18,7 +18,7 @@ from distributed import Client, KilledWorker, as_completed
 from tqdm.auto import tqdm
 
 from svdlib import clock
-from svdlib.study import evidence, sweeps
+from svdlib.study import evidence, readme, sweeps
 from svdlib.study.execute import cores, refreshed, tidy
 from svdlib.study.parameters import NOTEBOOKS, Values, find
 from svdlib.study.sweeps import Outcome, Run
@@ -295,6 +295,9 @@ def _run(
             with contextlib.suppress(BrokenPipeError):  # a reader that has seen enough, as head
                 print(table.to_csv(index=False), end="", flush=True)
             return 0
+        if command == "readme":
+            readme.write()
+            return 0
         if command == "refresh":
             outcomes = refresh(options["names"])
         elif command == "sweep":
@@ -338,6 +341,7 @@ def _parser() -> argparse.ArgumentParser:
     swept.add_argument("names", nargs="*", metavar="NAME", help="of results/NAME.toml; all")
     again = commands.add_parser("refresh", help="execute notebooks in place, for committing")
     again.add_argument("names", nargs="*", metavar="NOTEBOOK", help="01_baseline …; all")
+    commands.add_parser("readme", help="write the README's numbers from results/")
     gather = commands.add_parser(
         "collect", help="one CSV of a table of all runs of a notebook", parents=[out]
     )

@@ -26,6 +26,27 @@ def interval(values: Sequence[float] | np.ndarray | pd.Series, level: float = 0.
     )
 
 
+def prediction(values: Sequence[float] | np.ndarray | pd.Series, level: float = 0.95) -> pd.Series:
+    """n, mean, and between which ends one more run would fall.
+
+    From a hundred values on these are quantiles, below Student's t with √(1 + 1/n) standard
+    deviations, which takes the runs for normal. One value has no interval: its ends are NaN.
+
+    >>> prediction(range(1000))[["low", "high"]].round(1).tolist()
+    [25.0, 974.0]
+    >>> prediction([1.0, 2.0, 3.0]).round(2)[["low", "high"]].tolist()
+    [-2.97, 6.97]
+    """
+    x = np.asarray(values, float)
+    if len(x) >= 100:
+        low, high = np.quantile(x, [(1 - level) / 2, (1 + level) / 2])
+        return pd.Series({"n": len(x), "mean": x.mean(), "low": low, "high": high})
+    ends = interval(x, level)
+    half = (ends["high"] - ends["mean"]) * np.sqrt(len(x) + 1)
+    ends["low"], ends["high"] = ends["mean"] - half, ends["mean"] + half
+    return ends
+
+
 def told(summary: Mapping[str, float] | pd.Series, digits: int = 2) -> str:
     """A mean with its interval as text.
 
@@ -77,3 +98,40 @@ def paired(
         if group != against
     ]
     return pd.DataFrame(rows)
+
+
+def placed(
+    runs: pd.DataFrame, single: pd.DataFrame, values: Sequence[str], by: Sequence[str]
+) -> pd.DataFrame:
+    """Where single runs lie among many: is each where 95 % of them would fall?
+
+    Args:
+        runs: many runs, a row each, with the columns ``by`` and ``values``.
+        single: the single ones, a row each group, with the same columns.
+
+    Returns:
+        a row a group and value: n, mean, low, high (`prediction`), single, below (the share of
+        the runs under it, per cent), inside. Without single runs, no row.
+
+    >>> runs = pd.DataFrame({"method": "a", "error": range(100)})
+    >>> single = pd.DataFrame({"method": ["a"], "error": [98.5]})
+    >>> placed(runs, single, ["error"], ["method"])[["single", "below", "inside"]].values.tolist()
+    [[98.5, 99.0, False]]
+    """
+    rows = []
+    for one in single.to_dict("records"):
+        own = runs[(runs[list(by)] == [one[name] for name in by]).all(axis=1)]
+        for value in values:
+            among = prediction(own[value])
+            rows.append(
+                {
+                    **{name: one[name] for name in by},
+                    "value": value,
+                    **among,
+                    "single": one[value],
+                    "below": 100 * (own[value] < one[value]).mean(),
+                    "inside": bool(among.low <= one[value] <= among.high),
+                }
+            )
+    columns = [*by, "value", "n", "mean", "low", "high", "single", "below", "inside"]
+    return pd.DataFrame(rows, columns=columns)

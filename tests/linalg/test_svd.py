@@ -49,17 +49,23 @@ def test_low_rank_matrices_are_found_exactly(shape, generator):
     torch.testing.assert_close(svd.matrix(), A)
 
 
-def test_mean_error_keeps_the_bound():
-    """Halko, Martinsson and Tropp (2011), Theorem 10.6, without power iterations."""
-    sigma = 0.9 ** torch.arange(50, dtype=torch.float64)
-    A = decaying(60, 80, sigma)
+@pytest.mark.parametrize(
+    "tail", [torch.ones(50), 0.9 ** torch.arange(50)], ids=["flat", "decaying"]
+)
+def test_mean_error_keeps_the_bound_that_other_columns_break(tail):
+    """Halko, Martinsson and Tropp (2011), Theorems 10.6 and 9.3, without power iterations."""
     k, p = 10, 5
+    sigma = torch.cat([torch.full((k,), 1e6), tail]).double()
+    A = decaying(60, 80, sigma)
     bound = (1 + (k / (p - 1)) ** 0.5) * sigma[k]
     bound += torch.e * (k + p) ** 0.5 / p * sigma[k:].norm()
+    bound += sigma[k]  # for the cut from k + p to k terms
     g = torch.Generator().manual_seed(0)
     stacked = A.expand(100, -1, -1)
     svd = svdlib.randomized_svd(stacked, k, oversample=p, power_iters=0, generator=g)
     assert torch.linalg.matrix_norm(stacked - svd.matrix(), 2).mean() <= bound
+    Q = torch.linalg.qr(matrix((100, 60, k + p), 3)).Q
+    assert torch.linalg.matrix_norm(A - Q @ (Q.mT @ A), 2).mean() > 1e3 * bound
 
 
 def test_power_iterations_help():

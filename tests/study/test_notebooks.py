@@ -16,9 +16,7 @@ SMALL = {
         "seeds": "3",
         "epochs": "2",
         "deviation_seeds": "2",
-        "deviation_epochs": "2",
         "sweep_seeds": "2",
-        "sweep_epochs": "1",
         "ranks": "[2, 9, 12]",
     },
     "05_speed": {"counts": "[1, 2]", "projected": "2", "repeats": "1"},
@@ -44,6 +42,7 @@ SMALL = {
     "08_compression": {
         "paper_seeds": "2",
         "paper_epochs": "1",
+        "paper_more": "1",
         "paper_ranks": "[3, 5]",
         "wide": "[784, 40, 40, 10]",
         "seeds": "2",
@@ -53,7 +52,7 @@ SMALL = {
         "start_rank": "10",
         "narrow": "[784, 20, 20, 10]",
         "narrow_rank": "4",
-        "narrow_epochs": "1",
+        "everything": "true",
     },
 }
 

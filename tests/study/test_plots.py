@@ -22,22 +22,45 @@ def history(methods=("stock", "rsvd"), networks=3, epochs=2) -> pd.DataFrame:
     )
     table = index.to_frame(index=False)
     for column in ("test_error", "test_loss", "seconds"):
-        table[column] = rng.random(len(table))
-    return table
+        table[column] = 1 + rng.random(len(table))
+    return table.assign(seed=table.network)
 
 
 def test_learning_curves_draw_every_method():
     figure = figures.learning_curves(history(), "a title")
-    assert [axis.get_ylabel() for axis in figure.axes] == [
-        "test error (%)",
-        "test loss (cross-entropy)",
-        "training time (s per network)",
-    ]
+    labels = [axis.get_ylabel() for axis in figure.axes]
+    assert labels == ["test error (%)", "test loss (cross-entropy)"]
     assert [text.get_text() for text in figure.axes[0].get_legend().texts] == ["stock", "rSVD"]
     line = figure.axes[0].lines[0]
     table = history()
     expected = table[table.method == "stock"].groupby("epoch").test_error.mean()
     np.testing.assert_allclose(line.get_ydata(), expected)
+
+
+def test_what_is_added_to_stock_is_paired_by_seed():
+    table = history()
+    figure = figures.against_stock(table)
+    (line, _) = figure.axes[1].lines
+    wide = table.pivot(index=["epoch", "seed"], columns="method", values="test_error")
+    expected = (wide.rsvd - wide.stock).groupby("epoch").mean()
+    np.testing.assert_allclose(line.get_ydata(), expected)
+    low, high = figure.axes[1].get_ylim()
+    assert low <= expected.min() and high >= expected.max()
+
+
+def test_a_method_has_one_colour_everywhere():
+    both = history(("stock", "truncsvd", "rsvd"))
+    for figure in (figures.learning_curves(both), figures.against_stock(both)):
+        for axis in figure.axes:
+            for line in axis.lines:
+                if line.get_label() in ("stock", "rSVD", "truncSVD"):
+                    method = {v: k for k, v in figures.LABELS.items()}[line.get_label()]
+                    assert line.get_color() == figures.COLORS[method]
+
+
+def test_a_table_is_saved_without_a_figure(tmp_path):
+    figures.save(None, "runs", history(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["runs.csv"]
 
 
 def test_unknown_methods_get_colours_of_their_own():
@@ -63,6 +86,10 @@ def test_nothing_is_saved_without_a_folder(tmp_path, monkeypatch):
 def test_other_plots():
     counts = pd.DataFrame(np.eye(3) + 1)
     spread = pd.DataFrame({"what": ["x"], "mean": [1.0], "low": [0.0], "high": [2.0]})
+    place = pd.DataFrame(
+        {"method": ["stock", "rsvd"], "epoch": 1, "value": "loss", "mean": 1.0, "low": 0.5,
+         "high": 2.0, "single": 3.0}
+    )  # fmt: skip
     ranks = pd.DataFrame(
         {"method": ["rsvd"] * 4, "rank": [1, 1, 2, 2], "test_error": [90.0, 80, 20, 10]}
     )
@@ -89,10 +116,11 @@ def test_other_plots():
     times = pd.DataFrame({"way": ["a", "a"], "networks": [1, 8], "seconds": [1.0, 0.1]})
     sketches = pd.DataFrame(
         {"matrix": "A", "power_iters": [0, 0, 1, 1], "oversample": [2, 5] * 2, "error": 2.0}
-    ).assign(bound=9.0)
+    ).assign(bound=9.0, sharp_bound=5.0, worst=1e6)
     exact = pd.DataFrame(
         {"shape": ["a", "a", "b"], "rank": [1, 5, 1], "full": 3.0, "truncated": 2.0}
-    ).assign(randomized=[1.0, 4.0, 2.5])
+    ).assign(randomized=[1.0, 4.0, 2.5], error=1.01)
+    exact = pd.concat([exact.assign(spectrum=name) for name in ("decaying", "flat")])
     ways = pd.DataFrame(
         {"shape": "a", "rank": [1, 5] * 2, "way": ["products alone"] * 2 + ["svdlib"] * 2}
     ).assign(seconds=[1.0, 2.0, 3.0, 4.0])
@@ -100,15 +128,17 @@ def test_other_plots():
     rows = pd.DataFrame({"batch": 1, "rank": [2, 4], "ratio": [0.1, 0.2]})
     published = pd.DataFrame({"accuracy": [90.0], "parameters": [10]})
     drawn = [
-        figures.compression(
-            forms, {"parameters": 20, "milliseconds": 2.0, "accuracy": 92.0}, published
-        ),
+        figures.compression(forms),
+        figures.compression(pd.concat([forms, forms.assign(form="dense")]), published),
         figures.payoff(rows, side=16),
         figures.sketch_errors(sketches),
         figures.exact_or_randomized(exact),
         figures.svd_race(ways),
         figures.confusion(counts),
-        figures.differences(spread, "what", "points"),
+        figures.effects(spread.assign(epoch=1)),
+        figures.effects(pd.concat([spread.assign(epoch=1), spread.assign(epoch=2)])),
+        figures.sketch_grid(spread.assign(method="rsvd", epoch=1, p=0, q=2)),
+        figures.reproduction({"here": place, "there": place}),
         figures.error_by_rank(ranks, [9.0, 10.0]),
         figures.front(grades, (12, 9.0)),
         figures.joint_map(joint, ["0", "2", "4"]),

@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from svdlib.study.statistics import interval, paired, summarize
+from svdlib.study.statistics import interval, paired, placed, prediction, summarize
 
 
 def test_interval_is_students():
@@ -36,3 +36,30 @@ def test_summarize_keeps_groups_in_order():
     summary = summarize(table, "v", ["m", "e"])
     assert summary.m.tolist() == ["b", "a"]
     assert summary["mean"].tolist() == [2.0, 5.0]
+
+
+def test_one_more_run_falls_into_the_prediction_interval_as_often_as_said():
+    """Of normal runs, by Student's t for few and by quantiles for many."""
+    rng = np.random.default_rng(0)
+    for n, tries in ((5, 4000), (200, 2000)):
+        drawn = rng.normal(size=(tries, n + 1))
+        ends = [prediction(row[:-1]) for row in drawn]
+        inside = [end.low <= row[-1] <= end.high for end, row in zip(ends, drawn, strict=True)]
+        # Four standard errors; quantiles of 200 lie a little inside.
+        assert abs(np.mean(inside) - 0.95) < 4 * (0.95 * 0.05 / tries) ** 0.5 + 0.01 * (n > 100)
+
+
+def test_single_runs_are_placed_in_their_own_group():
+    runs = pd.DataFrame(
+        {"method": ["a"] * 100 + ["b"] * 100, "loss": [*range(100), *range(1000, 1100)]}
+    )
+    single = pd.DataFrame({"method": ["a", "b"], "loss": [50.0, 50.0]})
+    table = placed(runs, single, ["loss"], ["method"])
+    assert table.inside.tolist() == [True, False]
+    assert table.below.tolist() == [50.0, 0.0]
+
+
+def test_no_single_runs_have_no_places_but_the_columns():
+    runs = pd.DataFrame({"method": "a", "error": range(5)})
+    table = placed(runs, runs[:0], ["error"], ["method"])
+    assert not len(table) and {"method", "value", "single", "inside"} <= set(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
@@ -15,9 +16,12 @@ from tqdm.auto import tqdm
 
 from svdlib import clock
 from svdlib.linalg.svd import OVERSAMPLE, POWER_ITERS, randomized_svd, truncated_svd
+from svdlib.study.statistics import interval
 
 # From so many m·n·k on, SciPy's two take seconds to minutes.
 LIMIT = 2**27
+# How many sketches' errors are averaged.
+SKETCHES = 5
 
 
 def slow_decay(m: int, n: int, generator: torch.Generator) -> Tensor:
@@ -34,18 +38,16 @@ def slow_decay(m: int, n: int, generator: torch.Generator) -> Tensor:
     return left @ right + 1e-3 * noise / max(m, n) ** 0.5
 
 
-def with_spectrum(m: int, n: int, sigma: Tensor, generator: torch.Generator) -> Tensor:
-    """A matrix (m, n) with singular values ``sigma`` (k,) and random singular vectors.
+def gaussian(m: int, n: int, generator: torch.Generator) -> Tensor:
+    """A float32 matrix (m, n) of normal numbers: its singular values are nearly flat.
 
-    >>> A = with_spectrum(4, 5, torch.tensor([2.0, 1.0]), torch.Generator().manual_seed(0))
-    >>> torch.linalg.svdvals(A)[:2]
-    tensor([2.0000, 1.0000])
+    >>> gaussian(30, 20, torch.Generator().manual_seed(0)).shape
+    torch.Size([30, 20])
     """
-    left, right = (
-        torch.linalg.qr(torch.randn(side, len(sigma), dtype=sigma.dtype, generator=generator)).Q
-        for side in (m, n)
-    )
-    return (left * sigma) @ right.mT
+    return torch.randn(m, n, generator=generator)
+
+
+SPECTRA = {"decaying": slow_decay, "flat": gaussian}
 
 
 def ways(A: Tensor, rank: int, generator: torch.Generator) -> dict[str, Callable[[], Any]]:
@@ -128,59 +130,98 @@ def svd_race(
 def exact_or_randomized(
     shapes: Sequence[tuple[int, int]], ranks: Sequence[int], device: torch.device, repeats: int = 3
 ) -> pd.DataFrame:
-    """Seconds of LAPACK's (or cuSOLVER's) SVD, `truncated_svd` and `randomized_svd`.
+    """Seconds of LAPACK's (or cuSOLVER's) SVD, `truncated_svd` and `randomized_svd`, with errors.
 
-    The sketch has p = 10, or less where it would span everything, so that it is always one.
+    Each shape has a matrix of each spectrum (`SPECTRA`). The exact ways find all terms whatever
+    the rank: they are timed once a matrix, at the smallest rank. The sketch has p = 10, or less
+    where it would span everything, so that it is always one.
 
     Returns:
-        a row a shape and rank (below the shorter side): shape, rank, full, truncated, randomized.
+        a row a spectrum, shape and rank (below the shorter side): spectrum, shape, rank; full,
+        truncated, randomized, the median seconds; error, error_low, error_high, the mean with its
+        95 % interval of five sketches' Frobenius errors over the best possible, ‖A − A_k‖; and
+        zero, that of the zero matrix, ‖A‖ / ‖A − A_k‖.
+
+    Raises:
+        ValueError: no rank is below a shorter side.
     """
+    if not any(rank < min(shape) for rank in ranks for shape in shapes):
+        raise ValueError(f"none of the ranks {list(ranks)} is below the shorter side of a shape")
     rows = []
-    generator = torch.Generator(device).manual_seed(0)
-    for m, n in shapes:
-        A = torch.randn(m, n, generator=generator, device=device)
-        full = clock.median(
-            partial(torch.linalg.svd, A, full_matrices=False), repeats, device=device
+    generator = torch.Generator().manual_seed(0)
+    for (spectrum, make), (m, n) in itertools.product(SPECTRA.items(), shapes):
+        A = make(m, n, generator).to(device)
+        fitting = sorted(rank for rank in ranks if rank < min(m, n))
+        case = {"spectrum": spectrum, "shape": f"{m}×{n}"}
+        rows += [{**case, **row} for row in _times_and_errors(A, fitting, repeats)]
+    return pd.DataFrame(rows)
+
+
+def _times_and_errors(A: Tensor, ranks: Sequence[int], repeats: int) -> list[dict[str, float]]:
+    if not ranks:
+        return []
+    timed = partial(clock.median, repeats=repeats, device=A.device)
+    sigma = torch.linalg.svdvals(A).double()
+    exact = {
+        "full": timed(partial(torch.linalg.svd, A, full_matrices=False)),
+        "truncated": timed(partial(truncated_svd, A, ranks[0])),
+    }
+    generator = torch.Generator(A.device).manual_seed(0)
+    rows = []
+    for rank in ranks:
+        p = min(OVERSAMPLE, min(A.shape) - rank - 1)
+        sketch = partial(randomized_svd, A, rank, oversample=p, generator=generator)
+        best = sigma[rank:].norm()
+        found = (sketch() for _ in range(SKETCHES))
+        errors = interval([(_norm(A - svd.matrix()) / best).item() for svd in found])
+        errors = errors.drop("n").rename(
+            {"mean": "error", "low": "error_low", "high": "error_high"}
         )
-        for rank in (rank for rank in ranks if rank < min(m, n)):
-            truncated = clock.median(partial(truncated_svd, A, rank), repeats, device=device)
-            p = min(OVERSAMPLE, min(m, n) - rank - 1)
-            sketch = partial(randomized_svd, A, rank, oversample=p, generator=generator)
-            rows.append(
-                (f"{m}×{n}", rank, full, truncated, clock.median(sketch, repeats, device=device))
-            )
-    return pd.DataFrame(rows, columns=["shape", "rank", "full", "truncated", "randomized"])
+        zero = (_norm(A) / best).item()
+        rows.append({"rank": rank, **exact, "randomized": timed(sketch), **errors, "zero": zero})
+    return rows
+
+
+def _norm(A: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(A, dtype=torch.float64)
 
 
 def batch_times(
-    batch: int, m: int, n: int, rank: int, device: torch.device, repeats: int = 10
-) -> dict[str, float]:
-    """Seconds of the SVDs of a batch of Gaussian matrices, by each exact way."""
+    batch: int, m: int, n: int, rank: int, device: torch.device, repeats: int = 6, rounds: int = 5
+) -> pd.DataFrame:
+    """Seconds of the SVDs of a batch of Gaussian matrices, by each exact way in turn.
+
+    Returns:
+        a row a round: round, svd (`torch.linalg.svd`), truncated_svd; medians of the repeats.
+    """
     A = torch.randn(batch, m, n, generator=torch.Generator(device).manual_seed(0), device=device)
-    return {
-        "torch.linalg.svd": clock.median(
-            partial(torch.linalg.svd, A, full_matrices=False), repeats, device=device
-        ),
-        "truncated_svd": clock.median(partial(truncated_svd, A, rank), repeats, device=device),
-    }
+    timed = partial(clock.median, repeats=repeats, device=device)
+    rows = [
+        (
+            each,
+            timed(partial(torch.linalg.svd, A, full_matrices=False)),
+            timed(partial(truncated_svd, A, rank)),
+        )
+        for each in range(rounds)
+    ]
+    return pd.DataFrame(rows, columns=["round", "svd", "truncated_svd"])
 
 
 def paper_call_times(
-    sizes: Sequence[int], rank: int, device: torch.device, repeats: int = 100
+    sizes: Sequence[int], rank: int, device: torch.device, repeats: int = 20, rounds: int = 5
 ) -> pd.DataFrame:
-    """Seconds of the two calls of the paper's code, on matrices of its network's shapes.
+    """Seconds of the two calls of the paper's code, on matrices of its network's shapes, in turn.
 
     Returns:
-        a row a layer: shape, svd (`torch.linalg.svd`), svd_lowrank (`torch.svd_lowrank`).
+        a row a round and layer: round, shape, svd (`torch.linalg.svd`), svd_lowrank
+        (`torch.svd_lowrank`); medians of the repeats.
     """
+    timed = partial(clock.median, repeats=repeats, device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    matrices = [torch.randn(m, n, generator=generator, device=device) for n, m in pairwise(sizes)]
     rows = []
-    for n, m in pairwise(sizes):
-        A = torch.randn(m, n, generator=torch.Generator(device).manual_seed(0), device=device)
-        exact = clock.median(
-            partial(torch.linalg.svd, A, full_matrices=False), repeats, device=device
-        )
-        sketch = clock.median(
-            partial(torch.svd_lowrank, A, min(rank, m, n)), repeats, device=device
-        )
-        rows.append((f"{m}×{n}", exact, sketch))
-    return pd.DataFrame(rows, columns=["shape", "svd", "svd_lowrank"])
+    for each, A in itertools.product(range(rounds), matrices):
+        exact = timed(partial(torch.linalg.svd, A, full_matrices=False))
+        sketch = timed(partial(torch.svd_lowrank, A, min(rank, *A.shape)))
+        rows.append((each, "×".join(map(str, A.shape)), exact, sketch))
+    return pd.DataFrame(rows, columns=["round", "shape", "svd", "svd_lowrank"])

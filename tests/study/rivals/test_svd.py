@@ -23,11 +23,40 @@ def test_slow_decay_decays_slowly(generator):
     assert 2 < sigma[0] / sigma[8] < 5 and sigma[-1] > 0
 
 
-def test_times_have_a_row_a_case():
-    cpu = torch.device("cpu")
-    table = svd_peers.exact_or_randomized([(8, 30), (20, 20)], [2, 10], cpu, repeats=1)
-    assert table[["shape", "rank"]].values.tolist() == [["8×30", 2], ["20×20", 2], ["20×20", 10]]
+def test_exact_or_randomized_has_a_row_a_case_with_its_error():
+    shapes, cpu = [(8, 30), (20, 20), (2, 9)], torch.device("cpu")
+    table = svd_peers.exact_or_randomized(shapes, [10, 2], cpu, repeats=1)
+    cases = [["8×30", 2], ["20×20", 2], ["20×20", 10]]
+    assert table[["spectrum", "shape", "rank"]].values.tolist() == [
+        [spectrum, *case] for spectrum in ("decaying", "flat") for case in cases
+    ]
     assert (table[["full", "truncated", "randomized"]] > 0).all(axis=None)
-    calls = svd_peers.paper_call_times((30, 8, 5), 6, cpu, repeats=1)
-    assert calls["shape"].tolist() == ["8×30", "5×8"]
-    assert svd_peers.batch_times(2, 5, 9, 2, cpu, repeats=1)["truncated_svd"] > 0
+    # Float32, and no approximation of rank k is better than the best.
+    assert (table.error > 1 - 1e-5).all() and (table.error < table.zero).all()
+    assert (table.error_low <= table.error).all() and (table.error <= table.error_high).all()
+    with pytest.raises(ValueError, match=r"ranks \[20\] is below the shorter side"):
+        svd_peers.exact_or_randomized([(20, 20)], [20], cpu, repeats=1)
+
+
+def test_errors_of_the_map_are_those_of_the_decompositions(monkeypatch):
+    """Of a broken sketch, which finds nothing, it is the zero matrix's."""
+
+    class Nothing:
+        def matrix(self):
+            return torch.zeros(20, 30)
+
+    monkeypatch.setattr(svd_peers, "randomized_svd", lambda *args, **kwargs: Nothing())
+    table = svd_peers.exact_or_randomized([(20, 30)], [3], torch.device("cpu"), repeats=1)
+    assert (table.error - table.zero).abs().max() < 1e-6 and (table.zero > 1.05).all()
+
+
+def test_rounds_of_the_other_times():
+    cpu = torch.device("cpu")
+    calls = svd_peers.paper_call_times((30, 8, 5), 6, cpu, repeats=1, rounds=2)
+    assert calls[["round", "shape"]].values.tolist() == [
+        [each, shape] for each in (0, 1) for shape in ("8×30", "5×8")
+    ]
+    batch = svd_peers.batch_times(2, 5, 9, 2, cpu, repeats=1, rounds=3)
+    assert batch["round"].tolist() == [0, 1, 2]
+    assert (calls[["svd", "svd_lowrank"]] > 0).all(axis=None)
+    assert (batch[["svd", "truncated_svd"]] > 0).all(axis=None)
