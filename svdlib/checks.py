@@ -17,10 +17,10 @@ def device(name: str | torch.device = "auto") -> torch.device:
     try:
         chosen = torch.device(name)
         torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError):
         raise ValueError(
             f"device {str(name)!r} is not there; use 'auto', 'cpu' or 'cuda' on a machine with a GPU"
-        ) from error
+        ) from None
     return chosen
 
 

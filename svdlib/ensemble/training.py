@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from threading import Event
@@ -37,6 +37,7 @@ def train(
     validation: tuple[Tensor, Tensor] | None = None,
     shuffle: bool = False,
     seed: int = 0,
+    watch: Callable[[list[dict[str, object]]], object] | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Train every network of an ensemble, in place. The defaults are the paper's.
@@ -68,6 +69,8 @@ def train(
             ends with its weights of the epoch with the fewest errors on them (the last such).
         shuffle: draw a new order before each epoch.
         seed: of the order, the dropout and the randomized projections.
+        watch: called some ten times a second, and after each epoch, with the rows so far. What
+            it raises stops the training.
         progress: show a progress bar.
 
     Returns:
@@ -137,6 +140,8 @@ def train(
 
     def tick() -> None:
         bar.update(sum(part.done for part in parts) // len(parts) - bar.n)
+        if watch:
+            watch(rows)
 
     try:
         with (
@@ -175,6 +180,8 @@ def train(
                 if best:
                     best.note(nets, measured["validation"][1])
                 rows += list(_rows(nets, choices, tail, epoch, train_loss, measured, seconds))
+                if watch:
+                    watch(rows)
         if best:
             nets.restack_(best.networks)
     except BaseException as stopped:
