@@ -15,6 +15,24 @@ if TYPE_CHECKING:  # would bring Jupyter along
     from svdlib.study.parameters import Values
 
 RESULTS = Path(__file__).parents[2] / "results"
+NOTEBOOKS = RESULTS.with_name("notebooks")
+
+
+def published(name: str, folder: Path = NOTEBOOKS) -> pd.DataFrame:
+    """Numbers that others printed: ``published_NAME.csv`` beside the notebooks.
+
+    Raises:
+        FileNotFoundError: it isn't there, as where svdlib is installed without the study.
+
+    >>> list(published("keene"))
+    ['method', 'epoch', 'accuracy', 'loss']
+    """
+    path = folder / f"published_{name}.csv"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is not there; run the notebooks from a clone of the project"
+        )
+    return pd.read_csv(path)
 
 
 def stored(
