@@ -154,10 +154,17 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def _shown(data: dict[str, object]) -> bool:
+    """Whether an output shows something without a kernel: its widget is taken away."""
+    if data.pop("application/vnd.jupyter.widget-view+json", None) is None:
+        return True
+    return set(data) > {"text/plain"}
+
+
 def refreshed(text: str, home: str) -> tuple[str, str | None, float]:
     """A notebook with the outputs of a run at its own parameters; the error; seconds.
 
-    Without what changes at every run, and without progress bars.
+    Without what changes at every run, and without widgets: of a panel its still picture stays.
     """
     start, error = clock.now(), None
     content = nbformat.reads(text, as_version=4)
@@ -182,8 +189,7 @@ def refreshed(text: str, home: str) -> tuple[str, str | None, float]:
             cell.outputs = [
                 output
                 for output in cell.outputs
-                if output.get("name") != "stderr"
-                and "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
+                if output.get("name") != "stderr" and _shown(output.get("data", {}))
             ]
     content.metadata.pop("widgets", None)
     content.metadata["language_info"] = {"name": "python"}

@@ -67,7 +67,7 @@ def learning_curves(history: pd.DataFrame, title: str = "") -> Figure:
         _runs(axis, history, value)
         _bands(axis, history, "epoch", value)
         axis.set(xlabel="epoch", ylabel=label, yscale="log")
-        _plain(axis.yaxis)
+        plain(axis.yaxis)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].legend()
     figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
@@ -89,7 +89,7 @@ def against_stock(history: pd.DataFrame, title: str = "") -> Figure:
     _runs(left, stock, "test_error")
     _bands(left, stock, "epoch", "test_error")
     left.set(xlabel="epoch", ylabel="test error (%)", title="stock", yscale="log")
-    _plain(left.yaxis)
+    plain(left.yaxis)
     added = pd.concat(
         paired(part, "test_error", against="stock").assign(epoch=epoch)
         for epoch, part in history.groupby("epoch")
@@ -114,7 +114,7 @@ def _ticks(low: float, high: float) -> list[float]:
     return [s for s in (*(-step for step in steps), 0, *steps) if min(low, 0) <= s <= max(high, 0)]
 
 
-def _plain(axis: Axis) -> None:
+def plain(axis: Axis) -> None:
     """Plain numbers on a logarithmic axis, as many as its range has room for."""
     low, high = axis.get_view_interval()
     steps = (1, 2, 5) if high > 8 * low else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
@@ -296,7 +296,7 @@ def error_by_rank(table: pd.DataFrame, reference: Sequence[float], title: str = 
     axis.axhline(stock["mean"], color=COLORS["stock"], linestyle="--", label="stock, full rank")
     axis.set(xlabel="rank of every weight matrix", ylabel="test error (%)", title=title)
     axis.set(yscale="log", xlim=(0.5, table["rank"].max() + 0.5))
-    _plain(axis.yaxis)
+    plain(axis.yaxis)
     axis.set_xticks(sorted(table["rank"].unique()))
     axis.legend()
     return figure
@@ -596,7 +596,7 @@ def compression(
     label = {"weights": "weights (biases not counted)"}.get(size, size)
     axis.set(xscale="log", yscale="log", xlabel=label, ylabel="test error (%)", title=title)
     for scale in (axis.xaxis, axis.yaxis):
-        _plain(scale)
+        plain(scale)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axis.legend(fontsize=8.5)
     return figure

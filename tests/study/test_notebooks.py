@@ -54,6 +54,7 @@ SMALL = {
         "narrow_rank": "4",
         "everything": "true",
     },
+    "09_explorer": {"seeds": "2", "epochs": "2"},
 }
 
 

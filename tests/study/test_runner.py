@@ -161,7 +161,7 @@ def test_a_signal_stops_the_kernels(folder, command, number, status):
     os.kill(process.pid, number)
     assert process.wait(timeout=30) == status
     told = process.stderr.read().decode().splitlines()
-    assert told[-1] == "svdlib: stopped; the kernels are stopped too"
+    assert "svdlib: stopped; the kernels are stopped too" in told
     assert len(told) <= 3, "no traceback"
     assert psutil.wait_procs(kernels, timeout=10)[1] == []
     assert slow.read_bytes() == before
