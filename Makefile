@@ -1,16 +1,23 @@
 # make study:      set up, fetch MNIST, execute every notebook, rebuild figures/
 # make test:       set up, then every test (code, notebooks, style, types)
+# make lab:       set up, then open the notebooks in JupyterLab
+# make explore:   set up, then serve the explorer as an app without code
+# make site:       set up, then the study as pages to read in a browser: docs/_build/html/index.html
 # make evidence:   set up, then measure what is too dear for a notebook (results/*.toml), over an hour
 # make processors: the numerical tests as other processors would run them
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: study test evidence processors setup lab refresh lint clean
+.PHONY: study test site evidence processors setup lab explore refresh lint clean
 .DELETE_ON_ERROR:
 
 study: setup
 	$(BIN)/python -m svdlib run
+
+# Warnings are errors; -E reads all pages anew, because a docstring or conf.py may have changed.
+site: setup
+	$(BIN)/python -m sphinx -E -W --keep-going -q -c docs . docs/_build/html
 
 evidence: setup
 	$(BIN)/python -m svdlib sweep
@@ -46,6 +53,11 @@ lint: setup
 lab: setup
 	$(BIN)/jupyter lab notebooks
 
+# Loopback only, and behind a token, which the printed address carries.
+explore: setup
+	cd notebooks && JUPYTER_PATH=../svdlib/study/explorer/jupyter ../$(BIN)/voila 09_explorer.ipynb \
+		--template=svdlib --token --no-browser
+
 # Execute the notebooks in place, at their own parameters, before committing them.
 refresh: setup
 	$(BIN)/python -m svdlib refresh
@@ -66,4 +78,4 @@ pin: setup
 		pyproject.toml --output-file requirements.txt
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs docs/_build
