@@ -115,7 +115,8 @@ def plain_docstring(app, what, name, obj, options, lines: list[str]) -> None:
     """Docstrings are read in an editor; here they become reStructuredText.
 
     Indented blocks outside Args, Returns and Raises are formulas, or code; what is special to
-    reStructuredText and not in backticks is escaped; public names in backticks are linked, but for arguments of the same name.
+    reStructuredText and not in backticks is escaped; public names in backticks are linked, but for
+    arguments of the same name.
     """
     arguments = inspect.signature(obj).parameters if inspect.isfunction(obj) else ()
     public = set(svdlib.__all__) - set(arguments)

@@ -180,8 +180,7 @@ def train(
                 if best:
                     best.note(nets, measured["validation"][1])
                 rows += list(_rows(nets, choices, tail, epoch, train_loss, measured, seconds))
-                if watch:
-                    watch(rows)
+                tick()
         if best:
             nets.restack_(best.networks)
     except BaseException as stopped:

@@ -42,7 +42,8 @@ def reveal_ranks(
     first two):
 
     - ``"printed"``: Algorithm 3 of the paper to the letter, which assigns rank j wherever
-      ℓ_j − ℓ_{j+1} ≥ ε: the last such j stands, one short of where the gain arrives; full rank if there is none.
+      ℓ_j − ℓ_{j+1} ≥ ε: the last such j stands, one short of where the gain arrives; full rank
+      if there is none.
     - ``"marginal"``: its sensible reading, the smallest j beyond which no further rank gains ε:
       ℓ_j − min_{i>j} ℓ_i < ε.
     - ``"one-se"``: the smallest rank whose loss increase, paired by image, is within one

@@ -15,10 +15,10 @@ if TYPE_CHECKING:  # would bring Jupyter along
     from svdlib.study.parameters import Values
 
 RESULTS = Path(__file__).parents[2] / "results"
-NOTEBOOKS = RESULTS.with_name("notebooks")
+BESIDE = RESULTS.with_name("notebooks")
 
 
-def published(name: str, folder: Path = NOTEBOOKS) -> pd.DataFrame:
+def published(name: str, folder: Path = BESIDE) -> pd.DataFrame:
     """Numbers that others printed: ``published_NAME.csv`` beside the notebooks.
 
     Raises:

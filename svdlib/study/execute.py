@@ -154,11 +154,18 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _shown(data: dict[str, object]) -> bool:
-    """Whether an output shows something without a kernel: its widget is taken away."""
-    if data.pop("application/vnd.jupyter.widget-view+json", None) is None:
-        return True
-    return set(data) > {"text/plain"}
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def _kept(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Outputs without warnings and widgets; of a widget that has a still picture, this."""
+    kept = []
+    for output in outputs:
+        data = output.get("data", {})
+        widget = data.pop(WIDGET, None)
+        if output.get("name") != "stderr" and (widget is None or set(data) > {"text/plain"}):
+            kept.append(output)
+    return kept
 
 
 def refreshed(text: str, home: str) -> tuple[str, str | None, float]:
@@ -186,11 +193,7 @@ def refreshed(text: str, home: str) -> tuple[str, str | None, float]:
     for cell in content.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
-            cell.outputs = [
-                output
-                for output in cell.outputs
-                if output.get("name") != "stderr" and _shown(output.get("data", {}))
-            ]
+            cell.outputs = _kept(cell.outputs)
     content.metadata.pop("widgets", None)
     content.metadata["language_info"] = {"name": "python"}
     return nbformat.writes(content) + "\n", error, clock.now() - start

@@ -149,9 +149,10 @@ def _fit(given: Mapping[str, object]) -> None:
                     f"of the {m} × {n} matrix store less than it does, not {rank}"
                 )
     if "budgets" in given and "wide" in given:
-        n, m, *_ = wide = list(given["wide"])  # type: ignore[call-overload]
+        wide = list(given["wide"])  # type: ignore[call-overload]
         if len(wide) != 4:
             raise ValueError(f"wide must be the widths of three layers here, not {wide}")
+        n, m, *_ = wide
         least = sum(wide[1:]) + wide[2] * wide[3] + (n + m) + (m + wide[2])
         for budget in given["budgets"]:  # type: ignore[attr-defined]
             if budget < least:

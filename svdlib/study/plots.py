@@ -78,8 +78,8 @@ def against_stock(history: pd.DataFrame, title: str = "") -> Figure:
     """The error of stock networks by epoch, and what each other method adds to it, seed by seed.
 
     Left the mean with its 95 % interval and, lighter, where 95 % of the runs lie (not below the
-    best of them); right the mean
-    of the paired differences with its 95 % interval, on a scale that is linear below 0.1.
+    best of them); right the mean of the paired differences with its 95 % interval, on a scale that
+    is linear below 0.1.
 
     Args:
         history: several calls of `train`, concatenated, with a method "stock".

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from svdlib.study import evidence
 from svdlib.study.statistics import interval, paired, placed, prediction, told
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +83,7 @@ def _share(parameters: float) -> str:
 @cache
 def _among(every: str) -> pd.DataFrame:
     """Where the paper's single runs lie."""
-    paper = pd.read_csv(ROOT / "notebooks" / "published_keene.csv")
+    paper = evidence.published("keene")
     return placed(_headline(every), paper, ["accuracy", "loss"], ["method", "epoch"])
 
 

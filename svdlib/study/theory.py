@@ -51,8 +51,8 @@ def sharp_bound(sigma: Tensor, rank: int, oversample: int, power_iters: int = 0)
 def tail_bound(m: int, n: int, rank: int, oversample: int) -> float:
     """What ‖A − Q Qᵀ A‖ / σ_{k+1} exceeds with probability 6 p^(−p) at most, for p ≥ 4.
 
-    Halko, Martinsson and Tropp (2011), equation 1.9, from Corollary 10.9: [1 + 11 √(k+p) · √min(m, n)]. Another
-    printed version has 9 in place of 11, and 3 p^(−p).
+    Halko, Martinsson and Tropp (2011), equation 1.9, from Corollary 10.9:
+    [1 + 11 √(k+p) · √min(m, n)]. Another printed version has 9 in place of 11, and 3 p^(−p).
 
     >>> round(tail_bound(100, 200, rank=10, oversample=6), 1)
     441.0
@@ -89,11 +89,20 @@ def with_spectrum(m: int, n: int, sigma: Tensor, generator: torch.Generator) -> 
     >>> torch.linalg.svdvals(A)[:2]
     tensor([2.0000, 1.0000])
     """
-    left, right = (
-        torch.linalg.qr(torch.randn(side, len(sigma), dtype=sigma.dtype, generator=generator)).Q
-        for side in (m, n)
-    )
+    left, right = (random_basis(side, len(sigma), generator, sigma.dtype) for side in (m, n))
     return (left * sigma) @ right.mT
+
+
+def random_basis(
+    side: int, columns: int, generator: torch.Generator, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Random orthonormal columns (side, columns).
+
+    >>> Q = random_basis(4, 2, torch.Generator().manual_seed(0))
+    >>> torch.allclose(Q.mT @ Q, torch.eye(2).double())
+    True
+    """
+    return torch.linalg.qr(torch.randn(side, columns, dtype=dtype, generator=generator)).Q
 
 
 def stepped(

@@ -180,7 +180,7 @@ def test_the_app_shows_no_code_moves_trains_and_stops(app, page):
     page.get_by_text("nothing is random any more").wait_for()
     rank = page.get_by_label("rank", exact=True)
     rank.fill("")
-    page.get_by_text("rank must be from 1 to 784, not nothing").wait_for()
+    page.get_by_text("rank must be from 1 to 15, not nothing").wait_for()
     rank.fill("3")
     page.get_by_role("button", name="Train").click()
     page.get_by_text("truncSVD, rank 3, every epoch").first.wait_for(timeout=30_000)

@@ -12,7 +12,6 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from svdlib.layers.kinds import matrix_layers
 from svdlib.ranks.front import front, layers_of
 from svdlib.ranks.joint import joint_profile
 
@@ -51,18 +50,18 @@ class Cuts:
         (['0', '2'], (4, 3), 20)
         """
         joint = joint_profile(model, x, y, progress=False)
-        layers = matrix_layers(model)
+        layers = [layer for layer in model if isinstance(layer, nn.Linear)]
         return cls(
             layers=layers_of(joint),
             factors=[
                 torch.linalg.svd(layer.weight.double().cpu(), full_matrices=False)
-                for layer in layers.values()
+                for layer in layers
             ],
             biases=[
                 torch.zeros(len(layer.weight)).double()
                 if layer.bias is None
                 else layer.bias.double().cpu()
-                for layer in layers.values()
+                for layer in layers
             ],
             x=x.cpu(),
             y=y.cpu(),

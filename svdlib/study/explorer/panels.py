@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import ipywidgets as widgets
@@ -143,8 +144,9 @@ def runs_panel(session: Session) -> widgets.VBox:
         options=[("truncSVD", "truncsvd"), ("rSVD", "rsvd"), ("stock alone", "")],
         description="method", style=WIDE,
     )  # fmt: skip
+    full = max(map(min, pairwise(session.sizes)))
     fields = {
-        "rank": Field("rank", "10", 1, min(max(session.sizes), 10_000)),
+        "rank": Field("rank", str(min(10, full)), 1, full),
         "every": Field("every", "epoch", 1, 100_000, words=("epoch", "step")),
         "oversample": Field("p", "2", 0, 1000),
         "power_iters": Field("q", "0", 0, 20),
@@ -155,8 +157,8 @@ def runs_panel(session: Session) -> widgets.VBox:
     state, table = widgets.HTML(), widgets.HTML()
     chart = _picture()
 
-    def draw(now: Sequence[pd.DataFrame] = ()) -> None:
-        chart.value = pictures.curves_picture([*session.runs, *now], session.epochs)
+    def draw() -> None:
+        chart.value = pictures.curves_picture(session.runs, session.epochs)
         table.value = session.table().to_html(index=False, border=0) if session.runs else ""
 
     def watch(history: pd.DataFrame) -> None:
@@ -191,7 +193,17 @@ def runs_panel(session: Session) -> widgets.VBox:
         for name in ("oversample", "power_iters"):
             fields[name].hidden = method.value != "rsvd"
 
+    def note(_: object = None) -> None:
+        k, p = fields["rank"].value, fields["oversample"].value
+        fields["oversample"].look()
+        if isinstance(k, int) and isinstance(p, int) and k + p >= full:
+            fields["oversample"].said.value = _warned(
+                f"k + p = {k + p} columns span all {full} of a layer: this is truncSVD there"
+            )
+
     method.observe(fit, "value")
+    for name in ("rank", "oversample"):
+        fields[name].text.observe(note, "value")
     press.on_click(start)
     halt.on_click(lambda _: session.stop())
     fit()
@@ -219,7 +231,7 @@ class Field:
         self.text = widgets.Text(value, description=name, style=WIDE, layout={"width": "14em"})
         self.said = widgets.HTML()
         self.box = widgets.HBox([self.text, self.said])
-        self.text.observe(self._look, "value")
+        self.text.observe(self.look, "value")
 
     @property
     def value(self) -> int | str | None:
@@ -238,7 +250,8 @@ class Field:
     def hidden(self, hidden: bool) -> None:
         self.box.layout.display = "none" if hidden else None
 
-    def _look(self, _: object) -> None:
+    def look(self, _: object = None) -> None:
+        """Say what is wrong with the text as it is, or nothing."""
         text = self.text.value.strip()
         self.said.value = _warned("" if text in self.words else self._wrong(text))
 

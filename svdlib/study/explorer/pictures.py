@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 
@@ -22,7 +23,8 @@ from svdlib.study import plots
 from svdlib.study.explorer.cuts import Cuts
 from svdlib.study.explorer.sketches import Sketch
 
-HERE, BEST = plots.COLORS["rsvd"], "#000000"
+# None of a method's colours: what is chosen, and the best.
+HERE, BEST = "#882255", "#000000"
 
 # matplotlib is not made for two threads at once: a training draws from its own.
 DRAWING = threading.Lock()
@@ -177,18 +179,19 @@ def curves_picture(runs: Sequence[pd.DataFrame], epochs: int) -> bytes:
     """Test error and loss by epoch of every run's networks, stock and otherwise: means and ranges.
 
     Args:
-        runs: histories with a column ``run``, what was chosen in words; the last in full colour.
+        runs: histories with a column ``run``, what was chosen in words. Of stock, the networks of
+            the last run alone are drawn; a method's first run has the method's colour.
     """
     figure = Figure(figsize=(10, 3.8))
     canvas = FigureCanvasAgg(figure)
     with DRAWING:
         axes = figure.subplots(1, 2)
-        for number, history in enumerate(runs):
-            last = number == len(runs) - 1
+        colors, others = dict(plots.COLORS), itertools.cycle(plots.OTHERS)
+        for history in runs:
             for (run, method), part in history.groupby(["run", "method"], sort=False):
-                color = plots.COLORS["stock"] if method == "stock" else _color(number)
-                if method == "stock" and not last:
+                if method == "stock" and history is not runs[-1]:
                     continue
+                color = colors.pop(str(method), None) or next(others)
                 _curve(axes[0], part, "test_error", color, str(run))
                 _curve(axes[1], part, "test_loss", color, str(run))
         for axis, label in zip(axes, ("test error (%)", "test loss"), strict=True):
@@ -200,10 +203,6 @@ def curves_picture(runs: Sequence[pd.DataFrame], epochs: int) -> bytes:
             axes[0].legend()
         canvas.draw()
         return png(picture(canvas))
-
-
-def _color(number: int) -> str:
-    return (HERE, *plots.OTHERS)[number % (1 + len(plots.OTHERS))]
 
 
 def _curve(axis: Axes, part: pd.DataFrame, value: str, color: str, label: str) -> None:
@@ -263,7 +262,9 @@ def _uri(image: Tensor) -> str:
     """A digit, dark on white, as a data URI."""
     side = round(len(image) ** 0.5)
     pixels = (255 * (1 - image.clamp(0, 1))).byte().view(side, side, 1).expand(-1, -1, 3).numpy()
-    return (
-        "data:image/png;base64,"
-        + base64.b64encode(png(Image.fromarray(np.ascontiguousarray(pixels)))).decode()
-    )
+    return data_uri(png(Image.fromarray(np.ascontiguousarray(pixels))))
+
+
+def data_uri(picture: bytes) -> str:
+    """A PNG as the source of an <img>."""
+    return "data:image/png;base64," + base64.b64encode(picture).decode()

@@ -13,6 +13,7 @@ from svdlib.data import Data
 from svdlib.ensemble.networks import MLPEnsemble
 from svdlib.ensemble.projection import Projection
 from svdlib.ensemble.training import train
+from svdlib.study.plots import LABELS
 from svdlib.study.statistics import paired, told
 
 
@@ -151,8 +152,7 @@ def named(choice: Projection | None) -> str:
         f" p = {choice.oversample}, q = {choice.power_iters}," if choice.method == "rsvd" else ""
     )
     often = f"{choice.every} steps" if isinstance(choice.every, int) else choice.every
-    method = {"rsvd": "rSVD", "truncsvd": "truncSVD"}[choice.method]
-    return f"{method}, rank {choice.rank},{sketch} every {often}"
+    return f"{LABELS[choice.method]}, rank {choice.rank},{sketch} every {often}"
 
 
 def _named(history: pd.DataFrame, choice: Projection | None) -> pd.DataFrame:

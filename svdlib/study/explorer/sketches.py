@@ -11,7 +11,7 @@ from torch import Tensor
 from svdlib import clock
 from svdlib.linalg.bases import range_basis
 from svdlib.linalg.svd import randomized_svd
-from svdlib.study.theory import residual_norms, sharp_bound
+from svdlib.study.theory import random_basis, residual_norms, sharp_bound
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +86,4 @@ def sketch(
 def _bases(m: int, n: int) -> tuple[Tensor, Tensor]:
     """Random orthonormal columns: kept, since making them takes longer than all the rest."""
     generator = torch.Generator().manual_seed(0)
-    left, right = (
-        torch.linalg.qr(torch.randn(side, min(m, n), dtype=torch.float64, generator=generator)).Q
-        for side in (m, n)
-    )
-    return left, right
+    return random_basis(m, min(m, n), generator), random_basis(n, min(m, n), generator)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,9 @@ import ipywidgets as widgets
 import pandas as pd
 from IPython.display import display
 from PIL import Image
+
+from svdlib.study import plots
+from svdlib.study.explorer.pictures import data_uri
 
 
 def show(panel: widgets.Widget) -> None:
@@ -30,8 +32,7 @@ def still(panel: widgets.Widget) -> str:
         if isinstance(widget, widgets.HTML) and widget.value:
             parts.append(f"<div>{widget.value}</div>")
         elif isinstance(widget, widgets.Image):
-            data = base64.b64encode(_small(widget.value)).decode()
-            source = f"data:image/png;base64,{data}"
+            source = data_uri(_small(widget.value))
             parts.append(
                 f'<img alt="a picture of the panel" style="max-width:100%" src="{source}">'
             )
@@ -53,7 +54,7 @@ def save(panel: widgets.Widget, name: str, data: pd.DataFrame, folder: str | Pat
         whole.paste(part, (0, top))
         top += part.height
     whole.save(Path(folder) / f"{name}.png", optimize=True)
-    data.to_csv(Path(folder) / f"{name}.csv", index=False, float_format="%.6g")
+    plots.save(None, name, data, folder)
 
 
 def _leaves(widget: widgets.Widget) -> Iterator[widgets.Widget]:
