@@ -84,7 +84,7 @@ def ranks_picture(cuts: Cuts) -> Callable[[Sequence[int]], bytes]:
     cloud, moving = axes[0], []
     cloud.plot(
         cuts.joint.parameters, cuts.joint.loss, ".", color="0.82", markersize=3,
-        label=f"all {len(cuts.joint):,} combinations",
+        label=f"all {cuts.combinations:,} combinations",
     )  # fmt: skip
     cloud.step(cuts.best.parameters, cuts.best.loss, where="post", color=BEST, label="the best")
     (best,) = cloud.plot([], [], "o", color=BEST, fillstyle="none", markersize=13,
