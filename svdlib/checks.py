@@ -38,6 +38,35 @@ def positive_int(value: object, what: str, least: int = 1) -> int:
     return number
 
 
+def number(value: object, what: str) -> float:
+    """``value`` if it is a real number.
+
+    >>> number(0.5, "lr")
+    0.5
+    """
+    if isinstance(value, bool | str | bytes | complex) or not hasattr(value, "__float__"):
+        raise ValueError(f"{what} must be a number, not {value!r}")
+    return float(value)
+
+
+def truth(value: object, what: str) -> bool:
+    """``value`` if it is True or False."""
+    if type(value) is not bool:
+        raise ValueError(f"{what} must be True or False, not {value!r}")
+    return value
+
+
+def generator(value: object, device: torch.device) -> None:
+    """Refuse what is no source of random numbers on that device; None is torch's own."""
+    if value is None:
+        return
+    place: torch.device | None = getattr(value, "device", None)
+    if type(place) is not torch.device:
+        raise ValueError(f"generator must be a torch.Generator or None, not {value!r}")
+    if place.type != device.type:
+        raise ValueError(f"the generator is on {place} but the matrix on {device}")
+
+
 def one_of(value: object, known: tuple[str, ...], what: str) -> None:
     """Refuse a name that is not known, listing those that are."""
     if value not in known:

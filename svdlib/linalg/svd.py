@@ -18,6 +18,9 @@ METHODS = ("rsvd", "truncsvd")
 # The sketch's p and q wherever they are not given: generous, after Halko, Martinsson and Tropp.
 OVERSAMPLE, POWER_ITERS = 10, 2
 
+# Norms whose squares are no problem in these types; other matrices are scaled first.
+MODERATE = {torch.float32: (1e-10, 1e15), torch.float64: (1e-100, 1e100)}
+
 # Elements of A that are looked at in one go where a residual is formed.
 BLOCK = 2**22
 
@@ -47,8 +50,9 @@ class SVD:
         return self.S.shape[-1]
 
     def matrix(self) -> Tensor:
-        """The rank-k matrix U diag(S) Vh, of shape (…, m, n)."""
-        return (self.U * self.S.unsqueeze(-2)) @ self.Vh
+        """The rank-k matrix U diag(S) Vh, of shape (…, m, n); in half precision, rounded once."""
+        U, S, Vh = _work(self.U), _work(self.S).unsqueeze(-2), _work(self.Vh)
+        return ((U * S) @ Vh).to(self.U.dtype)
 
     @torch.no_grad()
     def spectral_error(
@@ -79,19 +83,21 @@ class SVD:
         if A.shape != shape:
             raise ValueError(f"this is the SVD of a matrix of shape {shape}, not {tuple(A.shape)}")
         A, U, S, Vh = _work(A), _work(self.U), _work(self.S).unsqueeze(-1), _work(self.Vh)
+        scale = _powers(A)
+        A, S = A * scale, S * scale
         shape = (*A.shape[:-2], A.shape[-1], 10)
         Y = torch.randn(shape, dtype=A.dtype, device=A.device, generator=generator)
         Y = A @ Y - U @ (S * (Vh @ Y))
         logarithm = torch.zeros(A.shape[:-2], dtype=torch.float64, device=A.device)
         for _ in range(q):
-            scale = torch.linalg.matrix_norm(Y, keepdim=True)
-            logarithm += scale.double().log()[..., 0, 0]
-            Y = Y / scale.clamp(min=torch.finfo(Y.dtype).tiny)
+            size = torch.linalg.matrix_norm(Y, keepdim=True)
+            logarithm += size.double().log()[..., 0, 0]
+            Y = Y / size.clamp(min=torch.finfo(Y.dtype).tiny)
             Y = A.mT @ Y - Vh.mT @ (S * (U.mT @ Y))
             Y = A @ Y - U @ (S * (Vh @ Y))
         largest = torch.linalg.vector_norm(Y, dim=-2).amax(-1).double()
         logarithm += (10 * math.sqrt(2 / math.pi) * largest).log()
-        return (logarithm / (2 * q + 1)).exp()
+        return (logarithm / (2 * q + 1)).exp() / scale.double()[..., 0, 0]
 
 
 @threads.plain()
@@ -113,14 +119,16 @@ def truncated_svd(A: Tensor, rank: int) -> SVD:
         rank: the number k of terms, 1 ≤ k ≤ min(m, n).
 
     Raises:
-        ValueError: a rank out of range, an integer, empty or non-finite matrix.
+        ValueError: a rank out of range, an integer, complex, sparse, empty or non-finite matrix,
+            singular values beyond A's half-precision type.
 
     >>> A = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
     >>> truncated_svd(A, rank=2).S
     tensor([3., 2.])
     """
     rank = _check_rank(A, rank)
-    return _truncated(A, rank, _norm(A))
+    work, scale, norm = _moderate(A)
+    return _rounded(_truncated(work, rank, norm), scale, A.dtype)
 
 
 @threads.plain()
@@ -179,18 +187,18 @@ def randomized_svd(
         rank = _check_rank(A, rank)
     oversample = checks.positive_int(oversample, "oversample", least=0)
     power_iters = checks.positive_int(power_iters, "power_iters", least=0)
-    if generator is not None and generator.device.type != A.device.type:
-        raise ValueError(f"the generator is on {generator.device} but the matrix on {A.device}")
-    norm = _norm(A)
-    work = _work(A)
+    checks.generator(generator, A.device)
+    work, scale, norm = _moderate(A)
     if rank is None:
         assert tol is not None
-        limit = _check_tol(work, tol, relative, norm)
-        return _within(work, limit, norm, power_iters, generator, A.dtype)
-    if rank + oversample >= min(A.shape[-2:]):
-        return _truncated(A, rank, norm)
-    U, S, Vh = _sketched(work, rank, oversample, power_iters, generator)
-    return _result(work, U, S, Vh, norm, A.dtype)
+        limit = _check_tol(work, tol, relative, norm, scale)
+        found = _within(work, limit, norm, power_iters, generator)
+    elif rank + oversample >= min(A.shape[-2:]):
+        found = _truncated(work, rank, norm)
+    else:
+        factors = _sketched(work, rank, oversample, power_iters, generator)
+        found = _result(work, *factors, norm)
+    return _rounded(found, scale, A.dtype)
 
 
 def _sketched(
@@ -208,13 +216,12 @@ def _sketched(
 
 
 def _truncated(A: Tensor, rank: int, norm: Tensor) -> SVD:
-    work = _work(A)
     short, long = sorted(A.shape[-2:])
-    found = _by_gram(work, rank) if 2 * short <= long or short <= 64 else None
+    found = _by_gram(A, rank) if 2 * short <= long or short <= 64 else None
     if found is None and 4 * short <= long:
-        found = _svd_of_wide(work) if short == A.shape[-2] else _turned(_svd_of_wide(work.mT))
-    U, S, Vh = found or torch.linalg.svd(work, full_matrices=False)
-    return _result(work, U[..., :rank], S[..., :rank], Vh[..., :rank, :], norm, A.dtype)
+        found = _svd_of_wide(A) if short == A.shape[-2] else _turned(_svd_of_wide(A.mT))
+    U, S, Vh = found or torch.linalg.svd(A, full_matrices=False)
+    return _result(A, U[..., :rank], S[..., :rank], Vh[..., :rank, :], norm)
 
 
 def _by_gram(A: Tensor, rank: int) -> Factors | None:
@@ -262,7 +269,6 @@ def _within(
     norm: Tensor,
     power_iters: int,
     generator: torch.Generator | None,
-    dtype: torch.dtype,
 ) -> SVD:
     """The fixed-precision problem: A − Q B is never formed until it seems small enough."""
     m, n = A.shape
@@ -288,17 +294,54 @@ def _within(
     # Cutting the terms after the r-th adds their squares to the error.
     errors = left + S.double().square().flip(0).cumsum(0).flip(0)
     rank = max(1, int((errors > tol**2).sum()))
-    return _result(A, Q @ U[:, :rank], S[:rank], Vh[:rank], norm, dtype)
+    return _result(A, Q @ U[:, :rank], S[:rank], Vh[:rank], norm)
 
 
 def _norm(A: Tensor) -> Tensor:
-    """Frobenius norms (…) in float64; refuses NaN and inf on the way, in one look at A."""
-    rows = torch.linalg.vector_norm(_work(A.detach()), dim=-1)
+    """Frobenius norms (…) in float64, in one look at A."""
+    rows = torch.linalg.vector_norm(A.detach(), dim=-1)
     norm: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
-    if not bool(norm.isfinite().all()):
-        checks.finite(A, "the matrix")
-        raise ValueError("the matrix has entries so large that its norm overflows; scale it down")
     return norm
+
+
+def _moderate(A: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """A in a type to work in, times powers of two where squares of its entries would not fit.
+
+    Returns:
+        the matrices, the powers (…, 1, 1) or None where they are all 1, and Frobenius norms.
+    """
+    work = _work(A)
+    norm = _norm(work)
+    low, high = MODERATE[work.dtype]
+    if bool(((norm > low) & (norm < high)).all()):
+        return work, None, norm
+    checks.finite(A, "the matrix")
+    scale = _powers(work)
+    work = work * scale
+    return work, scale, _norm(work)
+
+
+def _powers(A: Tensor) -> Tensor:
+    """Powers of two (…, 1, 1), by which A's largest entries come near 1, as far as they can be."""
+    peak = A.detach().abs().amax((-2, -1), keepdim=True)
+    exponent = peak.double().frexp().exponent.clamp(-126, 126)
+    return torch.where(peak > 0, torch.exp2(-exponent.double()), 1.0).to(A.dtype)
+
+
+def _rounded(found: SVD, scale: Tensor | None, dtype: torch.dtype) -> SVD:
+    """The decomposition without the powers of two, and in the matrix's own type."""
+    U, S, Vh = found
+    error = found.error
+    if scale is not None:
+        S, error = S / scale[..., 0], error / scale.double()[..., 0, 0]
+    elif dtype == S.dtype:
+        return found
+    if not bool(S.to(dtype).isfinite().all()):
+        raise ValueError(
+            f"the matrix has entries so large that its norm overflows {dtype}; scale it down, or "
+            "give it in a wider type"
+        )
+    return SVD(U.to(dtype), S.to(dtype), Vh.to(dtype), error)
 
 
 def _residual(A: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -313,6 +356,12 @@ def _check(A: Tensor) -> None:
     if not isinstance(A, Tensor) or not A.dtype.is_floating_point:
         kind = A.dtype if isinstance(A, Tensor) else type(A).__name__
         raise ValueError(f"a floating-point torch tensor is needed, not {kind}")
+    if A.layout != torch.strided:
+        raise ValueError(
+            f"a dense matrix is needed, not one of layout {A.layout}; see A.to_dense()"
+        )
+    if A.is_meta:
+        raise ValueError("the matrix is on device 'meta', where it has no numbers")
     if A.ndim < 2 or A.numel() == 0:
         raise ValueError(f"non-empty matrices (…, m, n) are needed, not shape {tuple(A.shape)}")
 
@@ -328,18 +377,19 @@ def _check_rank(A: Tensor, rank: int) -> int:
     return rank
 
 
-def _check_tol(A: Tensor, tol: float, relative: bool, norms: Tensor) -> float:
+def _check_tol(A: Tensor, tol: float, relative: bool, norms: Tensor, scale: Tensor | None) -> float:
     if A.ndim > 2:
         raise ValueError(f"tol takes one matrix (m, n), not a batch of shape {tuple(A.shape)}")
-    if not tol > 0:
+    if not checks.number(tol, "tol") > 0:
         raise ValueError(f"tol must be positive, not {tol}")
-    norm = float(norms)
-    tol = tol * norm if relative else tol
+    norm, unit = float(norms), 1.0 if scale is None else float(scale)
+    tol = tol * norm if relative else tol * unit
     # Yu, Gu and Li (2018), Theorem 3: below this ‖A‖² − ‖B‖² is rounding.
     attainable = math.sqrt(4 * torch.finfo(A.dtype).eps) * norm
     if tol < attainable:
         raise ValueError(
-            f"an error of {tol:.3g} can't be certified in {A.dtype}; at least {attainable:.3g} can"
+            f"an error of {tol / unit:.3g} can't be certified in {A.dtype}; at least "
+            f"{attainable / unit:.3g} can"
             f" ({attainable / norm:.2g} of the norm)"
         )
     return tol
@@ -350,7 +400,7 @@ def _work(A: Tensor) -> Tensor:
     return A if A.dtype in (torch.float32, torch.float64) else A.float()
 
 
-def _result(A: Tensor, U: Tensor, S: Tensor, Vh: Tensor, norm: Tensor, dtype: torch.dtype) -> SVD:
+def _result(A: Tensor, U: Tensor, S: Tensor, Vh: Tensor, norm: Tensor) -> SVD:
     """Fix the signs, and measure the error: ‖A − A_k‖² = ‖A‖² − Σ σ_i² for a projection of A."""
     signs = _signs(U)
     if bool((signs < 0).any()):
@@ -361,4 +411,4 @@ def _result(A: Tensor, U: Tensor, S: Tensor, Vh: Tensor, norm: Tensor, dtype: to
         # A small difference of large squares is mostly rounding.
         if bool((square < 1e4 * torch.finfo(A.dtype).eps * norm.square()).any()):
             error = _residual(A, U * S.unsqueeze(-2), Vh)
-    return SVD(U.to(dtype), S.to(dtype), Vh.to(dtype), error)
+    return SVD(U, S, Vh, error)

@@ -277,3 +277,55 @@ def test_bad_sketch():
 
 class _Elsewhere:
     device = torch.device("meta")
+
+
+@pytest.mark.parametrize("size", [1e-43, 1e-40, 1e-25, 1e-12, 1e30])
+@pytest.mark.parametrize("method", ["truncated", "tall", "square", "randomized", "tol"])
+def test_entries_whose_squares_do_not_fit(method, size, generator):
+    """Scaled by a power of two, nothing is lost but what the subnormal type itself can't hold."""
+    shape = {"tall": (200, 30), "square": (90, 80)}.get(method, (80, 120))
+    A = (matrix(shape) * size).float()
+    exact = torch.linalg.svdvals(A.double())
+    if method == "tol":
+        found = svdlib.randomized_svd(A, tol=0.5, relative=True, generator=generator)
+    elif method == "randomized":
+        found = svdlib.randomized_svd(A, 10, generator=generator)
+    else:
+        found = svdlib.truncated_svd(A, 10)
+    error = (exact[found.rank :].square().sum() / exact.square().sum()).sqrt()
+    whole = torch.linalg.matrix_norm(A.double())
+    assert error - 1e-5 <= found.error / whole <= 1.2 * error
+    rebuilt = (found.U.double() * found.S.double()) @ found.Vh.double()
+    smallest = 1e-45 * 120  # S is rounded to a multiple of the least number there is
+    off = torch.linalg.matrix_norm(A.double() - rebuilt).item()
+    assert off == pytest.approx(found.error.item(), rel=1e-3, abs=10 * smallest)
+    bound = found.spectral_error(A, generator=generator)
+    assert bound >= 0.99 * torch.linalg.matrix_norm(A.double() - rebuilt, 2)
+    assert bound <= 3 * torch.linalg.matrix_norm(A.double() - rebuilt, 2)
+
+
+def test_half_precision_is_worked_in_float32_and_refused_where_it_does_not_fit():
+    A = torch.full((200, 300), 250.0, dtype=torch.float16)  # σ_1 = 61,237
+    found = svdlib.truncated_svd(A, 1)
+    torch.testing.assert_close(found.matrix(), A, rtol=2e-3, atol=0)
+    with pytest.raises(ValueError, match=r"norm overflows torch\.float16.* a wider type"):
+        svdlib.truncated_svd(torch.full((400, 300), 250.0, dtype=torch.float16), 1)
+
+
+@pytest.mark.parametrize(
+    ("A", "message"),
+    [
+        (torch.eye(3).to_sparse(), r"layout torch\.sparse_coo; see A\.to_dense"),
+        (torch.eye(3, device="meta"), "on device 'meta', where it has no numbers"),
+        (torch.eye(3, dtype=torch.complex64), r"not torch\.complex64"),
+        ([[1.0]], "not list"),
+    ],
+)
+def test_what_is_no_dense_real_matrix(A, message):
+    with pytest.raises(ValueError, match=message):
+        svdlib.truncated_svd(A, 1)
+
+
+def test_a_generator_is_a_generator():
+    with pytest.raises(ValueError, match=r"generator must be a torch\.Generator or None, not 0"):
+        svdlib.randomized_svd(torch.rand(4, 3), 1, generator=0)
