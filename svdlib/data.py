@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -123,11 +124,18 @@ def load(
     """
     checks.one_of(name, NAMES, "data set")
     target = checks.device(device)
-    folder = _cached(name) if root is None else Path(root)
+    folder = _cached(name) if root is None else Path(root).expanduser()
     train_x, train_y, test_x, test_y = (
         torch.from_numpy(read_idx(_find(folder, file, name))) for file in FILES
     )
     for part, images, labels in (("train", train_x, train_y), ("t10k", test_x, test_y)):
+        if images.ndim != 3 or labels.ndim != 1 or not len(images):
+            raise ValueError(
+                f"{folder}: {part} images (n, rows, columns) and labels (n,) are needed, not arrays "
+                f"of shapes {tuple(images.shape)} and {tuple(labels.shape)}; are they swapped?"
+            )
+        if int(labels.max()) > 9:
+            raise ValueError(f"{folder}: {part} labels run to {int(labels.max())}, not 9")
         if len(images) != len(labels):
             raise ValueError(
                 f"{folder}: {len(images)} {part} images but {len(labels)} labels; "
@@ -185,7 +193,7 @@ def read_idx(path: Path) -> np.ndarray:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             content = file.read()
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is damaged or only half downloaded; fetch it anew") from error
     ndim = content[3] if len(content) >= 4 else 0
     if content[:3] != b"\0\0\x08" or ndim == 0 or len(content) < 4 + 4 * ndim:
@@ -202,16 +210,20 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def _find(folder: Path, file: str, name: str) -> Path:
-    for place in (folder, folder / name / "raw"):
+    raw = folder / name / "raw"
+    # Files beside a folder of this name may be another data set's.
+    for place in (raw,) if raw.is_dir() else (folder,):
         for path in (place / file, place / f"{file}.gz"):
             if path.is_file():
                 return path
-    raise FileNotFoundError(f"{folder} holds neither {file} nor {file}.gz")
+    where = raw if raw.is_dir() else folder
+    raise FileNotFoundError(f"{where} holds neither {file} nor {file}.gz")
 
 
 def _cached(name: str) -> Path:
     """The cache's folder with the four files of ``name``, fetched if need be."""
     root = Path(os.environ.get("SVDLIB_DATA") or platformdirs.user_cache_dir("svdlib"))
+    root = root.expanduser()
     folder = root / name / "raw"
     if _whole(folder, name):
         return folder

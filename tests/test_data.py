@@ -10,6 +10,7 @@ import torch
 
 import svdlib
 from svdlib import data as module
+from svdlib.data import FILES
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -170,3 +171,44 @@ def test_inputs_with_ones_are_a_view_where_they_are_stored_so(generator):
         assert copied.data_ptr() != other.data_ptr() and torch.equal(copied[:, :-1], other)
     end = torch.ones(12).as_strided((2, 5), (7, 1))  # nothing lies behind its last row
     assert torch.equal(module.with_ones(end), torch.ones(2, 6))
+
+
+def written(folder, sizes=((6, 28, 28), (6,), (4, 28, 28), (4,)), label=3):
+    """Four IDX files of these shapes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, shape in zip(FILES, sizes, strict=True):
+        array = np.full(shape, label, np.uint8)
+        head = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">i4").tobytes()
+        (folder / file).write_bytes(head + array.tobytes())
+
+
+def test_a_flipped_byte_in_a_gz_file(tmp_path):
+    written(tmp_path)
+    packed = bytearray(gzip.compress((tmp_path / FILES[0]).read_bytes()))
+    (tmp_path / FILES[0]).unlink()
+    for place in range(10, len(packed), 7):
+        damaged = packed.copy()
+        damaged[place] ^= 0xFF
+        (tmp_path / f"{FILES[0]}.gz").write_bytes(damaged)
+        with pytest.raises(ValueError, match="is damaged or only half downloaded"):
+            svdlib.load("MNIST", tmp_path, "cpu")
+
+
+def test_swapped_images_and_labels_and_labels_beyond_nine(tmp_path):
+    written(tmp_path, ((6,), (6, 28, 28), (4,), (4, 28, 28)))
+    with pytest.raises(ValueError, match="are they swapped"):
+        svdlib.load("MNIST", tmp_path, "cpu")
+    written(tmp_path, label=10)
+    with pytest.raises(ValueError, match="train labels run to 10, not 9"):
+        svdlib.load("MNIST", tmp_path, "cpu")
+
+
+def test_a_folder_of_the_name_goes_before_loose_files(tmp_path, monkeypatch):
+    written(tmp_path, label=1)
+    written(tmp_path / "FashionMNIST" / "raw", label=2)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for root in (tmp_path, "~"):
+        assert svdlib.load("FashionMNIST", root, "cpu").train_y.unique().tolist() == [2]
+        assert svdlib.load("MNIST", root, "cpu").train_y.unique().tolist() == [1]
+    monkeypatch.setenv("SVDLIB_DATA", "~")
+    assert svdlib.load("FashionMNIST", device="cpu").train_y.unique().tolist() == [2]

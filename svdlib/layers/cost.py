@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from svdlib import checks, clock, threads
 from svdlib.layers.factorize import merge
-from svdlib.layers.kinds import LowRank, evaluating, hooked, whole_layers
+from svdlib.layers.kinds import LowRank, Matrix, as_written, evaluating, hooked, whole_layers
 
 WHOLE = "whole model"
 
@@ -34,7 +37,8 @@ def cost(model: nn.Module, x: Tensor, *, repeats: int = 20) -> pd.DataFrame:
         a row a layer, and at last ``"whole model"``: layer, rank (of a factorized layer, else
         NaN), parameters, bytes, multiply_adds (for all of ``x``), seconds, and for the dense
         twin dense_parameters, dense_bytes, dense_multiply_adds, dense_seconds. Parameters of
-        other layers are in the whole model's row; multiply-adds are those of the layers listed.
+        other layers are in the whole model's row; multiply-adds are all products with the weights
+        of the layers listed, also where the model reads a weight without calling its layer.
 
     Raises:
         ValueError: empty inputs, repeats below 1.
@@ -68,23 +72,17 @@ def latency(model: nn.Module, x: Tensor, repeats: int = 50) -> float:
     True
     """
     with torch.no_grad(), evaluating(model):
-        return clock.median(partial(model, x), repeats, device=x.device)
+        return clock.median(partial(model, x.clone()), repeats, device=x.device)
 
 
 def _measured(model: nn.Module, x: Tensor) -> pd.DataFrame:
     """All that needs no clock, by layer."""
     layers = whole_layers(model)
-    work = dict.fromkeys(layers, 0)
-
-    def note(name: str, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        # As many products with the matrix, or with both factors, as the output has places.
-        layer = layers[name]
-        factors = layer.factors if isinstance(layer, LowRank) else (layer,)
-        places = output.numel() // len(factors[-1].weight)
-        work[name] += places * sum(factor.weight.numel() for factor in factors)
-
-    with evaluating(model), hooked(layers, after=note):
-        model(x)
+    products = _Products(layers)
+    # Hooks, even idle ones, keep torch from fused operations, in which no product is seen.
+    with evaluating(model), hooked(layers, after=lambda *_: None), as_written(model), products:
+        model(x.clone())
+    work = products.work
     rows = []
     for name, part in {**layers, WHOLE: model}.items():
         parameters = list(part.parameters())
@@ -100,6 +98,62 @@ def _measured(model: nn.Module, x: Tensor) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("layer")
 
 
+class _Products(TorchDispatchMode):
+    """Multiply-adds with the weights of these layers, whoever multiplies by them.
+
+    A module may read a layer's weight without calling the layer, as ``nn.MultiheadAttention``
+    does; of a factorized layer, that multiplies the factors at each reading. So tensors are told
+    by their storage, which views share, and a product of two factors counts as their layer's.
+    """
+
+    def __init__(self, layers: Mapping[str, Matrix | LowRank]) -> None:
+        super().__init__()
+        self.work = dict.fromkeys(layers, 0)
+        self.owners: dict[int, str] = {}
+        for name, layer in layers.items():
+            for factor in layer.factors if isinstance(layer, LowRank) else (layer,):
+                self.owners[factor.weight.untyped_storage().data_ptr()] = name
+        self.kept: list[Tensor] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        operation = function.overloadpacket.__name__
+        if operation not in PRODUCTS:
+            return result
+        left, right = (args[place] for place in PRODUCTS[operation])
+        names = [self.owners.get(t.untyped_storage().data_ptr()) for t in (left, right)]
+        name = names[1] or names[0]
+        if name is None:
+            return result
+        if operation == "convolution":
+            places = left if args[6] else result  # transposed: each input goes into a window
+            self.work[name] += places.numel() * right[0].numel()
+        elif operation == "_native_multi_head_attention":
+            self.work[name] += left.numel() * len(right)
+        else:
+            self.work[name] += result.numel() * left.shape[-1]
+        if names[0] == names[1]:
+            self.kept.append(result)
+            self.owners[result.untyped_storage().data_ptr()] = name
+        return result
+
+
+# Operations that multiply matrices, and the places of the two factors among their arguments. Of
+# torch's fused attention, the last product: tokens with the matrix of the output.
+PRODUCTS = {
+    "mm": (0, 1),
+    "bmm": (0, 1),
+    "mv": (0, 1),
+    "addmm": (1, 2),
+    "baddbmm": (1, 2),
+    "addmv": (1, 2),
+    "convolution": (0, 1),
+    "_native_multi_head_attention": (0, 7),
+}
+
+
 def _seconds(model: nn.Module, x: Tensor) -> dict[str, float]:
     """Seconds of one run of the model, and of each layer in another."""
     layers = whole_layers(model)
@@ -113,7 +167,7 @@ def _seconds(model: nn.Module, x: Tensor) -> dict[str, float]:
         taken[name] += clock.now(x.device) - started[name]
 
     with evaluating(model):
-        whole = clock.median(partial(model, x), 1, warmup=0, device=x.device)
-        with hooked(layers, stop, start):
-            model(x)
+        whole = clock.median(partial(model, x.clone()), 1, warmup=0, device=x.device)
+        with hooked(layers, stop, start), as_written(model):
+            model(x.clone())
     return {**taken, WHOLE: whole}

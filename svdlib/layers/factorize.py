@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 
 import torch
@@ -14,6 +13,7 @@ from svdlib.layers.kinds import (
     Matrix,
     choose,
     dense_twin,
+    duplicate,
     evaluating,
     hooked,
     low_rank_layers,
@@ -22,6 +22,7 @@ from svdlib.layers.kinds import (
     replace_module,
     rows,
     stored,
+    take_no_fused_way,
     thin_twin,
     warn_of,
 )
@@ -65,7 +66,9 @@ def factorize(
             inputs. Also a layer that can't be factorized, if it is named: a grouped convolution,
             a subclass of Linear or Conv2d (such as in ``nn.MultiheadAttention``) or a
             parametrized layer, one with hooks, one whose weight others share. If it is not
-            named, it is left as it was, with a warning.
+            named, it is left as it was, with a warning. So is a layer, where calibration inputs
+            show it, whose weight the model reads without calling the layer: its factors would be
+            multiplied at every call.
 
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(100, 80), nn.ReLU(), nn.Linear(80, 60))
@@ -89,8 +92,7 @@ def factorize(
             continue
         checks.finite(layers[name].weight, f"the weight of layer {name!r}")
         chosen[name] = rank
-    warn_of(left, depth=3)  # a context wraps this call
-    small = copy.deepcopy(model)
+    small = duplicate(model)
     layers = {name: layer for name, layer in matrix_layers(small).items() if name in chosen}
     inputs = {} if calibration is None else _input_moments(small, layers, calibration)
     with torch.no_grad():
@@ -98,7 +100,41 @@ def factorize(
             small = replace_module(
                 small, layers[name], _factors(layers[name], rank, inputs.get(name))
             )
+    take_no_fused_way(small)
+    for name in [] if calibration is None else _read(small, calibration[:2]):
+        if named is not None:
+            raise ValueError(f"can't factorize layer {name!r}: {READ}; leave it out of the ranks")
+        left[name] = READ
+        small = replace_module(small, low_rank_layers(small)[name], layers[name])
+    warn_of(left, depth=3)  # a context wraps this call
     return small
+
+
+READ = "the model reads its weight without calling it, which would multiply the factors each time"
+
+
+class _Watched(LowRank):
+    """A factorized layer that notes when its weight is read."""
+
+    @property
+    def weight(self) -> Tensor:
+        """As `LowRank`."""
+        self.__dict__["read"] = True
+        return super().weight
+
+
+def _read(model: nn.Module, x: Tensor) -> list[str]:
+    """The factorized layers whose weight a call of the model reads."""
+    layers = low_rank_layers(model)
+    try:
+        for layer in layers.values():
+            layer.__class__ = _Watched
+        with torch.no_grad(), evaluating(model):
+            model(x.clone())
+    finally:
+        for layer in layers.values():
+            layer.__class__ = LowRank
+    return [name for name, layer in layers.items() if layer.__dict__.pop("read", False)]
 
 
 @threads.making()
@@ -112,7 +148,7 @@ def merge(model: nn.Module) -> nn.Module:
       (0): Linear(in_features=100, out_features=80, bias=True)
     )
     """
-    dense = copy.deepcopy(model)
+    dense = duplicate(model)
     for layer in low_rank_layers(dense).values():
         whole = dense_twin(layer)
         whole.weight.copy_(layer.weight).requires_grad_(layer.factors[0].weight.requires_grad)
@@ -189,7 +225,7 @@ def _input_moments(
 
     with evaluating(model), hooked(layers, before=note):
         for part in calibration.split(batch):
-            model(part)
+            model(part.clone())  # the model may work on its input in place
     for name in layers:
         if waiting[name]:
             add(name)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
@@ -137,8 +139,14 @@ def obstacle(model: nn.Module, layer: Matrix, *, twin: bool) -> str | None:
     """
     if "weight" not in layer._parameters:
         return "its weight is computed from other parameters; remove the parametrization first"
+    if isinstance(layer.weight, nn.UninitializedParameter):
+        return "it has no weight before its first call; call the model once"
     if not layer.weight.is_floating_point():
         return f"its type is {layer.weight.dtype}"
+    if layer.weight.is_meta or layer.weight.layout != torch.strided:
+        return (
+            f"its weight has no numbers here (device {layer.weight.device}, {layer.weight.layout})"
+        )
     if not twin:
         return None
     if type(layer) not in (nn.Linear, nn.Conv2d):
@@ -156,7 +164,48 @@ def obstacle(model: nn.Module, layer: Matrix, *, twin: bool) -> str | None:
     owners = [m for m in model.modules() if any(p is layer.weight for p in m._parameters.values())]
     if len(owners) > 1:
         return "its weight is shared with another layer"
+    for name, part in model.named_modules():
+        if is_compiled(part) and any(layer is inner for inner in part.modules()):
+            return f"{name or 'the model'!r} is compiled with it; factorize first, then compile"
+        for attribute, value in part.__dict__.items():
+            if attribute not in REGISTERED and any(layer is each for each in _inside(value)):
+                where = f"{name}.{attribute}".lstrip(".")
+                return f"{where!r} holds it besides, where a factorized one would not be seen"
     return None
+
+
+# Where a module keeps its parts: what it holds elsewhere, it does not know as its own.
+REGISTERED = ("_modules", "_parameters", "_buffers")
+
+
+def _inside(value: object) -> Iterator[object]:
+    """A value and, of lists, tuples, sets and dictionaries, what they hold."""
+    yield value
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple | set):
+        for part in value:
+            yield from _inside(part)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` made this module, or its own ``compile`` was called."""
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+
+
+def duplicate(model: nn.Module) -> nn.Module:
+    """A deep copy, also of a model that keeps results of its last call, or pruned weights.
+
+    ``copy.deepcopy`` refuses tensors that have a history; they are copied without it.
+
+    >>> model = nn.Linear(2, 2)
+    >>> model.kept = 2 * model.weight
+    >>> duplicate(model).kept.requires_grad
+    False
+    """
+    held = [part for module in model.modules() for part in _inside(list(module.__dict__.values()))]
+    past = {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}
+    return copy.deepcopy(model, cast(dict[int, object], past))
 
 
 def choose(
@@ -174,6 +223,8 @@ def choose(
     if not known:
         raise ValueError(f"the model has no nn.Linear or nn.Conv2d to {verb}")
     chosen = list(known if names is None else names)
+    if not chosen:
+        raise ValueError(f"no layers are named to {verb}; known: {', '.join(known)}")
     for name in chosen:
         checks.one_of(name, tuple(known), "layer")
     found = {name: obstacle(model, known[name], twin=twin) for name in chosen}
@@ -273,7 +324,7 @@ def hooked(
 ) -> Iterator[None]:
     """``before(name, inputs)`` and ``after(name, inputs, output)`` at every call of these layers.
 
-    What ``after`` returns, if anything, takes the output's place.
+    Keyword arguments come behind the others. What ``after`` returns, if anything, takes the output's place.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(3, 2))
@@ -286,13 +337,52 @@ def hooked(
         for name, layer in layers.items():
             if before:
                 handles.append(
-                    layer.register_forward_pre_hook(lambda _, x, name=name: before(name, x))
+                    layer.register_forward_pre_hook(
+                        lambda _, x, more, name=name: before(name, (*x, *more.values())),
+                        with_kwargs=True,
+                    )
                 )
             if after:
                 handles.append(
-                    layer.register_forward_hook(lambda _, x, z, name=name: after(name, x, z))
+                    layer.register_forward_hook(
+                        lambda _, x, more, z, name=name: after(name, (*x, *more.values()), z),
+                        with_kwargs=True,
+                    )
                 )
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def as_written(model: nn.Module) -> Iterator[None]:
+    """Compiled parts run as they are written: compiled code heeds no hooks.
+
+    >>> with as_written(nn.ReLU()):
+    ...     pass
+    """
+    if not any(map(is_compiled, model.modules())):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def take_no_fused_way(model: nn.Module) -> None:
+    """Keep ``nn.TransformerEncoderLayer`` from reading the weights of its factorized layers.
+
+    Its fused operation for evaluation wants dense matrices, and would multiply the factors at
+    every call; in training mode, and without it, the layers are called.
+
+    >>> layer = nn.TransformerEncoderLayer(8, 2, 16)
+    >>> layer.linear1 = thin_twin(layer.linear1, 2)
+    >>> take_no_fused_way(layer)
+    >>> layer.activation_relu_or_gelu
+    0
+    """
+    for part in model.modules():
+        if isinstance(part, nn.TransformerEncoderLayer) and low_rank_layers(part):
+            part.activation_relu_or_gelu = 0  # torch's mark of an activation that it can't fuse
+        if isinstance(part, nn.TransformerEncoder) and low_rank_layers(part):
+            part.use_nested_tensor = False

@@ -1,20 +1,20 @@
-"""Factorized networks on disk: safetensors and a small JSON, never a pickle."""
+"""Factorized networks on disk: safetensors with their ranks inside, never a pickle."""
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import tempfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_model
 from torch import Tensor, nn
 
 from svdlib import checks, threads
 from svdlib.layers.kinds import (
+    duplicate,
     evaluating,
     low_rank_layers,
     matrix_layers,
@@ -22,28 +22,32 @@ from svdlib.layers.kinds import (
     thin_twin,
 )
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save_factorized(model: nn.Module, path: str | Path) -> None:
-    """Write a model's tensors to ``path`` (safetensors) and its ranks beside it, as JSON.
+    """Write a model's tensors and ranks to ``path``, one safetensors file.
 
-    ``small.safetensors`` gets a ``small.json`` such as {"format": 1, "ranks": {"0": 10}}. Files
-    that are there are replaced, each only when the new one is complete.
+    The ranks are in the file's own metadata, as JSON under "svdlib", such as
+    {"format": 2, "ranks": {"0": 10}}. A file that is there is replaced once the new one is whole.
+
+    Raises:
+        ValueError: ``path`` is there and no file, or in no folder.
 
     >>> from svdlib import factorize
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_factorized(factorize(nn.Sequential(nn.Linear(9, 9)), 2), f"{folder}/small.safetensors")
-    ...     print(Path(folder, "small.json").read_text())
-    {"format": 1, "ranks": {"0": 2}}
+    ...     path = f"{folder}/small.safetensors"
+    ...     save_factorized(factorize(nn.Sequential(nn.Linear(9, 9)), 2), path)
+    ...     with safe_open(path, "pt") as file:
+    ...         print(file.metadata()["svdlib"])
+    {"format": 2, "ranks": {"0": 2}}
     """
-    path = Path(path)
+    path = _place(path)
     ranks = {name: layer.rank for name, layer in low_rank_layers(model).items()}
+    told = {"svdlib": json.dumps({"format": FORMAT, "ranks": ranks})}
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".part-") as part:
-        save_model(model, f"{part}/tensors")
-        Path(part, "ranks").write_text(json.dumps({"format": FORMAT, "ranks": ranks}))
+        save_model(model, f"{part}/tensors", metadata=told)
         os.replace(f"{part}/tensors", path)
-        os.replace(f"{part}/ranks", path.with_suffix(".json"))
 
 
 @threads.making()
@@ -55,7 +59,7 @@ def load_factorized(model: nn.Module, path: str | Path) -> nn.Module:
             its device.
 
     Raises:
-        FileNotFoundError: either file is missing.
+        FileNotFoundError: there is no such file.
         ValueError: a damaged file, or one that does not fit the model: other layers, shapes,
             types or ranks.
 
@@ -69,11 +73,10 @@ def load_factorized(model: nn.Module, path: str | Path) -> nn.Module:
     True
     """
     path = Path(path)
-    for file in (path, path.with_suffix(".json")):
-        if not file.is_file():
-            raise FileNotFoundError(f"there is no {file}; save_factorized writes both files")
-    ranks = _read_ranks(path.with_suffix(".json"))
-    loaded = copy.deepcopy(model)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; save_factorized writes one")
+    ranks = _read_ranks(path)
+    loaded = duplicate(model)
     known = matrix_layers(loaded)
     for name, rank in ranks.items():
         if name not in known:
@@ -102,20 +105,27 @@ def export_onnx(model: nn.Module, x: Tensor, path: str | Path, *, tolerance: flo
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed.
-        ValueError: onnxruntime's outputs differ.
+        ValueError: onnxruntime's outputs differ, the model puts out something else than one
+            tensor, inputs in a type that numpy lacks, ``path`` is there and no file.
     """
+    if x.dtype == torch.bfloat16:
+        raise ValueError("onnxruntime takes no bfloat16 inputs; export model.float()")
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 - torch.onnx.export needs it
     except ImportError as error:
         raise ImportError(f"{error}; pip install 'svdlib[onnx]'") from error
-    path = Path(path)
+    path = _place(path)
+    with torch.no_grad(), evaluating(model):
+        expected = model(x.clone())
+    if not torch.is_tensor(expected):
+        raise ValueError(f"the model must put out one tensor, not {type(expected).__name__}")
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".part-") as part, evaluating(model):
         file = f"{part}/model.onnx"
         batch = {0: torch.export.Dim("batch")}
         torch.onnx.export(
             model,
-            (x,),
+            (x.clone(),),
             file,
             dynamo=True,
             external_data=False,
@@ -125,18 +135,37 @@ def export_onnx(model: nn.Module, x: Tensor, path: str | Path, *, tolerance: flo
             verbose=False,
         )
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        with torch.no_grad():
-            expected = model(x).cpu()
         (found,) = session.run(None, {"x": x.cpu().numpy()})
-        largest = (torch.from_numpy(found) - expected).abs().max() / expected.abs().max()
-        if not largest <= tolerance:
-            raise ValueError(f"onnxruntime's outputs differ by {largest:.2g} of the largest")
+        wanted = expected.cpu().double()
+        off = (torch.from_numpy(found).double() - wanted).abs().max().item()
+        if not off <= tolerance * wanted.abs().max().item():
+            raise ValueError(
+                f"onnxruntime's outputs differ by {off:.2g} where the largest is "
+                f"{wanted.abs().max().item():.2g}"
+            )
         os.replace(file, path)
+
+
+def _place(path: str | Path) -> Path:
+    """Where to write: the file itself where a link points at it."""
+    place = Path(path).resolve()
+    if place.exists() and not place.is_file():
+        raise ValueError(f"{path} is there and no regular file; give the path of a file")
+    if not place.parent.is_dir():
+        raise ValueError(f"there is no folder {Path(path).parent} to write {place.name} into")
+    return place
 
 
 def _read_ranks(file: Path) -> dict[str, int]:
     try:
-        content = json.loads(file.read_text())
+        with safe_open(file, "pt") as tensors:
+            told = tensors.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{file} does not fit the model: {error}") from error
+    if "svdlib" not in told:
+        raise ValueError(f"{file} tells no ranks; save_factorized writes them into the file")
+    try:
+        content = json.loads(told["svdlib"])
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r}, this version reads {FORMAT}")
         return {
@@ -144,4 +173,4 @@ def _read_ranks(file: Path) -> dict[str, int]:
             for name, rank in content["ranks"].items()
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is not a table of ranks: {error}") from error
+        raise ValueError(f"{file} has no table of ranks: {error}") from error

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from svdlib import checks, threads
 from svdlib.layers.kinds import obstacle, stored
-from svdlib.ranks.losses import CACHED, Moments, check_data, full_losses, measuring
+from svdlib.ranks.losses import CACHED, Moments, check_data, full_losses, habits, measuring
 
 # Up to so many combinations all are looked at unless others are asked for, and never more than MOST.
 ALL = 20_000
@@ -87,12 +87,12 @@ def joint_profile(
     >>> joint[(joint["0"] == 2) & (joint["2"] == 3)].parameters.item()
     55
     """
-    check_data(x, y)
+    check_data(x, y, memory)
     links = _links(model)
     grids = _grids(links, ranks)
     usual = torch.get_num_threads()
     with measuring(model), threads.inside(1):
-        full, _ = full_losses(model, x, y, memory)
+        full, _ = full_losses(model, x, y, memory, habits(model, x))
         for link, grid in zip(links, grids, strict=True):
             link.decompose(grid)
         # So many shares whatever the number of threads, which so changes no result.
@@ -219,7 +219,7 @@ def _links(model: nn.Module) -> list[_Link]:
                 raise ValueError(f"{told}; layer {name!r}: {reason}")
             links.append(_Link(name, step, before))
             before = []
-        elif isinstance(step, ELEMENTWISE):
+        elif type(step) in ELEMENTWISE:
             before.append(step)
         elif type(step) is nn.Flatten and not links and (step.start_dim, step.end_dim) == (1, -1):
             pass  # inputs are flattened anyway

@@ -33,6 +33,7 @@ class Moments:
 
         ``full`` (b,) are the losses of the network itself.
         """
+        z = z if z.element_size() >= 4 else z.float()
         classes = z.shape[-1]
         if classes < FEW:
             z = z.mT.contiguous().mT
@@ -97,16 +98,25 @@ def measuring(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def full_losses(model: nn.Module, x: Tensor, y: Tensor, memory: int) -> tuple[Tensor, Tensor]:
+def full_losses(
+    model: nn.Module, x: Tensor, y: Tensor, memory: int, habit: Habits
+) -> tuple[Tensor, Tensor]:
     """Loss and correctness of the network itself on every image.
 
     Raises:
         ValueError: labels beyond the outputs, NaN or infinite losses.
     """
-    size = max(1, memory // (8 * width(model, x[:1]) * x.element_size()))
     losses, correct = [], []
+    size = habit.images(model, x, memory)
     for images, labels in zip(x.split(size), y.split(size), strict=True):
-        z = model(images)
+        z = model(habit.given(images))
+        if not isinstance(z, Tensor) or z.shape[:-1] != (len(images),):
+            told = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
+            raise ValueError(
+                f"the model must give class scores (n, classes), here ({len(images)}, classes), "
+                f"not {told}"
+            )
+        z = z if z.element_size() >= 4 else z.float()
         if int(labels.max()) >= z.shape[-1]:
             raise ValueError(
                 f"labels run to {int(labels.max())} but the model has {z.shape[-1]} outputs"
@@ -117,6 +127,57 @@ def full_losses(model: nn.Module, x: Tensor, y: Tensor, memory: int) -> tuple[Te
     if not bool(full.isfinite().all()):
         raise ValueError("the model gives NaN or infinite losses on these data")
     return full, torch.cat(correct)
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What a model does with the images of a call.
+
+    Args:
+        mixes: an image's result depends on the others of its call, as in a BatchNorm without
+            running statistics: all images must be given at once.
+        writes: the model works in place on what it is given.
+    """
+
+    mixes: bool
+    writes: bool
+
+    def images(self, model: nn.Module, x: Tensor, memory: int) -> int:
+        """How many images a call takes: as memory allows, or all that there are."""
+        return len(x) if self.mixes else max(1, memory // (8 * width(model, x) * x.element_size()))
+
+    def given(self, x: Tensor) -> Tensor:
+        """What to give the model for x, which stays as it is."""
+        return x.clone() if self.writes else x
+
+
+def habits(model: nn.Module, x: Tensor) -> Habits:
+    """Seen from a call with four images, and two with the halves of them.
+
+    >>> norm = nn.BatchNorm1d(3, track_running_stats=False)
+    >>> habits(norm, torch.arange(12.0).view(4, 3))
+    Habits(mixes=True, writes=False)
+    """
+    few = x[:4].clone()
+    whole = model(few)
+    writes = not torch.equal(few, x[:4])
+    if len(few) < 4:
+        return Habits(True, writes)
+    halves = [model(half.clone()) for half in x[:4].split(2)]
+    mixes = isinstance(whole, Tensor) and not alike(whole, torch.cat(halves))
+    return Habits(mixes, writes)
+
+
+def alike(found: Tensor, expected: Tensor) -> bool:
+    """Whether two results differ by rounding alone, at most √ε of the largest entry.
+
+    >>> alike(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.1]))
+    False
+    """
+    if found.shape != expected.shape or not expected.is_floating_point():
+        return False
+    within = torch.finfo(expected.dtype).eps ** 0.5 * expected.abs().amax()
+    return bool(((found - expected).abs() <= within).all())
 
 
 def profiled_layers(model: nn.Module, names: Iterable[str] | None) -> dict[str, Matrix]:
@@ -134,8 +195,17 @@ def profiled_layers(model: nn.Module, names: Iterable[str] | None) -> dict[str, 
     return layers
 
 
-def check_data(x: Tensor, y: Tensor) -> None:
-    """Refuse data that are empty or do not fit one another."""
+def check_data(x: Tensor, y: Tensor, memory: int = 1) -> None:
+    """Refuse data that are empty or do not fit one another, and memory below a byte."""
+    checks.positive_int(memory, "memory")
+    for data, what in ((x, "inputs"), (y, "labels")):
+        if not isinstance(data, Tensor) or data.is_meta or data.ndim == 0:
+            kind = type(data).__name__
+            raise ValueError(f"{what} must be a tensor with numbers, (n, …), not this {kind}")
+    if y.dtype != torch.int64:
+        raise ValueError(f"labels must be class numbers of type torch.int64, not {y.dtype}")
+    if x.device != y.device:
+        raise ValueError(f"the inputs are on {x.device} but the labels on {y.device}")
     if len(x) == 0:
         raise ValueError("the data are empty; the loss needs at least one image")
     if y.shape != (len(x),):
@@ -160,10 +230,13 @@ def replaced(weights: Mapping[Tensor, Tensor]) -> Iterator[None]:
 def width(model: nn.Module, x: Tensor, behind: str | None = None) -> int:
     """Numbers in the largest result for one image, of any module or of those from ``behind`` on.
 
-    >>> width(nn.Sequential(nn.Linear(3, 9), nn.Linear(9, 2)), torch.rand(1, 3))
+    Seen with two of the images x, where there are, since a BatchNorm may refuse a single one.
+
+    >>> width(nn.Sequential(nn.Linear(3, 9), nn.Linear(9, 2)), torch.rand(2, 3))
     9
     """
     largest = [1]
+    x = x[:2].clone()
     steps = dict(model.named_children())
     if behind is not None:
         names = list(steps)
@@ -179,5 +252,5 @@ def width(model: nn.Module, x: Tensor, behind: str | None = None) -> int:
             largest.append(output.numel())
 
     with torch.no_grad(), hooked(modules, after=note):
-        largest.append(model(x).numel())
-    return max(largest)
+        note("", x, model(x))
+    return -(-max(largest) // len(x))

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svdlib import checks, threads
-from svdlib.layers.kinds import Matrix, apply_rows, hooked
+from svdlib.layers.kinds import Matrix, apply_rows, hooked, matrix
 from svdlib.ranks.losses import (
     CACHED,
     check_data,
     full_losses,
+    habits,
     measuring,
     profiled_layers,
     width,
@@ -63,19 +64,20 @@ def predicted_profile(
     [0.0, 0.0]
     """
     checks.one_of(by, METHODS, "method")
-    check_data(x, y)
+    check_data(x, y, memory)
     layers = profiled_layers(model, None)
     with measuring(model), threads.making():
-        full, _ = full_losses(model, x, y, memory)
+        habit = habits(model, x)
+        full, _ = full_losses(model, x, y, memory, habit)
         factors = {}
         for name, layer in layers.items():
-            U, S, Vh = torch.linalg.svd(layer.weight.detach().flatten(1), full_matrices=False)
+            U, S, Vh = torch.linalg.svd(matrix(layer), full_matrices=False)
             factors[name] = (U, S, Vh)
-        numbers = width(model, x[:1])
-        size = max(1, min(memory // (8 * numbers * x.element_size()), CACHED // numbers))
+        size = habit.images(model, x, memory)
+        size = size if habit.mixes else max(1, min(size, CACHED // width(model, x)))
         terms: dict[str, list[Tensor]] = {name: [] for name in layers}
         for images, labels in zip(x.split(size), y.split(size), strict=True):
-            for name, found in _terms(model, layers, factors, images, labels, by):
+            for name, found in _terms(model, layers, factors, habit.given(images), labels, by):
                 terms[name].append(found)
     loss = full.double().mean().item()
     tables = [
@@ -101,7 +103,8 @@ def _terms(
     def note(name: str, inputs: tuple[Tensor, ...], z: Tensor) -> Tensor:
         if name in codes:
             raise ValueError(f"layer {name!r} is called more than once")
-        codes[name] = apply_rows(layers[name], inputs[0].detach(), factors[name][2])
+        V = factors[name][2]
+        codes[name] = apply_rows(layers[name], inputs[0].detach().to(V.dtype), V)
         outputs[name] = z if z.requires_grad else z.requires_grad_()
         return z
 
@@ -113,7 +116,9 @@ def _terms(
         if by == "output":
             found = (_last(code, layers[name]) * S).square()
         else:
-            found = _last(code, layers[name]) * (_last(gradients[number], layers[name]) @ (U * S))
+            found = _last(code, layers[name]) * (
+                _last(gradients[number], layers[name]).to(U.dtype) @ (U * S)
+            )
         yield name, found.flatten(1, -2).sum(1) if found.ndim > 2 else found
 
 

@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from svdlib import checks
-from svdlib.layers.kinds import apply_rows, hooked, matrix_layers, obstacle
+from svdlib.layers.kinds import apply_rows, hooked, matrix, matrix_layers, obstacle
 from svdlib.ranks.losses import (
     CACHED,
+    Habits,
     Moments,
+    alike,
     check_data,
     full_losses,
+    habits,
     measuring,
     profiled_layers,
     replaced,
@@ -74,13 +77,16 @@ def loss_profile(
     {'0': 6, '2': 3}
     """
     chosen = profiled_layers(model, layers)
-    check_data(x, y)
+    check_data(x, y, memory)
     wanted = None if ranks is None else {checks.positive_int(r, "a rank", least=0) for r in ranks}
+    if wanted is not None and not wanted:
+        raise ValueError("there are no ranks to evaluate; give one at least, or ranks=None for all")
     with measuring(model):
-        full, _ = full_losses(model, x, y, memory)
+        habit = habits(model, x)
+        full, _ = full_losses(model, x, y, memory, habit)
         tables = []
         for name in tqdm(chosen, disable=not progress, desc="profile", unit="layer"):
-            sweep = _Sweep(model, name, x, y, full, memory)
+            sweep = _Sweep(model, name, x, y, full, memory, habit)
             at = {min(rank, sweep.limit) for rank in wanted} if wanted is not None else None
             tables.append(sweep.table(sorted(at) if at else range(sweep.limit + 1), progress))
     profile = pd.concat(tables, ignore_index=True)
@@ -118,12 +124,14 @@ def search_ranks(
     >>> search_ranks(net, x, y, lambda rows: rows.increase <= rows.se).keys()
     dict_keys(['0', '2'])
     """
-    check_data(x, y)
+    check_data(x, y, memory)
+    window = checks.positive_int(window, "window")
     found = {}
     with measuring(model):
-        full, _ = full_losses(model, x, y, memory)
+        habit = habits(model, x)
+        full, _ = full_losses(model, x, y, memory, habit)
         for name in profiled_layers(model, None):
-            sweep = _Sweep(model, name, x, y, full, memory)
+            sweep = _Sweep(model, name, x, y, full, memory, habit)
             found[name] = _smallest(sweep, accept, window)
     return found
 
@@ -157,28 +165,52 @@ class _Sweep:
     """One layer at any of its ranks, the others as they are."""
 
     def __init__(
-        self, model: nn.Module, name: str, x: Tensor, y: Tensor, full: Tensor, memory: int
+        self,
+        model: nn.Module,
+        name: str,
+        x: Tensor,
+        y: Tensor,
+        full: Tensor,
+        memory: int,
+        habit: Habits,
     ) -> None:
         self.model, self.name, self.x, self.y, self.full = model, name, x, y, full
+        self.given = habit.given
         self.layer = matrix_layers(model)[name]
-        U, self.S, self.Vh = torch.linalg.svd(self.layer.weight.detach().flatten(1), False)
+        U, self.S, self.Vh = torch.linalg.svd(matrix(self.layer), False)
         self.US = U * self.S
         self.limit = len(self.S)
-        chain = _is_step(model, name)
-        plain = obstacle(model, self.layer, twin=True) is None
-        if plain and chain:
-            self.logits = self._run_on
-        elif plain and _is_called_once(model, self.layer, x[:1]):
-            self.logits = self._put_out
-        else:
-            self.logits = self._rewrite
-        numbers = width(model, x[:1], name if plain and chain else None)
+        self.codes: dict[int, Tensor] = {}
+        self.keep, self.block = False, 2
+        self.logits = self._way()
+        numbers = width(model, x, name if self.logits == self._run_on else None)
         # Four arrays of that width live at once: the sum, the stack, and two behind it.
         cells = max(1, memory // (4 * numbers * x.element_size()))
         self.images = min(len(x), cells, max(256, CACHED // numbers))
+        if habit.mixes:
+            self.images = len(x)
         self.block = max(1, min(cells, CACHED // numbers) // self.images)
-        self.codes: dict[int, Tensor] = {}
         self.keep = len(x) * self.limit * x.element_size() <= memory
+
+    def _way(self) -> Callable[[slice, Sequence[int]], Blocks]:
+        """The fastest way that two images and two ranks show to be right.
+
+        A model may do more with a layer or its steps than their structure tells: a forward of its
+        own, hooks, a weight read elsewhere, images or ranks that are not apart.
+        """
+        if obstacle(self.model, self.layer, twin=True) or self.layer.weight.element_size() < 4:
+            return self._rewrite
+        few, ranks = slice(0, 2), (0, (self.limit + 1) // 2)
+        expected = torch.cat([z for _, z in self._rewrite(few, ranks)])
+
+        def is_right(way: Callable[[slice, Sequence[int]], Blocks]) -> bool:
+            return alike(torch.cat([z for _, z in way(few, ranks)]), expected)
+
+        if _is_step(self.model, self.name) and is_right(self._run_on):
+            return self._run_on
+        if _is_called_once(self.model, self.layer, self.x[few]) and is_right(self._put_out):
+            return self._put_out
+        return self._rewrite
 
     def table(self, ranks: Sequence[int], progress: bool) -> pd.DataFrame:
         """The rows of `loss_profile` for these ranks, in rising order."""
@@ -203,8 +235,9 @@ class _Sweep:
     def _run_on(self, part: slice, ranks: Sequence[int]) -> Blocks:
         """In a chain: the nested sums of a block of ranks, run together through what is behind."""
         assert isinstance(self.model, nn.Sequential)
+        steps = list(self.model)
         place = list(dict(self.model.named_children())).index(self.name)
-        code = self._code(part, lambda: self.model[:place](self.x[part]))  # type: ignore[index]
+        code = self._code(part, lambda: _through(steps[:place], self.given(self.x[part])))
         sums = self._sums(code, ranks)
         for start in range(0, len(ranks), self.block):
             at = slice(start, min(start + self.block, len(ranks)))
@@ -212,7 +245,7 @@ class _Sweep:
             stack = first.expand(at.stop - at.start, *first.shape).clone()
             for row in stack[1:]:
                 row.copy_(next(sums))
-            logits = self.model[place + 1 :](stack.flatten(0, 1))
+            logits = _through(steps[place + 1 :], stack.flatten(0, 1))
             yield at, logits.view(len(stack), len(code), -1)
 
     def _put_out(self, part: slice, ranks: Sequence[int]) -> Blocks:
@@ -220,22 +253,22 @@ class _Sweep:
         code = self._code(part, lambda: self._seen(part))
         for row, z in enumerate(self._sums(code, ranks)):
             with hooked({self.name: self.layer}, after=lambda *_, z=z: z.clone()):
-                logits = self.model(self.x[part])
+                logits = self.model(self.given(self.x[part]))
             yield slice(row, row + 1), logits[None]
 
     def _rewrite(self, part: slice, ranks: Sequence[int]) -> Blocks:
         """Any other layer: the whole model, with the weight replaced."""
         for row, rank in enumerate(ranks):
             weight = (self.US[:, :rank] @ self.Vh[:rank]).view_as(self.layer.weight)
-            with replaced({self.layer.weight: weight}):
-                logits = self.model(self.x[part])
+            with replaced({self.layer.weight: weight.to(self.layer.weight.dtype)}):
+                logits = self.model(self.given(self.x[part]))
             yield slice(row, row + 1), logits[None]
 
     def _seen(self, part: slice) -> Tensor:
         """The layer's input, as a call of the model shows it."""
         seen: list[Tensor] = []
         with hooked({self.name: self.layer}, before=lambda _, x: seen.append(x[0].clone())):
-            self.model(self.x[part])
+            self.model(self.given(self.x[part]))
         return seen[0]
 
     def _code(self, part: slice, inputs: Callable[[], Tensor]) -> Tensor:
@@ -276,9 +309,16 @@ def _is_step(model: nn.Module, name: str) -> bool:
     return len(set(map(id, model))) == len(model)
 
 
+def _through(steps: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """What comes of x after these steps."""
+    for step in steps:
+        x = step(x)
+    return x
+
+
 def _is_called_once(model: nn.Module, layer: nn.Module, x: Tensor) -> bool:
     """Whether a call of the model calls the layer once."""
     calls: list[int] = []
     with hooked({"": layer}, before=lambda *_: calls.append(1)):
-        model(x)
+        model(x.clone())
     return calls == [1]

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from svdlib import checks
-from svdlib.layers.kinds import stored
+from svdlib.layers.kinds import matrix, stored
 from svdlib.ranks.losses import (
     Moments,
     check_data,
     full_losses,
+    habits,
     measuring,
     profiled_layers,
     replaced,
-    width,
 )
 
 
@@ -40,7 +40,7 @@ def verify_ranks(
     >>> verify_ranks(net, {"0": 2}, torch.rand(20, 8), torch.arange(20) % 3)["parameters"]
     55.0
     """
-    check_data(x, y)
+    check_data(x, y, memory)
     with measuring(model):
         return _Reduced(model, list(ranks), x, y, memory).measure(ranks)
 
@@ -77,7 +77,7 @@ def refine_ranks(
     """
     if not 0 <= tolerance < math.inf:
         raise ValueError(f"tolerance must be at least 0 and finite, not {tolerance}")
-    check_data(x, y)
+    check_data(x, y, memory)
     with measuring(model):
         reduced = _Reduced(model, list(ranks), x, y, memory)
         current = {name: min(rank, reduced.limit[name]) for name, rank in ranks.items()}
@@ -112,12 +112,13 @@ class _Reduced:
     ) -> None:
         known = profiled_layers(model, layers)
         self.model, self.x, self.y, self.memory = model, x, y, memory
-        self.full, correct = full_losses(model, x, y, memory)
+        self.habit = habits(model, x)
+        self.full, correct = full_losses(model, x, y, memory, self.habit)
         self.full_accuracy = 100 * correct.double().mean().item()
         self.weight = {name: layer.weight for name, layer in known.items()}
         self.factors, self.shape = {}, {}
-        for name, weight in self.weight.items():
-            U, S, Vh = torch.linalg.svd(weight.detach().flatten(1), full_matrices=False)
+        for name, layer in known.items():
+            U, S, Vh = torch.linalg.svd(matrix(layer), full_matrices=False)
             self.factors[name] = (U * S, Vh)
             self.shape[name] = (len(U), Vh.shape[1])
         self.limit = {name: min(shape) for name, shape in self.shape.items()}
@@ -153,14 +154,15 @@ class _Reduced:
                 if given.setdefault(id(weight), rank) != rank:
                     raise ValueError(f"layer {name!r} shares its weight; give both the same rank")
                 if rank < self.limit[name]:
-                    weights[weight] = (US[:, :rank] @ Vh[:rank]).view_as(weight)
+                    reduced = (US[:, :rank] @ Vh[:rank]).view_as(weight)
+                    weights[weight] = reduced.to(weight.dtype)
             moments = Moments.zeros(1, self.x.device)
-            size = max(1, self.memory // (8 * width(self.model, self.x[:1]) * 4))
+            size = self.habit.images(self.model, self.x, self.memory)
             for x, y, full in zip(
                 *(t.split(size) for t in (self.x, self.y, self.full)), strict=True
             ):
                 with replaced(weights):
-                    z = self.model(x)
+                    z = self.model(self.habit.given(x))
                 moments.add(slice(0, 1), z[None], y, full)
             means = {name: mean for name, [mean] in moments.means(len(self.x)).items()}
             self.known[key] = {

@@ -36,3 +36,67 @@ def test_bad_input():
     with pytest.raises(ValueError, match="repeats must be at least 1"):
         svdlib.cost(nn.Linear(3, 2), torch.rand(1, 3), repeats=0)
     assert latency(nn.Linear(3, 2), torch.rand(1, 3), repeats=2) > 0
+
+
+def test_weights_that_are_read_without_their_layer():
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    x = torch.rand(2, 7, 32)
+    table = svdlib.cost(layer, x, repeats=1).set_index("layer")
+    assert table.multiply_adds["self_attn.out_proj"] == 14 * 32 * 32
+    assert table.multiply_adds["linear1"] == 14 * 32 * 64
+    small = svdlib.factorize(layer, {"linear1": 4, "linear2": 4})
+    table = svdlib.cost(small, x, repeats=1).set_index("layer")
+    assert table.multiply_adds["linear1"] == 14 * 4 * (32 + 64), "no fused operation of torch's"
+
+
+class Reads(nn.Module):
+    """Reads the weight of a layer instead of calling it, as Swin and BEiT do."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.called = nn.Linear(40, 30), nn.Linear(30, 20)
+
+    def forward(self, x):
+        return self.called(nn.functional.linear(x, self.read.weight, self.read.bias))
+
+
+def test_factors_that_are_multiplied_at_every_call():
+    torch.manual_seed(0)
+    model, x = Reads(), torch.rand(50, 40)
+    small = svdlib.factorize(model, 3)
+    table = svdlib.cost(small, x, repeats=1).set_index("layer")
+    assert table.multiply_adds["read"] == 30 * 3 * 40 + 50 * 30 * 40
+    assert table.multiply_adds["called"] == 50 * 3 * (30 + 20)
+    assert table.dense_multiply_adds["read"] == 50 * 30 * 40
+    with pytest.raises(ValueError, match="calibration does not reach layer 'read'"):
+        svdlib.factorize(model, {"read": 3}, calibration=x)
+
+
+class Peeks(Reads):
+    """Looks at a weight's type, as T5 does, and calls the layer."""
+
+    def forward(self, x):
+        return self.called(self.read(x.to(self.read.weight.dtype)))
+
+
+def test_a_layer_whose_weight_is_read_is_refused_where_inputs_show_it():
+    model, x = Peeks(), torch.rand(50, 40)
+    with pytest.raises(
+        ValueError, match="can't factorize layer 'read': the model reads its weight"
+    ):
+        svdlib.factorize(model, {"read": 3}, calibration=x)
+    with pytest.warns(UserWarning, match="left as they were: 'read' .the model reads its weight"):
+        small = svdlib.factorize(model, 3, calibration=x)
+    assert type(small.read) is nn.Linear and type(small.called) is svdlib.LowRank
+
+
+def test_transposed_windows_and_inputs_that_are_written_to():
+    class Shifts(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.sub_(1.0))
+
+    model, x = Shifts(nn.Linear(6, 4)), torch.rand(3, 6)
+    before = x.clone()
+    svdlib.cost(model, x, repeats=2)
+    svdlib.factorize(model, {"0": 2}, calibration=x)
+    assert torch.equal(x, before)

@@ -1,7 +1,8 @@
-import json
+import os
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import svdlib
@@ -29,10 +30,7 @@ def test_round_trip(model, saved):
     again = svdlib.load_factorized(other, saved)
     assert torch.equal(again.eval()(x), small.eval()(x))
     assert torch.equal(other[0].weight, before)
-    assert sorted(path.name for path in saved.parent.iterdir()) == [
-        "small.json",
-        "small.safetensors",
-    ]
+    assert [path.name for path in saved.parent.iterdir()] == ["small.safetensors"]
 
 
 def test_a_tied_weight_survives(tmp_path):
@@ -61,23 +59,23 @@ def test_what_does_not_fit_is_refused(model, saved):
 def test_damaged_or_missing_files(model, saved):
     with pytest.raises(FileNotFoundError, match=r"there is no .*nowhere\.safetensors"):
         svdlib.load_factorized(model, saved.with_name("nowhere.safetensors"))
-    ranks = saved.with_suffix(".json")
-    whole = ranks.read_text()
+    content, tensors = saved.read_bytes(), load_file(saved)
     for text in (
         "",
         "[]",
-        '{"format": 1}',
-        '{"format": 2, "ranks": {}}',
-        '{"format": 1, "ranks": 3}',
+        '{"format": 2}',
+        '{"format": 3, "ranks": {}}',
+        '{"format": 2, "ranks": 3}',
     ):
-        ranks.write_text(text)
-        with pytest.raises(ValueError, match="is not a table of ranks"):
+        save_file(tensors, saved, metadata={"svdlib": text})
+        with pytest.raises(ValueError, match="has no table of ranks"):
             svdlib.load_factorized(model, saved)
-    ranks.write_text(json.dumps({"format": 1, "ranks": {"0": 5}}))
+    save_file(tensors, saved)
+    with pytest.raises(ValueError, match="tells no ranks; save_factorized writes them"):
+        svdlib.load_factorized(model, saved)
+    save_file(tensors, saved, metadata={"svdlib": '{"format": 2, "ranks": {"0": 5}}'})
     with pytest.raises(ValueError, match="does not fit the model"):
         svdlib.load_factorized(model, saved)
-    ranks.write_text(whole)
-    content = saved.read_bytes()
     for damaged in (content[: len(content) // 2], b"", b"\x80\x04pickle" * 10):
         saved.write_bytes(damaged)
         with pytest.raises(ValueError, match="does not fit the model"):
@@ -87,14 +85,41 @@ def test_damaged_or_missing_files(model, saved):
 def test_a_failed_save_leaves_what_was_there(model, saved, monkeypatch):
     before = saved.read_bytes()
 
-    def fails(*arguments):
+    def fails(*arguments, **more):
         raise OSError("disk full")
 
     monkeypatch.setattr("svdlib.layers.storage.save_model", fails)
     with pytest.raises(OSError, match="disk full"):
         svdlib.save_factorized(svdlib.factorize(model, {"0": 2}), saved)
     assert saved.read_bytes() == before
-    assert len(list(saved.parent.iterdir())) == 2
+    assert len(list(saved.parent.iterdir())) == 1
+
+
+def test_names_of_any_kind_touch_no_other_file(model, tmp_path):
+    (tmp_path / "config.json").write_text("mine")
+    small, other = svdlib.factorize(model, {"0": 4}), svdlib.factorize(model, {"0": 3})
+    svdlib.save_factorized(small, tmp_path / "config.safetensors")
+    svdlib.save_factorized(other, tmp_path / "config.st")
+    svdlib.save_factorized(small, tmp_path / "small.json")
+    assert (tmp_path / "config.json").read_text() == "mine"
+    ranks = [
+        svdlib.load_factorized(model, tmp_path / name)[0].rank
+        for name in ("config.safetensors", "config.st", "small.json")
+    ]
+    assert ranks == [4, 3, 4]
+
+
+def test_what_is_no_file_is_refused_and_a_link_followed(model, tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("folder", "pipe"):
+        with pytest.raises(ValueError, match=f"{name} is there and no regular file"):
+            svdlib.save_factorized(model, tmp_path / name)
+    with pytest.raises(ValueError, match=r"there is no folder .*nowhere to write a into"):
+        svdlib.save_factorized(model, tmp_path / "nowhere" / "a")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    svdlib.save_factorized(model, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").is_file()
 
 
 def test_onnx(model, tmp_path, monkeypatch):
@@ -109,3 +134,19 @@ def test_onnx(model, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="onnxruntime's outputs differ"):
         svdlib.export_onnx(small, x, tmp_path / "other.onnx", tolerance=-1.0)
     assert not (tmp_path / "other.onnx").exists()
+    with torch.no_grad():
+        small[3].weight.zero_()
+        small[3].bias.zero_()
+    svdlib.export_onnx(small, x, tmp_path / "zero.onnx")  # all outputs are zero
+
+
+class Two(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+def test_what_onnx_can_not_check_is_refused(model, tmp_path):
+    with pytest.raises(ValueError, match="must put out one tensor, not tuple"):
+        svdlib.export_onnx(Two(), torch.rand(3, 30), tmp_path / "a.onnx")
+    with pytest.raises(ValueError, match="takes no bfloat16 inputs"):
+        svdlib.export_onnx(model, torch.rand(3, 30).bfloat16(), tmp_path / "a.onnx")

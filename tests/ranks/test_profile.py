@@ -1,9 +1,11 @@
 import copy
+import math
 
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from modules import network
@@ -129,3 +131,120 @@ def test_bad_input():
     broken = copy.deepcopy(model)
     broken[4].weight.data[0, 0] = torch.nan
     refused("NaN", model=broken)
+
+
+class Skips(nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+def peculiar(kind):
+    """Models that do more than their children in a row."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12)]
+    if kind == "skips":
+        return Skips(*layers)
+    if kind == "perceptron":
+        return torchvision.ops.MLP(12, [9, 3])
+    if kind == "batch norm":
+        norm = nn.BatchNorm1d(12, track_running_stats=False)
+        return nn.Sequential(nn.Linear(12, 12), norm, nn.Linear(12, 3))
+    if kind == "bare batch norm":
+        return nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12), nn.Linear(12, 3))
+    model = nn.Sequential(*layers)
+    if kind == "hooks":
+        model.register_forward_hook(lambda module, inputs, output: inputs[0] + output)
+    if kind == "patched":
+        model.forward = lambda x: x + model[2](model[1](model[0](x)))
+    if kind == "reads":
+
+        class Reads(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = layers[0]
+
+            def forward(self, x):
+                return F.linear(self.inner(x), self.inner.weight)
+
+        return Reads()
+    if kind == "writes":
+
+        class Writes(nn.Sequential):
+            def forward(self, x):
+                return super().forward(x.sub_(1.0))
+
+        return Writes(*layers)
+    return model
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["skips", "perceptron", "batch norm", "bare batch norm", "hooks", "patched", "reads", "writes"],
+)
+@pytest.mark.parametrize("memory", [1000, 2**28])
+def test_models_that_do_more_than_their_structure_tells(kind, memory):
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.rand(40, 12, generator=g), torch.randint(3, (40,), generator=g)
+    model, before = peculiar(kind).eval(), x.clone()
+    profile = svdlib.loss_profile(model, x, y, memory=memory, progress=False)
+    alone = svdlib.loss_profile(model, x, y, ranks=[2], memory=memory, progress=False)
+    assert torch.equal(x, before)
+    for row in [*profile.itertuples(), *alone.itertuples()]:
+        cut = peculiar(kind).eval()
+        weight = cut.get_submodule(row.layer).weight.data
+        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+        weight.copy_(U[:, : row.rank] * S[: row.rank] @ Vh[: row.rank])
+        loss = F.cross_entropy(cut(x.clone()), y).item()
+        assert row.loss == pytest.approx(loss, rel=1e-5)
+    ranks = {layer: 2 for layer in profile.layer.unique()}
+    assert math.isfinite(svdlib.verify_ranks(model, ranks, x, y, memory=memory)["loss"])
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    """The losses are those of the projected weights, rounded once."""
+    x, y = torch.rand(40, 12).to(dtype), torch.arange(40) % 3
+    model = network("tanh").to(dtype)
+    profile = svdlib.loss_profile(model, x, y, progress=False)
+    assert profile.loss.notna().all()
+    for row in profile[profile["rank"] > 0].iloc[::4].itertuples():
+        cut = svdlib.project_(copy.deepcopy(model), {row.layer: row.rank})
+        loss = F.cross_entropy(cut(x).float(), y).item()
+        assert row.loss == pytest.approx(loss, rel=1e-2 if row.increase == 0 else 2e-3)
+    svdlib.search_ranks(model, x, y, lambda rows: rows.increase <= 0.1)
+    svdlib.predicted_profile(model, x, y)
+    ranks = svdlib.refine_ranks(model, x, y, {"0": 3, "2": 3}, tolerance=0.1)
+    assert svdlib.verify_ranks(model, ranks, x, y)["increase"] <= 0.1 + 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"y": torch.rand(9)},
+            r"labels must be class numbers of type torch\.int64, not torch\.float",
+        ),
+        ({"x": [[1.0]]}, "inputs must be a tensor with numbers, .n, ….*list"),
+        ({"ranks": []}, "there are no ranks to evaluate"),
+        ({"memory": -1}, "memory must be at least 1"),
+        ({"model": nn.Flatten()}, r"no nn\.Linear"),
+        (
+            {"model": nn.Sequential(nn.Unflatten(1, (3, 4)), nn.Linear(4, 3))},
+            "must give class scores",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_said_in_one_sentence(change, message):
+    given = {"model": network("tanh"), "x": torch.rand(9, 12), "y": torch.arange(9) % 3, **change}
+    with pytest.raises(ValueError, match=message):
+        svdlib.loss_profile(**given, progress=False)
+    if "ranks" not in change:
+        with pytest.raises(ValueError, match=message):
+            svdlib.search_ranks(**given, accept=lambda rows: rows.increase <= 0)
+
+
+def test_a_window_is_a_number_of_ranks():
+    x, y = torch.rand(9, 12), torch.arange(9) % 3
+    with pytest.raises(ValueError, match="window must be at least 1, not -5"):
+        svdlib.search_ranks(network("tanh"), x, y, lambda rows: rows.increase <= 0, window=-5)
