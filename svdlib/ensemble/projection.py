@@ -8,10 +8,13 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from svdlib import checks
 from svdlib.ensemble.networks import MLPEnsemble
+from svdlib.layers.kinds import choose, warn_of
+from svdlib.layers.project import project_
 from svdlib.linalg.bases import dominant_basis, randomized_basis, sketched_basis, taller
 from svdlib.linalg.svd import METHODS, OVERSAMPLE, POWER_ITERS
 
@@ -43,15 +46,16 @@ class Projection:
 
     def __post_init__(self) -> None:
         checks.one_of(self.method, METHODS, "method")
-        if isinstance(self.rank, Iterable):
+        ranks: int | tuple[int, ...]
+        if isinstance(self.rank, Iterable) and getattr(self.rank, "ndim", True):
             ranks = tuple(checks.positive_int(rank, "rank") for rank in self.rank)
-            object.__setattr__(self, "rank", ranks)
         else:
-            checks.positive_int(self.rank, "rank")
+            ranks = checks.positive_int(self.rank, "rank")
+        object.__setattr__(self, "rank", ranks)
         if isinstance(self.every, str):
             checks.one_of(self.every, ("epoch", "step"), "every")
         else:
-            checks.positive_int(self.every, "every")
+            object.__setattr__(self, "every", checks.positive_int(self.every, "every"))
         checks.positive_int(self.oversample, "oversample", least=0)
         checks.positive_int(self.power_iters, "power_iters", least=0)
 
@@ -71,6 +75,72 @@ class Projection:
         if method == "truncsvd":
             return exact
         return replace(exact, method="rsvd", rank=rank, oversample=0, power_iters=2)
+
+    def attach(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> RemovableHandle:
+        """Project a model's weights after steps of an optimizer, in a training loop of your own.
+
+        What `train` does to an ensemble, for any module and optimizer. A step that a gradient
+        scaler leaves out is not counted.
+
+        Args:
+            model: its Linear and Conv2d layers are projected in place, see `project_`; those that
+                can't be are left as they are, with one warning.
+            optimizer: the one that steps the model's parameters.
+            generator: the source of random sketches, on the model's device; torch's global one
+                if None.
+
+        Returns:
+            a handle; after ``handle.remove()`` nothing is projected any more.
+
+        Raises:
+            ValueError: ``every="epoch"``, of which an optimizer knows nothing, or as `project_`.
+
+        >>> model = nn.Linear(20, 15)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> handle = Projection("truncsvd", rank=3, every=2).attach(model, optimizer)
+        >>> for _ in range(2):
+        ...     model(torch.ones(1, 20)).sum().backward()
+        ...     optimizer.step()
+        >>> torch.linalg.matrix_rank(model.weight).item()
+        3
+        >>> handle.remove()
+        """
+        if self.every == "epoch":
+            raise ValueError("an optimizer knows no epochs; give every='step' or a number of steps")
+        fits = isinstance(model, nn.Module) and isinstance(optimizer, torch.optim.Optimizer)
+        if not fits:
+            raise ValueError(
+                f"attach takes a model and its optimizer, not {type(model).__name__} and "
+                f"{type(optimizer).__name__}"
+            )
+        layers, left = choose(model, None, "project")
+        warn_of(left, depth=2)
+        ranks = dict(zip(layers, self.ranks(len(layers)), strict=True))
+        every = 1 if self.every == "step" else int(self.every)
+        done = 0
+
+        def project(*_: object) -> None:
+            nonlocal done
+            done += 1
+            if done % every == 0:
+                project_(
+                    model,
+                    ranks,
+                    self.method,
+                    oversample=self.oversample,
+                    power_iters=self.power_iters,
+                    generator=generator,
+                )
+
+        if not ranks:
+            raise ValueError("no layer of the model can be projected")
+        return optimizer.register_step_post_hook(project)
 
     def ranks(self, layers: int) -> tuple[int, ...]:
         """The rank of each of so many layers.

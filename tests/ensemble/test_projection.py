@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -170,3 +171,65 @@ def test_sketches_miss_as_much_as_those_of_the_matrix_itself(tail, oversample, p
     missed = torch.linalg.matrix_norm(A - ours.double())
     # Medians: without oversampling the mean does not exist. Four standard errors of 4,000 draws.
     assert missed.median() == pytest.approx(expected.median().item(), rel=0.05)
+
+
+@pytest.mark.parametrize("every", ["step", 3])
+def test_a_training_loop_of_ones_own_is_the_ensembles(every, blobs):
+    """The same steps and the same projections, so the same weights, to rounding."""
+    projection = svdlib.Projection("truncsvd", rank=2, every=every)
+    nets = svdlib.MLPEnsemble((12, 8, 3), seeds=(0,), device="cpu").double()
+    model = nets[0]
+    svdlib.train(
+        nets, blobs, epochs=3, lr=0.1, batch_size=20, projection=projection, progress=False
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = projection.attach(model, optimizer)
+
+    def epoch():
+        for x, y in zip(blobs.train_x.double().split(20), blobs.train_y.split(20), strict=True):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+    for _ in range(3):
+        epoch()
+    # a step from the last basis, as train takes for every="step", is exact to the square of a step
+    tolerance = 1e-3 if every == "step" else 1e-9
+    for one, other in zip(model.parameters(), nets[0].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+    handle.remove()
+    epoch()
+    assert torch.linalg.matrix_rank(model[0].weight, rtol=1e-9) > 2
+
+
+def test_steps_that_a_scaler_leaves_out_are_not_counted():
+    model = torch.nn.Linear(6, 5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    svdlib.Projection("rsvd", rank=np.int64(2), every=2).attach(
+        model, optimizer, generator=torch.Generator().manual_seed(0)
+    )
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    ranks = []
+    for size in (1.0, torch.inf, 1.0, 1.0):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.full((1, 6), size)).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        ranks.append(int(torch.linalg.matrix_rank(model.weight, rtol=1e-5)))
+    assert ranks[1] == 5 and ranks[2] == 2 and ranks[3] > 2
+
+
+def test_what_can_not_be_attached():
+    model = torch.nn.Linear(6, 5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="an optimizer knows no epochs"):
+        svdlib.Projection("truncsvd", 2).attach(model, optimizer)
+    with pytest.raises(ValueError, match="takes a model and its optimizer, not SGD and Linear"):
+        svdlib.Projection("truncsvd", 2, every="step").attach(optimizer, model)
+    with pytest.raises(ValueError, match="1 layers need 1 ranks"):
+        svdlib.Projection("truncsvd", (2, 3), every="step").attach(model, optimizer)
+
+
+def test_whole_numbers_of_any_kind():
+    for rank in (np.int64(5), torch.tensor(5)):
+        assert svdlib.Projection("rsvd", rank, every=np.int64(3)) == svdlib.Projection("rsvd", 5, 3)
