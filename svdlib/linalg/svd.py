@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from svdlib import checks, threads
 from svdlib.linalg.bases import normalized, orthonormal, range_basis
@@ -33,13 +35,15 @@ class SVD:
 
     ``U`` (…, m, k) and ``Vh`` (…, k, n) have orthonormal columns and rows, ``S`` (…, k) falls.
     ``error`` (…), in float64, is the Frobenius norm of A − U diag(S) Vh, before the factors
-    were rounded to a half-precision type. Unpacks as ``U, S, Vh``.
+    were rounded to a half-precision type. Unpacks as ``U, S, Vh``. ``source`` is A where it asked
+    for a gradient, which `matrix` passes on.
     """
 
     U: Tensor
     S: Tensor
     Vh: Tensor
     error: Tensor
+    source: Tensor | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter((self.U, self.S, self.Vh))
@@ -50,7 +54,28 @@ class SVD:
         return self.S.shape[-1]
 
     def matrix(self) -> Tensor:
-        """The rank-k matrix U diag(S) Vh, of shape (…, m, n); in half precision, rounded once."""
+        """The rank-k matrix U diag(S) Vh, of shape (…, m, n); in half precision, rounded once.
+
+        Its gradient with respect to A is finite also where singular values under the k-th are
+        zero or equal, where that of U or Vh is not. With G the gradient of the rank-k matrix, U_2,
+        V_2 the singular vectors of A − A_k, σ_i among the first k and σ_j among the others, it is
+
+            G − (I − UUᵀ) G (I − VVᵀ) + U (c ∘ M + d ∘ Nᵀ) V_2ᵀ + U_2 (cᵀ ∘ N + dᵀ ∘ Mᵀ) Vᵀ,
+
+        M = Uᵀ G V_2, N = U_2ᵀ G V, c_ij = σ_j² / (σ_i² − σ_j²), d_ij = σ_i σ_j / (σ_i² − σ_j²),
+        from first-order perturbation of the singular vectors. At rank k exactly, only the first
+        two terms are left.
+
+        >>> A = torch.diag(torch.tensor([2.0, 0.0])).requires_grad_()
+        >>> truncated_svd(A, rank=1).matrix().sum().backward()
+        >>> A.grad
+        tensor([[1., 1.],
+                [1., 0.]])
+        """
+        if self.source is not None and torch.is_grad_enabled():
+            factors = (part.detach() for part in self)
+            found: Tensor = _RankK.apply(self.source, *factors)
+            return found
         U, S, Vh = _work(self.U), _work(self.S).unsqueeze(-2), _work(self.Vh)
         return ((U * S) @ Vh).to(self.U.dtype)
 
@@ -100,6 +125,35 @@ class SVD:
         return (logarithm / (2 * q + 1)).exp() / scale.double()[..., 0, 0]
 
 
+class _RankK(torch.autograd.Function):
+    """The rank-k matrix as a function of A, see `SVD.matrix`."""
+
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
+        ctx.save_for_backward(A, U, S, Vh)
+        return SVD(U, S, Vh, S).matrix()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, G: Tensor) -> tuple[Tensor, None, None, None]:
+        kind = G.dtype
+        A, U, S, Vh, G = (part.double() for part in (*ctx.saved_tensors, G))
+        A, U, S, Vh, G = (part.detach() for part in (A, U, S, Vh, G))
+        U2, S2, Vh2 = torch.linalg.svd(A - (U * S.unsqueeze(-2)) @ Vh, full_matrices=False)
+        apart = G - U @ (U.mT @ G)
+        gradient = G - (apart - (apart @ Vh.mT) @ Vh)
+        first, second = S.unsqueeze(-1), S2.unsqueeze(-2)
+        gap = first.square() - second.square()
+        # Where σ_k is σ_{k+1} the rank-k matrix has no derivative; it is kept finite.
+        least = torch.finfo(torch.float64).eps * S[..., :1, None].square()
+        gap = torch.where(gap > least, gap, torch.inf)
+        c, d = second.square() / gap, first * second / gap
+        M, N = U.mT @ G @ Vh2.mT, U2.mT @ G @ Vh.mT
+        gradient = gradient + U @ (c * M + d * N.mT) @ Vh2
+        gradient = gradient + U2 @ (c.mT * N + d.mT * M.mT) @ Vh
+        return gradient.to(kind), None, None, None
+
+
 @threads.plain()
 def truncated_svd(A: Tensor, rank: int) -> SVD:
     """The first ``rank`` terms of the SVD: the best approximation of that rank.
@@ -128,7 +182,7 @@ def truncated_svd(A: Tensor, rank: int) -> SVD:
     """
     rank = _check_rank(A, rank)
     work, scale, norm = _moderate(A)
-    return _rounded(_truncated(work, rank, norm), scale, A.dtype)
+    return _rounded(_truncated(work, rank, norm), scale, A)
 
 
 @threads.plain()
@@ -198,7 +252,7 @@ def randomized_svd(
     else:
         factors = _sketched(work, rank, oversample, power_iters, generator)
         found = _result(work, *factors, norm)
-    return _rounded(found, scale, A.dtype)
+    return _rounded(found, scale, A)
 
 
 def _sketched(
@@ -328,20 +382,21 @@ def _powers(A: Tensor) -> Tensor:
     return torch.where(peak > 0, torch.exp2(-exponent.double()), 1.0).to(A.dtype)
 
 
-def _rounded(found: SVD, scale: Tensor | None, dtype: torch.dtype) -> SVD:
+def _rounded(found: SVD, scale: Tensor | None, A: Tensor) -> SVD:
     """The decomposition without the powers of two, and in the matrix's own type."""
     U, S, Vh = found
-    error = found.error
+    error, dtype = found.error, A.dtype
+    source = A if A.requires_grad and torch.is_grad_enabled() else None
     if scale is not None:
         S, error = S / scale[..., 0], error / scale.double()[..., 0, 0]
     elif dtype == S.dtype:
-        return found
+        return replace(found, source=source)
     if not bool(S.to(dtype).isfinite().all()):
         raise ValueError(
             f"the matrix has entries so large that its norm overflows {dtype}; scale it down, or "
             "give it in a wider type"
         )
-    return SVD(U.to(dtype), S.to(dtype), Vh.to(dtype), error)
+    return SVD(U.to(dtype), S.to(dtype), Vh.to(dtype), error, source)
 
 
 def _residual(A: Tensor, left: Tensor, right: Tensor) -> Tensor:

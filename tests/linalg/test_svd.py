@@ -329,3 +329,36 @@ def test_what_is_no_dense_real_matrix(A, message):
 def test_a_generator_is_a_generator():
     with pytest.raises(ValueError, match=r"generator must be a torch\.Generator or None, not 0"):
         svdlib.randomized_svd(torch.rand(4, 3), 1, generator=0)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (5, 7), (2, 4, 6)])
+@pytest.mark.parametrize("method", ["truncated", "randomized"])
+def test_the_gradient_of_the_rank_k_matrix_is_that_of_finite_differences(shape, method):
+    A = matrix(shape).requires_grad_()
+
+    def low(A):
+        if method == "truncated":
+            return svdlib.truncated_svd(A, 2).matrix()
+        g = torch.Generator().manual_seed(0)
+        return svdlib.randomized_svd(A, 2, oversample=2, power_iters=60, generator=g).matrix()
+
+    assert torch.autograd.gradcheck(low, (A,), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["truncated", "randomized"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_at_exactly_deficient_rank(method, dtype, generator):
+    """What `project_` leaves: σ_4 = 0 and all that follow."""
+    A = (matrix((40, 3)) @ matrix((3, 30), 1)).to(dtype).requires_grad_()
+    G = matrix((40, 30), 2, dtype)
+    if method == "truncated":
+        found = svdlib.truncated_svd(A, 3)
+    else:
+        found = svdlib.randomized_svd(A, 3, generator=generator)
+    (gradient,) = torch.autograd.grad(found.matrix(), A, G)
+    U, V = found.U.detach(), found.Vh.detach().mT
+    expected = G - (G - U @ (U.mT @ G)) @ (torch.eye(30, dtype=dtype) - V @ V.mT)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e3 * torch.finfo(dtype).eps)
+    nothing = torch.zeros(6, 5, dtype=dtype, requires_grad=True)
+    svdlib.truncated_svd(nothing, 3).matrix().sum().backward()
+    assert nothing.grad.isfinite().all()
