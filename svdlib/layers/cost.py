@@ -118,10 +118,12 @@ class _Products(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        result = function(*args, **(kwargs or {}))
         operation = function.overloadpacket.__name__
         if operation not in PRODUCTS:
-            return result
+            with self:  # inference mode shows operations that are made of others
+                result = function.decompose(*args, **(kwargs or {}))
+            return function(*args, **(kwargs or {})) if result is NotImplemented else result
+        result = function(*args, **(kwargs or {}))
         left, right = (args[place] for place in PRODUCTS[operation])
         names = [self.owners.get(t.untyped_storage().data_ptr()) for t in (left, right)]
         name = names[1] or names[0]
