@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,6 +39,19 @@ def positive_int(value: object, what: str, least: int = 1) -> int:
     if number < least:
         raise ValueError(f"{what} must be at least {least}, not {number}")
     return number
+
+
+def several(values: object, what: str, example: str) -> tuple[Any, ...]:
+    """``values`` as a tuple, if they are several things and no text.
+
+    >>> several(range(3), "seeds", "range(4)")
+    (0, 1, 2)
+    """
+    if not isinstance(values, Iterable) or isinstance(values, str | bytes):
+        raise ValueError(  # noqa: TRY004 - as all that is refused here
+            f"{what} must be several, such as {example}, not {values!r}"
+        )
+    return tuple(values)
 
 
 def number(value: object, what: str) -> float:

@@ -57,6 +57,9 @@ class Data:
     ``train_x`` (n, features) and ``test_x`` are float32 in [0, 1], one image a row;
     ``train_y`` (n,) and ``test_y`` are int64 class numbers. `load` stores rows of images apart,
     with what `with_ones` puts behind them: use ``reshape`` rather than ``view``.
+
+    Raises:
+        ValueError: what is no tensor of that kind, parts that don't fit one another, no image.
     """
 
     name: str
@@ -64,6 +67,23 @@ class Data:
     train_y: Tensor
     test_x: Tensor
     test_y: Tensor
+
+    def __post_init__(self) -> None:
+        for part in ("train", "test"):
+            x, y = getattr(self, f"{part}_x"), getattr(self, f"{part}_y")
+            _check_part(part, x, y)
+        if self.train_x.shape[1] != self.test_x.shape[1]:
+            raise ValueError(
+                f"the training images have {self.train_x.shape[1]} features but the test images "
+                f"{self.test_x.shape[1]}; give both the same"
+            )
+        devices = {
+            str(tensor.device) for tensor in (self.train_x, self.train_y, self.test_x, self.test_y)
+        }
+        if len(devices) > 1:
+            raise ValueError(
+                f"all tensors must be on one device, not on {', '.join(sorted(devices))}"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -76,6 +96,8 @@ class Data:
         >>> len(load("MNIST", device="cpu").head(100, 50).test_x)
         50
         """
+        train = checks.positive_int(train, "train")
+        test = None if test is None else checks.positive_int(test, "test")
         return Data(
             self.name,
             self.train_x[:train],
@@ -91,10 +113,34 @@ class Data:
         >>> len(rest.train_x), len(x), len(rest.test_x)
         (50000, 10000, 10000)
         """
-        if not 0 < images < len(self.train_x):
+        images = checks.positive_int(images, "images")
+        if images >= len(self.train_x):
             raise ValueError(f"hold out 1 to {len(self.train_x) - 1} images, not {images}")
         rest = self.head(len(self.train_x) - images)
         return rest, self.train_x[-images:], self.train_y[-images:]
+
+
+def _check_part(part: str, x: object, y: object) -> None:
+    """Refuse images and labels that are none, or not of one another."""
+    if not isinstance(x, Tensor) or x.ndim != 2 or not x.is_floating_point():
+        told = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(
+            f"{part}_x must be a floating-point tensor (n, features), one image a row, not {told}"
+        )
+    if (
+        not isinstance(y, Tensor)
+        or y.ndim != 1
+        or y.is_floating_point()
+        or y.is_complex()
+        or y.dtype == torch.bool
+    ):
+        told = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(f"{part}_y must be a tensor (n,) of whole class numbers, not {told}")
+    if len(x) != len(y) or not len(x):
+        raise ValueError(
+            f"{part}: {len(x)} images and {len(y)} labels; as many labels as images are needed, "
+            "and one at least"
+        )
 
 
 def load(

@@ -212,3 +212,39 @@ def test_a_folder_of_the_name_goes_before_loose_files(tmp_path, monkeypatch):
         assert svdlib.load("MNIST", root, "cpu").train_y.unique().tolist() == [1]
     monkeypatch.setenv("SVDLIB_DATA", "~")
     assert svdlib.load("FashionMNIST", device="cpu").train_y.unique().tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"train_y": torch.zeros(90).long()}, "train: 64 images and 90 labels"),
+        ({"test_y": torch.zeros(0).long(), "test_x": torch.rand(0, 9)}, "test: 0 images"),
+        ({"train_x": torch.rand(64, 3, 3)}, r"train_x must be .* not torch.float32 \(64, 3, 3\)"),
+        ({"train_x": torch.ones(64, 9).byte()}, "train_x must be a floating-point tensor"),
+        ({"train_x": np.ones((64, 9))}, "train_x must be .* not ndarray"),
+        ({"train_y": torch.zeros(64)}, "train_y must be a tensor .* of whole class numbers"),
+        ({"test_y": [0, 1]}, "test_y must be a tensor .* not list"),
+        ({"test_x": torch.rand(8, 7)}, "training images have 9 features but the test images 7"),
+        ({"test_y": torch.zeros(8, device="meta").long()}, "on one device, not on cpu, meta"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused_when_the_data_are_made(changed, message):
+    whole = {
+        "train_x": torch.rand(64, 9),
+        "train_y": torch.zeros(64).long(),
+        "test_x": torch.rand(8, 9),
+        "test_y": torch.zeros(8).long(),
+    }
+    svdlib.Data("mine", **whole)
+    with pytest.raises(ValueError, match=message):
+        svdlib.Data("mine", **whole | changed)
+
+
+def test_a_head_or_a_split_is_of_a_whole_number_of_images(mnist):
+    for images in (-5, 0, 2.5, "3"):
+        with pytest.raises(ValueError, match="train must be"):
+            mnist.head(images)
+        with pytest.raises(ValueError, match="images must be"):
+            mnist.hold_out(images)
+    with pytest.raises(ValueError, match="test must be at least 1"):
+        mnist.head(5, 0)

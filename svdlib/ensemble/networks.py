@@ -183,9 +183,11 @@ class MLPEnsemble(nn.Module):
         seeds: Iterable[int] = (0,),
         device: str | torch.device = "auto",
     ) -> None:
+        sizes = checks.several(sizes, "sizes", "(784, 15, 10)")
         sizes = tuple(checks.positive_int(size, "a layer size") for size in sizes)
         if len(sizes) < 2:
             raise ValueError(f"sizes must hold at least (in, out), not {sizes}")
+        seeds = checks.several(seeds, "seeds", "range(4)")
         seeds = tuple(checks.positive_int(seed, "a seed", least=0) for seed in seeds)
         if not seeds:
             raise ValueError("an ensemble needs at least one seed, none was given")
@@ -218,7 +220,7 @@ class MLPEnsemble(nn.Module):
         >>> len(nets), nets.sizes
         (5, (4, 3, 2))
         """
-        modules = list(modules)
+        modules = list(checks.several(modules, "modules", "[net]"))
         if not modules:
             raise ValueError("an ensemble needs at least one module, none was given")
         shapes = []
@@ -231,6 +233,8 @@ class MLPEnsemble(nn.Module):
             linear = _linears(module)
             if any(layer.bias is None for layer in linear):
                 raise ValueError("every Linear of an ensemble needs a bias")
+            if any(p.is_complex() for p in module.parameters()):
+                raise ValueError("an ensemble holds real weights, not complex ones")
             shapes.append(
                 tuple((type(layer).__name__, *_bias(layer).shape, _ins(layer)) for layer in linear)
             )
@@ -326,6 +330,8 @@ class MLPEnsemble(nn.Module):
     @threads.making()
     def __getitem__(self, index: int) -> nn.Sequential:
         """Network ``index`` as an ordinary ``nn.Sequential``, a copy."""
+        if not hasattr(index, "__index__"):
+            raise TypeError(f"networks are taken one at a time, by a whole number, not {index!r}")
         index = range(len(self))[index]
         steps: list[nn.Module] = []
         for layer in self.layers:

@@ -81,10 +81,11 @@ def train(
         validation_loss and validation_error.
 
     Raises:
-        ValueError: sizes or labels that don't fit the data, projections that don't fit the
+        ValueError: frozen networks, sizes or labels that don't fit the data, NaN in the test images, projections that don't fit the
             networks, a projection of factorized layers or a tail without them, a validation
             split that doesn't fit, an unknown optimizer or schedule, a number out of range,
             networks in less than float32.
+        TypeError: no `MLPEnsemble`, no `Data`.
         FloatingPointError: NaN or infinite weights before the first step, and losses at the end
             of an epoch; says which network, and which layer or step.
 
@@ -99,19 +100,24 @@ def train(
     >>> history[["network", "method", "epoch"]].values.tolist()
     [[0, 'stock', 1], [1, 'truncsvd', 1], [0, 'stock', 2], [1, 'truncsvd', 2]]
     """
+    _check_kinds(nets, data)
     epochs = checks.positive_int(epochs, "epochs")
     batch_size = checks.positive_int(batch_size, "batch_size")
     checks.one_of(optimizer, ("sgd", "adam"), "optimizer")
     checks.one_of(schedule, ("constant", "cosine"), "schedule")
-    if not lr > 0:
-        raise ValueError(f"lr must be positive, not {lr}")
+    lr, dropout = checks.number(lr, "lr"), checks.number(dropout, "dropout")
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr must be positive and finite, not {lr}")
+    shuffle, progress = checks.truth(shuffle, "shuffle"), checks.truth(progress, "progress")
+    seed = checks.positive_int(seed, "seed", least=0)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be at least 0 and below 1, not {dropout}")
     choices = one_each(projection, nets)
     _check_factors(nets, choices, tail)
     check_fit(nets, data)
+    checks.finite(data.test_x, "test_x")
     if validation is not None:
-        _check_validation(nets, *validation)
+        _check_validation(nets, validation)
     dtype = nets.weights[0].dtype
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"train networks in float32 or float64, not {dtype}; see nets.float()")
@@ -243,14 +249,35 @@ def _check_factors(
         raise ValueError("factorized networks have low rank already; give a tail, no projection")
 
 
-def _check_validation(nets: MLPEnsemble, x: Tensor, y: Tensor) -> None:
+def _check_validation(nets: MLPEnsemble, pair: object) -> None:
     features, classes = nets.sizes[0], nets.sizes[-1]
+    if (
+        not isinstance(pair, tuple | list)
+        or len(pair) != 2
+        or not all(isinstance(part, Tensor) for part in pair)
+    ):
+        raise ValueError("validation must be images and labels, (x, y); see Data.hold_out")
+    x, y = pair
     fits = len(x) > 0 and x.shape[1:] == (features,) and y.shape == (len(x),)
-    if not fits or int(y.min()) < 0 or int(y.max()) >= classes:
+    whole = fits and not y.is_floating_point()
+    if not whole or int(y.min()) < 0 or int(y.max()) >= classes:
         raise ValueError(
             f"validation must be images (n, {features}), n ≥ 1, and labels (n,) from 0 to "
             f"{classes - 1}, not shapes {tuple(x.shape)} and {tuple(y.shape)} or other labels"
         )
+    checks.finite(x, "validation's images")
+
+
+def _check_kinds(nets: object, data: object) -> None:
+    """Refuse what is no ensemble, one that is not to be trained, and what is no data."""
+    if not isinstance(nets, MLPEnsemble):
+        raise TypeError(
+            f"train takes an MLPEnsemble, not {type(nets).__name__}; see MLPEnsemble.from_modules"
+        )
+    if not isinstance(data, Data):
+        raise TypeError(f"train takes svdlib.Data, as load gives it, not {type(data).__name__}")
+    if not all(parameter.requires_grad for parameter in nets.parameters()):
+        raise ValueError("the networks are frozen; nets.requires_grad_() lets them be trained")
 
 
 def _check_losses(losses: Tensor, epoch: int) -> None:

@@ -125,6 +125,8 @@ def test_index_out_of_range():
     assert str(nets[-1]) == str(nets[0])
     with pytest.raises(IndexError):
         nets[1]
+    with pytest.raises(TypeError, match="one at a time, by a whole number, not slice"):
+        nets[0:2]
 
 
 @pytest.mark.parametrize(
@@ -135,6 +137,9 @@ def test_index_out_of_range():
         ((784, 2.5), (0,), "whole number"),
         ((784, 10), (), "at least one seed"),
         ((784, 10), (-1,), "a seed must be at least 0"),
+        ((784, 10), 4, r"seeds must be several, such as range\(4\), not 4"),
+        ((784, 10), "12", "seeds must be several"),
+        (784, (0,), "sizes must be several"),
     ],
 )
 def test_bad_sizes_and_seeds(sizes, seeds, message):
@@ -150,6 +155,8 @@ def test_bad_sizes_and_seeds(sizes, seeds, message):
         ([nn.Sequential(nn.Linear(3, 2), nn.ReLU())], "ReLU"),
         ([nn.Sequential(nn.Linear(3, 2, bias=False))], "bias"),
         ([perceptron((3, 2)), perceptron((4, 2))], "one shape"),
+        ([nn.Sequential(nn.Linear(3, 2, dtype=torch.cfloat))], "real weights"),
+        (5, "modules must be several"),
     ],
 )
 def test_bad_modules(modules, message):

@@ -315,6 +315,24 @@ def test_bad_data_and_numbers(blobs):
     refused("2 networks need as many projections, not 3", projection=[None] * 3)
     refused("a projection is a svdlib.Projection", projection=["rsvd", None])
     refused("2 layers need 2 ranks", projection=Projection("rsvd", (1, 2, 3)))
+    refused("lr must be positive and finite", lr=float("inf"))
+    refused("lr must be a number, not '0.1'", lr="0.1")
+    refused("dropout must be a number", dropout=None)
+    refused("shuffle must be True or False, not 'no'", shuffle="no")
+    refused("shuffle must be True or False, not 1", shuffle=1)
+    refused("seed must be a whole number", seed="0")
+    refused(r"validation must be images and labels, \(x, y\)", validation=blobs.test_x)
+    nan = torch.full((2, 12), torch.nan)
+    refused("validation's images has NaN", validation=(nan, torch.tensor([0, 1])))
+    holes = torch.where(torch.arange(12) == 3, torch.nan, blobs.test_x)
+    lacking = svdlib.Data("lacking", blobs.train_x, blobs.train_y, holes, blobs.test_y)
+    refused("test_x has NaN", data=lacking)
+    with pytest.raises(TypeError, match=r"train takes svdlib\.Data, as load gives it, not tuple"):
+        svdlib.train(nets, (blobs.train_x, blobs.train_y))
+    nets.requires_grad_(False)
+    refused("the networks are frozen")
+    with pytest.raises(TypeError, match="train takes an MLPEnsemble, not Sequential"):
+        svdlib.train(nets[0], blobs)
 
 
 def test_the_paper_on_mnist(mnist):
