@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from svdlib import checks, threads
 from svdlib.linalg.bases import normalized, orthonormal, range_basis
+from svdlib.linalg.operators import Operator, sketched_operator
 
 # The names of the two approximations wherever one is chosen.
 METHODS = ("rsvd", "truncsvd")
@@ -187,7 +188,7 @@ def truncated_svd(A: Tensor, rank: int) -> SVD:
 
 @threads.plain()
 def randomized_svd(
-    A: Tensor,
+    A: Tensor | Operator,
     rank: int | None = None,
     *,
     tol: float | None = None,
@@ -210,7 +211,9 @@ def randomized_svd(
     and Li 2018, Algorithm 2, randQB_EI); the residual is formed once, to verify it at the end.
 
     Args:
-        A: matrices (…, m, n) in floating point; each has a sketch of its own.
+        A: matrices (…, m, n) in floating point; each has a sketch of its own. Or a sparse matrix,
+            or anything with ``shape`` (m, n), ``A @ X`` and ``A.mT @ Y``: these are only
+            multiplied by, and take a rank; their error is an estimate, good to about an eighth.
         rank: the number k of terms, 1 ≤ k ≤ min(m, n).
         tol: the largest admissible Frobenius error, in place of a rank; for one matrix. The
             rank is the smallest that the sketch allows, and at least 1.
@@ -223,7 +226,7 @@ def randomized_svd(
     Raises:
         ValueError: a rank out of range, both or neither of rank and tol, a tol ≤ 0 or below what
             A's type can certify, negative oversampling or power iterations, a generator
-            of another device, an integer, empty or non-finite matrix.
+            of another device, an integer, empty or non-finite matrix, a tol for an operator.
 
     >>> g = torch.Generator().manual_seed(0)
     >>> A = torch.randn(100, 5, generator=g) @ torch.randn(5, 80, generator=g)
@@ -232,9 +235,13 @@ def randomized_svd(
     True
     >>> randomized_svd(A, tol=1e-2, relative=True, generator=g).rank
     5
+    >>> randomized_svd(torch.eye(40).to_sparse(), rank=3, generator=g).S
+    tensor([1.0000, 1.0000, 1.0000])
     """
     if (rank is None) == (tol is None):
         raise ValueError(f"give either a rank or a tol, not rank={rank!r} and tol={tol!r}")
+    if not isinstance(A, Tensor) or A.layout is not torch.strided:
+        return _of_operator(cast(Operator, A), rank, oversample, power_iters, generator)
     if rank is None:
         _check(A)
     else:
@@ -253,6 +260,20 @@ def randomized_svd(
         factors = _sketched(work, rank, oversample, power_iters, generator)
         found = _result(work, *factors, norm)
     return _rounded(found, scale, A)
+
+
+def _of_operator(
+    A: Operator,
+    rank: int | None,
+    oversample: int,
+    power_iters: int,
+    generator: torch.Generator | None,
+) -> SVD:
+    if rank is None:
+        raise ValueError("a sparse matrix or an operator takes a rank, not a tol")
+    oversample = checks.positive_int(oversample, "oversample", least=0)
+    power_iters = checks.positive_int(power_iters, "power_iters", least=0)
+    return SVD(*sketched_operator(A, rank, oversample, power_iters, generator))
 
 
 def _sketched(
