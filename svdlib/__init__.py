@@ -10,6 +10,7 @@ from svdlib.layers.kinds import LowRank
 from svdlib.layers.project import project_
 from svdlib.layers.storage import export_onnx, load_factorized, save_factorized
 from svdlib.linalg.svd import SVD, randomized_svd, truncated_svd
+from svdlib.objective import next_token_losses
 from svdlib.ranks.front import front
 from svdlib.ranks.joint import joint_profile
 from svdlib.ranks.predicted import predicted_profile
@@ -32,6 +33,7 @@ __all__ = [
     "load_factorized",
     "loss_profile",
     "merge",
+    "next_token_losses",
     "predicted_profile",
     "project_",
     "randomized_svd",

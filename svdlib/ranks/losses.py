@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from svdlib import checks, threads
 from svdlib.layers.kinds import Matrix, choose, evaluating, hooked, warn_of
+from svdlib.objective import (
+    Batch,
+    Batches,
+    Objective,
+    asked,
+    cut,
+    inputs_in,
+    is_whole,
+    judged,
+    refuse_once,
+    tensors,
+)
 
 
 @dataclass
@@ -50,6 +63,14 @@ class Moments:
         self.difference[at] += difference.sum(1)
         self.square[at] += difference.square().sum(1)
 
+    def take(self, at: int, losses: Tensor, right: Tensor, full: Tensor) -> None:
+        """Take in losses (b,) of one variant, and whether (b,) its answers are right."""
+        difference = losses.double() - full.double()
+        self.loss[at] += losses.double().sum()
+        self.correct[at] += right.double().sum()
+        self.difference[at] += difference.sum()
+        self.square[at] += difference.square().sum()
+
     def __add__(self, other: Moments) -> Moments:
         """Of these images and those."""
         return Moments(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -87,6 +108,8 @@ SMALL = 100_000
 def measuring(model: nn.Module) -> Iterator[None]:
     """The model as it is measured: evaluation mode, no gradients, none of the caller's autocast.
 
+    Random numbers that it, an objective or a DataLoader draws are none of the caller's.
+
     >>> model = nn.Dropout()
     >>> with measuring(model):
     ...     model.training, torch.is_grad_enabled()
@@ -94,8 +117,144 @@ def measuring(model: nn.Module) -> Iterator[None]:
     """
     small = sum(parameter.numel() for parameter in model.parameters()) < SMALL
     inner = threads.inside(1 if small else torch.get_num_threads())
-    with torch.no_grad(), threads.plain(), inner, evaluating(model):
+    cuda = {parameter.get_device() for parameter in model.parameters() if parameter.is_cuda}
+    random = torch.random.fork_rng(devices=sorted(cuda))
+    with torch.no_grad(), threads.plain(), random, inner, evaluating(model):
         yield
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a network is measured by, where it is not images and labels.
+
+    Args:
+        data: batches, or one that is given whole, to be cut into ``size`` inputs each.
+        objective, accuracy: see `objective.judged`.
+    """
+
+    data: Batches
+    objective: Objective | None
+    accuracy: Objective | None
+    size: int | None
+
+    def judge(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Losses (n,) of a batch and right answers (n,)."""
+        return judged(model, batch, self.objective, self.accuracy)
+
+    def means(
+        self,
+        model: nn.Module,
+        variants: Callable[[], Iterable[Mapping[Tensor, Tensor]]],
+        number: int,
+        progress: bool = False,
+    ) -> dict[str, list[float]]:
+        """`Moments.means` of the model itself, and of so many variants, in one pass over the data.
+
+        Each batch is seen by all, so that losses are paired also where the next pass shows other
+        batches.
+
+        Args:
+            variants: gives for each the weights to be replaced, and what by.
+
+        Raises:
+            ValueError: empty data, NaN or infinite losses of the model itself, a variant with
+                another number of losses.
+        """
+        moments, seen = None, 0
+        number_of = len(self.data) if hasattr(self.data, "__len__") and self.size is None else None
+        batches = cut(self.data, self.size)
+        for batch in tqdm(batches, disable=not progress, total=number_of, desc="batches"):
+            full, right = self.judge(model, batch)
+            if not bool(full.isfinite().all()):
+                raise ValueError("the model gives NaN or infinite losses on these data")
+            moments = moments or Moments.zeros(1 + number, full.device)
+            moments.take(0, full, right, full)
+            for row, weights in enumerate(variants(), 1):
+                with replaced(weights):
+                    losses, right = self.judge(model, batch)
+                if losses.shape != full.shape:
+                    raise ValueError(
+                        f"the objective gives {len(full)} losses for a batch, and {len(losses)} "
+                        "for the same batch with a layer cut; it must give one an input"
+                    )
+                moments.take(row, losses, right, full)
+            seen += len(full)
+        if moments is None or seen == 0:
+            raise ValueError("the data are empty: not one loss is given for them")
+        return moments.means(seen)
+
+
+def task(
+    model: nn.Module,
+    data: Batches,
+    y: Tensor | None,
+    objective: Objective | None,
+    accuracy: Objective | None,
+    memory: int,
+    why: str | None = None,
+) -> Task | tuple[Tensor, Tensor]:
+    """What the network is measured by; of images and labels with class scores, just these.
+
+    For images (n, …) with labels (n,) of which the model gives scores (n, classes), there are fast
+    ways. In `measuring`.
+
+    Args:
+        y: labels of the inputs ``data``, where these are not in it.
+        why: who looks at the data several times, if anybody does.
+
+    Raises:
+        ValueError: as `check_data`; data that can't be looked at so often.
+    """
+    checks.positive_int(memory, "memory")
+    for function, what in ((objective, "objective"), (accuracy, "accuracy")):
+        if function is not None and not callable(function):
+            raise ValueError(f"{what} must be a function of (model, batch), not {function!r}")
+    if why is not None:
+        refuse_once(data, why)
+    if y is not None:
+        data = (data, y)
+    if isinstance(data, tuple) and len(data) == 2 and not objective and not accuracy:
+        x, y = data
+        if not _are_many(x, y):
+            check_data(x, y, memory)
+            few = asked(model, x[:2].clone())
+            if isinstance(few, Tensor) and few.ndim == 2:
+                return x, y
+    if not is_whole(data):
+        return Task(data, objective, accuracy, None)
+    return Task(data, objective, accuracy, _fitting(model, data, objective, accuracy, memory))
+
+
+def _are_many(x: Batch, y: object) -> bool:
+    """Whether inputs are several tensors, or have several labels each."""
+    return isinstance(y, Tensor) and (
+        y.ndim > 1 or (not isinstance(x, Tensor) and bool(tensors(x)))
+    )
+
+
+def _fitting(
+    model: nn.Module,
+    data: Batches,
+    objective: Objective | None,
+    accuracy: Objective | None,
+    memory: int,
+) -> int:
+    """How many inputs fit memory; all, where what is found depends on those of a call."""
+    n = inputs_in(data)
+    if n < 4:
+        return n
+    few = next(cut(data, 4))
+    largest = [1]
+
+    def note(name: str, inputs: object, output: object) -> None:
+        largest.extend(t.numel() * t.element_size() for t in tensors(output))
+
+    with hooked(dict(model.named_modules()), after=note):
+        whole, _ = judged(model, few, objective, accuracy)
+    halves = [judged(model, half, objective, accuracy)[0] for half in cut(few, 2)]
+    if not alike(whole, torch.cat(halves)):
+        return n
+    return max(1, memory // (2 * max(largest)))
 
 
 def full_losses(
@@ -225,6 +384,16 @@ def replaced(weights: Mapping[Tensor, Tensor]) -> Iterator[None]:
     finally:
         for parameter, value in kept.items():
             parameter.data = value
+
+
+def cut_weight(layer: Matrix, US: Tensor, Vh: Tensor, rank: int) -> Tensor:
+    """The layer's weight at a rank, from the factors U Σ and Vᵀ of its matrix.
+
+    >>> cut_weight(nn.Linear(3, 2), torch.rand(2, 2), torch.rand(2, 3), 0)
+    tensor([[0., 0., 0.],
+            [0., 0., 0.]])
+    """
+    return (US[:, :rank] @ Vh[:rank]).view_as(layer.weight).to(layer.weight.dtype)
 
 
 def width(model: nn.Module, x: Tensor, behind: str | None = None) -> int:

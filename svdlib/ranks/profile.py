@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import pandas as pd
 import torch
@@ -12,27 +14,32 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from svdlib import checks
-from svdlib.layers.kinds import apply_rows, hooked, matrix, matrix_layers, obstacle
+from svdlib.layers.kinds import Matrix, apply_rows, hooked, matrix, matrix_layers, obstacle
+from svdlib.objective import Batches, Objective
 from svdlib.ranks.losses import (
     CACHED,
     Habits,
     Moments,
+    Task,
     alike,
-    check_data,
+    cut_weight,
     full_losses,
     habits,
     measuring,
     profiled_layers,
     replaced,
+    task,
     width,
 )
 
 
 def loss_profile(
     model: nn.Module,
-    x: Tensor,
-    y: Tensor,
+    x: Batches,
+    y: Tensor | None = None,
     *,
+    objective: Objective | None = None,
+    accuracy: Objective | None = None,
     layers: Iterable[str] | None = None,
     ranks: Iterable[int] | None = None,
     memory: int = 2**28,
@@ -49,39 +56,65 @@ def loss_profile(
     and only the layers behind it are run again. The losses are those of the paper's procedure
     to rounding. In any other module the whole model runs for each rank, with a hook that puts
     the nested sum in the place of the layer's output; and where a layer is used twice, or its
-    weight is read without it, with the weight replaced.
+    weight is read without it, with the weight replaced. So it is too, in one pass over the data,
+    for all that is not inputs and labels with class scores (n, classes).
 
     Args:
         model: a module of Linear and Conv2d layers; called in evaluation mode, left as it was.
-        x, y: inputs (n, …) and labels (n,), on the model's device.
+        x, y: inputs (n, …) and labels (n,), on the model's device. Or, without y, ``x`` is all
+            data: tensors (n, …), one, in a tuple (inputs …, targets) or in a mapping, which is
+            cut into batches; or an iterable of batches of any kind, such as a DataLoader, which
+            is looked at once and taken to the device. A list is such an iterable.
+        objective: ``objective(model, batch)`` gives the losses (n,) of a batch. By default
+            cross-entropy, of class scores (n, classes, …) with targets (n, …), or of tokens,
+            (n, …, classes), in the model's output or its ``logits``; the mean over the places of an
+            input, without those of target −100. A tuple's last part or the mapping's "labels" are
+            the targets, the others the model's arguments. `next_token_losses` is one for
+            language models.
+        accuracy: ``accuracy(model, batch)`` gives right answers (n,), 0 to 1. By default those
+            of the default objective, or NaN with another.
         layers: names of the layers to profile; all by default.
         ranks: the ranks to evaluate, capped at each layer's min(m, n); 0 … min(m, n) by default.
         memory: bytes that the stacked intermediate results may take, about.
         progress: show a progress bar.
 
     Returns:
-        one row a layer and rank: layer, rank, loss (mean cross-entropy), accuracy (per cent),
+        one row a layer and rank: layer, rank, loss (mean of the objective), accuracy (per cent),
         increase (of the loss over the full network, paired by image), se (its standard error),
         rows and columns (the matrix's shape m × n), sigma (its singular value σ_rank, NaN at
         rank 0). The full network's loss is in ``attrs["loss"]``.
 
     Raises:
-        ValueError: empty data, labels of another length, a model without matrices, an unknown
-            layer or one whose weight is computed from other parameters, a rank below 0 or not
-            whole, NaN or infinite weights or losses.
+        ValueError: empty data, labels of another length, batches that the model does not take, an
+            objective that gives a mean, a model without matrices, an unknown layer or one whose
+            weight is computed from other parameters, a rank below 0 or not whole, NaN or
+            infinite weights or losses.
 
     >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
     >>> profile = loss_profile(net, torch.rand(20, 8), torch.arange(20) % 3, progress=False)
     >>> profile.groupby("layer")["rank"].max().to_dict()
     {'0': 6, '2': 3}
+
+    A regression, batch by batch:
+
+    >>> net = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 1))
+    >>> batches = [(torch.rand(10, 8), torch.rand(10, 1)) for _ in range(2)]
+    >>> def error(model, batch):
+    ...     return (model(batch[0]) - batch[1]).square().mean(1)
+    >>> profile = loss_profile(net, batches, objective=error, progress=False)
+    >>> bool(profile.increase[6] < 1e-6)
+    True
     """
     chosen = profiled_layers(model, layers)
-    check_data(x, y, memory)
     wanted = None if ranks is None else {checks.positive_int(r, "a rank", least=0) for r in ranks}
     if wanted is not None and not wanted:
         raise ValueError("there are no ranks to evaluate; give one at least, or ranks=None for all")
     with measuring(model):
+        given = task(model, x, y, objective, accuracy, memory)
+        if isinstance(given, Task):
+            return _Replaced(model, chosen, given).table(wanted, progress)
+        x, y = given
         habit = habits(model, x)
         full, _ = full_losses(model, x, y, memory, habit)
         tables = []
@@ -96,10 +129,12 @@ def loss_profile(
 
 def search_ranks(
     model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    accept: Callable[[pd.DataFrame], pd.Series],
+    x: Batches,
+    y: Tensor | None = None,
+    accept: Callable[[pd.DataFrame], pd.Series] | None = None,
     *,
+    objective: Objective | None = None,
+    accuracy: Objective | None = None,
     window: int = 8,
     memory: int = 2**28,
 ) -> dict[str, int]:
@@ -110,13 +145,15 @@ def search_ranks(
     acceptable again, a window of ranks at a time below it until a whole window is refused.
 
     Args:
+        x, y, objective, accuracy: as in `loss_profile`; an iterable of batches is looked at
+            several times.
         accept: takes a profile and says of each row whether its rank would do, such as
             ``lambda rows: rows.increase <= rows.se``. Full rank always will.
         window: ranks that must be refused in a row before the search ends, or an eighth of the
             rank found, if that is more.
 
     Raises:
-        ValueError: as `loss_profile`.
+        ValueError: as `loss_profile`; no ``accept``, a generator for data.
 
     >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
@@ -124,19 +161,32 @@ def search_ranks(
     >>> search_ranks(net, x, y, lambda rows: rows.increase <= rows.se).keys()
     dict_keys(['0', '2'])
     """
-    check_data(x, y, memory)
+    if accept is None or not callable(accept):
+        raise ValueError(
+            "accept must say which rows of a profile would do, such as "
+            f"lambda rows: rows.increase <= rows.se, not {accept!r}"
+        )
     window = checks.positive_int(window, "window")
     found = {}
     with measuring(model):
+        given = task(model, x, y, objective, accuracy, memory, why="search_ranks")
+        layers = profiled_layers(model, None)
+        if isinstance(given, Task):
+            for name, layer in layers.items():
+                found[name] = _smallest(_Replaced(model, {name: layer}, given), accept, window)
+            return found
+        x, y = given
         habit = habits(model, x)
         full, _ = full_losses(model, x, y, memory, habit)
-        for name in profiled_layers(model, None):
+        for name in layers:
             sweep = _Sweep(model, name, x, y, full, memory, habit)
             found[name] = _smallest(sweep, accept, window)
     return found
 
 
-def _smallest(sweep: _Sweep, accept: Callable[[pd.DataFrame], pd.Series], window: int) -> int:
+def _smallest(
+    sweep: _Sweep | _Replaced, accept: Callable[[pd.DataFrame], pd.Series], window: int
+) -> int:
     def accepted(ranks: Iterable[int]) -> list[int]:
         table = sweep.table(sorted(ranks), progress=False)
         return table["rank"][accept(table)].tolist()
@@ -156,6 +206,52 @@ def _smallest(sweep: _Sweep, accept: Callable[[pd.DataFrame], pd.Series], window
             break
         best = min(better)
     return best
+
+
+class _Replaced:
+    """Layers one at a time at any of their ranks, with weights replaced, measured by any task."""
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, Matrix], given: Task) -> None:
+        self.model, self.layers, self.given = model, layers, given
+        self.factors = {
+            name: torch.linalg.svd(matrix(layer), full_matrices=False)
+            for name, layer in layers.items()
+        }
+        self.limit = max(len(S) for _, S, _ in self.factors.values())
+
+    def table(self, wanted: Iterable[int] | None, progress: bool) -> pd.DataFrame:
+        """The rows of `loss_profile` for these ranks, in one pass over the data."""
+        asked = None if wanted is None else list(wanted)
+        ranks = {}
+        for name, (_, S, _) in self.factors.items():
+            every = range(len(S) + 1)
+            ranks[name] = every if asked is None else sorted({min(r, len(S)) for r in asked})
+        number = sum(map(len, ranks.values()))
+        means = self.given.means(self.model, partial(self._cut, ranks), number, progress)
+        rows: list[dict[str, Any]] = []
+        for name, (U, S, Vh) in self.factors.items():
+            sigma = [math.nan, *S.tolist()]
+            size = {"rows": len(U), "columns": Vh.shape[1]}
+            rows += [{"layer": name, "rank": r, **size, "sigma": sigma[r]} for r in ranks[name]]
+        for row, loss in zip(rows, means["loss"][1:], strict=True):
+            if not math.isfinite(loss):
+                raise ValueError(_no_number(row["layer"], row["rank"]))
+        found = pd.DataFrame(rows)
+        for place, (name, values) in enumerate(means.items()):
+            found.insert(2 + place, name, values[1:])
+        found.attrs["loss"] = means["loss"][0]
+        return found
+
+    def _cut(self, ranks: Mapping[str, Sequence[int]]) -> Iterator[dict[Tensor, Tensor]]:
+        """Each layer's weight at each of its ranks."""
+        for name, layer in self.layers.items():
+            U, S, Vh = self.factors[name]
+            for rank in ranks[name]:
+                yield {layer.weight: cut_weight(layer, U * S, Vh, rank)}
+
+
+def _no_number(layer: str, rank: int) -> str:
+    return f"layer {layer!r} at rank {rank} gives NaN or infinite losses on these data"
 
 
 Blocks = Iterator[tuple[slice, Tensor]]
@@ -221,8 +317,9 @@ class _Sweep:
             for at, logits in self.logits(part, ranks):
                 moments.add(at, logits, self.y[part], self.full[part])
         means = moments.means(len(self.x))
-        if not all(map(math.isfinite, means["loss"])):
-            raise ValueError(f"layer {self.name!r} gives NaN or infinite losses on these data")
+        for rank, loss in zip(ranks, means["loss"], strict=True):
+            if not math.isfinite(loss):
+                raise ValueError(_no_number(self.name, rank))
         found = pd.DataFrame({"layer": self.name, "rank": list(ranks), **means})
         return found.assign(
             rows=self.US.shape[0],
@@ -259,8 +356,7 @@ class _Sweep:
     def _rewrite(self, part: slice, ranks: Sequence[int]) -> Blocks:
         """Any other layer: the whole model, with the weight replaced."""
         for row, rank in enumerate(ranks):
-            weight = (self.US[:, :rank] @ self.Vh[:rank]).view_as(self.layer.weight)
-            with replaced({self.layer.weight: weight.to(self.layer.weight.dtype)}):
+            with replaced({self.layer.weight: cut_weight(self.layer, self.US, self.Vh, rank)}):
                 logits = self.model(self.given(self.x[part]))
             yield slice(row, row + 1), logits[None]
 

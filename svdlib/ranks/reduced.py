@@ -11,21 +11,33 @@ from torch import Tensor, nn
 
 from svdlib import checks
 from svdlib.layers.kinds import matrix, stored
+from svdlib.objective import Batches, Objective
 from svdlib.ranks.losses import (
     Moments,
-    check_data,
+    Task,
     full_losses,
     habits,
     measuring,
     profiled_layers,
     replaced,
+    task,
 )
 
 
 def verify_ranks(
-    model: nn.Module, ranks: Mapping[str, int], x: Tensor, y: Tensor, memory: int = 2**28
+    model: nn.Module,
+    ranks: Mapping[str, int],
+    x: Batches,
+    y: Tensor | None = None,
+    memory: int = 2**28,
+    *,
+    objective: Objective | None = None,
+    accuracy: Objective | None = None,
 ) -> dict[str, float]:
     """What the network loses with all these layers reduced at once. Layer effects need not add.
+
+    Args:
+        x, y, objective, accuracy: as in `loss_profile`.
 
     Returns:
         loss, accuracy (per cent), increase (of the loss, paired by image), se, error_increase
@@ -40,18 +52,20 @@ def verify_ranks(
     >>> verify_ranks(net, {"0": 2}, torch.rand(20, 8), torch.arange(20) % 3)["parameters"]
     55.0
     """
-    check_data(x, y, memory)
     with measuring(model):
-        return _Reduced(model, list(ranks), x, y, memory).measure(ranks)
+        given = task(model, x, y, objective, accuracy, memory)
+        return _Reduced(model, list(ranks), given, memory).measure(ranks)
 
 
 def refine_ranks(
     model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    ranks: Mapping[str, int],
+    x: Batches,
+    y: Tensor | None = None,
+    ranks: Mapping[str, int] | None = None,
     *,
     tolerance: float,
+    objective: Objective | None = None,
+    accuracy: Objective | None = None,
     memory: int = 2**28,
 ) -> dict[str, int]:
     """Raise or lower ranks until the verified loss increase meets a tolerance, cheaply stored.
@@ -62,12 +76,15 @@ def refine_ranks(
     that start at a quarter of its rank and halve down to one.
 
     Args:
-        x, y: data to choose by: a validation split, never the test set.
+        x, y: data to choose by: a validation split, never the test set. As in `loss_profile`; an
+            iterable of batches is looked at several times.
+        objective, accuracy: as in `loss_profile`.
         ranks: where to start, as `reveal_ranks` gives it.
         tolerance: the largest admissible increase of the mean loss, at least 0.
 
     Raises:
-        ValueError: a negative or infinite tolerance, or as `verify_ranks`.
+        ValueError: a negative or infinite tolerance, no ranks, a generator for data, or as
+            `verify_ranks`.
 
     >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
@@ -77,12 +94,14 @@ def refine_ranks(
     """
     if not 0 <= tolerance < math.inf:
         raise ValueError(f"tolerance must be at least 0 and finite, not {tolerance}")
-    check_data(x, y, memory)
+    if ranks is None:
+        raise ValueError("ranks must say where to start, {layer: rank}")
     with measuring(model):
-        reduced = _Reduced(model, list(ranks), x, y, memory)
+        given = task(model, x, y, objective, accuracy, memory, why="refine_ranks")
+        reduced = _Reduced(model, list(ranks), given, memory)
         current = {name: min(rank, reduced.limit[name]) for name, rank in ranks.items()}
         # Full rank in every layer is the network itself, up to rounding.
-        slack = tolerance + 1e-6 * abs(reduced.full.mean().item())
+        slack = tolerance + 1e-6 * abs(reduced.full_loss())
         while reduced.increase(current) > slack:
             raised = [
                 reduced.moved(current, name, min(rank + max(1, rank // 4), reduced.limit[name]))
@@ -108,13 +127,19 @@ class _Reduced:
     """The network with several layers reduced at once."""
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[str], x: Tensor, y: Tensor, memory: int
+        self,
+        model: nn.Module,
+        layers: Sequence[str],
+        given: Task | tuple[Tensor, Tensor],
+        memory: int,
     ) -> None:
         known = profiled_layers(model, layers)
-        self.model, self.x, self.y, self.memory = model, x, y, memory
-        self.habit = habits(model, x)
-        self.full, correct = full_losses(model, x, y, memory, self.habit)
-        self.full_accuracy = 100 * correct.double().mean().item()
+        self.model = model
+        self.given, self.memory = given, memory
+        if not isinstance(given, Task):
+            self.habit = habits(model, given[0])
+            self.full, correct = full_losses(model, *given, memory, self.habit)
+            self.full_accuracy = 100 * correct.double().mean().item()
         self.weight = {name: layer.weight for name, layer in known.items()}
         self.factors, self.shape = {}, {}
         for name, layer in known.items():
@@ -156,21 +181,35 @@ class _Reduced:
                 if rank < self.limit[name]:
                     reduced = (US[:, :rank] @ Vh[:rank]).view_as(weight)
                     weights[weight] = reduced.to(weight.dtype)
-            moments = Moments.zeros(1, self.x.device)
-            size = self.habit.images(self.model, self.x, self.memory)
-            for x, y, full in zip(
-                *(t.split(size) for t in (self.x, self.y, self.full)), strict=True
-            ):
-                with replaced(weights):
-                    z = self.model(self.habit.given(x))
-                moments.add(slice(0, 1), z[None], y, full)
-            means = {name: mean for name, [mean] in moments.means(len(self.x)).items()}
+            means, accuracy = self.means(weights)
             self.known[key] = {
                 **means,
-                "error_increase": self.full_accuracy - means["accuracy"],
+                "error_increase": accuracy - means["accuracy"],
                 "parameters": float(self.parameters(ranks)),
             }
         return self.known[key]
+
+    def means(self, weights: Mapping[Tensor, Tensor]) -> tuple[dict[str, float], float]:
+        """`Moments.means` with these weights replaced, and the accuracy of the network itself."""
+        if isinstance(self.given, Task):
+            both = self.given.means(self.model, lambda: [weights], 1)
+            return {name: mean for name, [_, mean] in both.items()}, both["accuracy"][0]
+        images, labels = self.given
+        moments = Moments.zeros(1, images.device)
+        size = self.habit.images(self.model, images, self.memory)
+        for x, y, full in zip(*(t.split(size) for t in (images, labels, self.full)), strict=True):
+            with replaced(weights):
+                z = self.model(self.habit.given(x))
+            moments.add(slice(0, 1), z[None], y, full)
+        return {
+            name: mean for name, [mean] in moments.means(len(images)).items()
+        }, self.full_accuracy
+
+    def full_loss(self) -> float:
+        """The mean loss of the network itself."""
+        if isinstance(self.given, Task):
+            return self.given.means(self.model, tuple, 0)["loss"][0]
+        return self.full.mean().item()
 
     def increase(self, ranks: Mapping[str, int]) -> float:
         """Infinite where the network gives no number."""

@@ -86,7 +86,7 @@ def test_no_search_ends_where_the_loss_is_no_number(start):
     for look in (svdlib.loss_profile, svdlib.joint_profile):
         with pytest.raises(ValueError, match="gives NaN or infinite losses"):
             look(model, x, y, progress=False)
-    with pytest.raises(ValueError, match="layer '0' gives NaN or infinite losses"):
+    with pytest.raises(ValueError, match="layer '0' at rank 1 gives NaN or infinite losses"):
         svdlib.search_ranks(model, x, y, lambda rows: rows.increase <= 0.5)
 
 
