@@ -58,12 +58,13 @@ def looked_at(data: Batches) -> Iterator[Batch]:
 
 
 def first_batch(data: Batches) -> Batch:
-    """The one batch, or the first of several.
+    """The one batch, or the first of several. Random numbers of a DataLoader are none of ours.
 
     >>> first_batch(iter([1, 2]))
     1
     """
-    return next(looked_at(data))
+    with torch.random.fork_rng(devices=[]):
+        return next(looked_at(data))
 
 
 def refuse_once(data: Batches, why: str) -> None:
@@ -139,6 +140,16 @@ def copied(batch: Batch, device: torch.device | None = None) -> Batch:
     False
     """
     return _each(batch, lambda tensor: tensor.to(device or tensor.device, copy=True))
+
+
+def at_home(model: nn.Module, batch: Batch) -> Batch:
+    """A copy of the batch on the device of the model's first parameter.
+
+    >>> at_home(nn.Linear(3, 2), (torch.ones(2), "text"))
+    (tensor([1., 1.]), 'text')
+    """
+    parameter = next(model.parameters(), None)
+    return copied(batch, None if parameter is None else parameter.device)
 
 
 def _each(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -393,15 +404,13 @@ def judged(
     Traceback (most recent call last):
     ValueError: objective must give losses of shape (n,), one an input, not (5, 1)
     """
-    parameter = next(model.parameters(), None)
-    device = None if parameter is None else parameter.device
     if objective is None:
-        losses, right = class_losses(model, copied(batch, device))
+        losses, right = class_losses(model, at_home(model, batch))
     else:
-        losses = _checked(objective(model, copied(batch, device)), "objective", "losses")
+        losses = _checked(objective(model, at_home(model, batch)), "objective", "losses")
         right = torch.full_like(losses, torch.nan)
     if accuracy is not None:
-        right = _checked(accuracy(model, copied(batch, device)), "accuracy", "right answers")
+        right = _checked(accuracy(model, at_home(model, batch)), "accuracy", "right answers")
         if len(right) != len(losses):
             raise ValueError(
                 f"accuracy gives {len(right)} numbers where the objective gives {len(losses)}; "

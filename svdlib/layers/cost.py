@@ -14,13 +14,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from svdlib import checks, clock, threads
 from svdlib.layers.factorize import merge
 from svdlib.layers.kinds import LowRank, Matrix, as_written, evaluating, hooked, whole_layers
+from svdlib.objective import Batch, Batches, Call, at_home, first_batch, prepared, tensors
 
 WHOLE = "whole model"
 
 
 @threads.plain()
 @torch.no_grad()
-def cost(model: nn.Module, x: Tensor, *, repeats: int = 20) -> pd.DataFrame:
+def cost(
+    model: nn.Module, x: Batches, *, call: Call | None = None, repeats: int = 20
+) -> pd.DataFrame:
     """Parameters, bytes, multiply-adds and measured seconds, by layer and in all.
 
     The model runs in evaluation mode on the inputs ``x``, turn by turn with its dense twin
@@ -30,7 +33,10 @@ def cost(model: nn.Module, x: Tensor, *, repeats: int = 20) -> pd.DataFrame:
 
     Args:
         model: any module; its Linear, Conv2d and `LowRank` layers have a row each.
-        x: inputs of the size whose latency matters, on the model's device.
+        x: inputs of the size whose latency matters, on the model's device: a tensor, or a tuple
+            or mapping of several, or an iterable of batches, such as a DataLoader, of which the
+            first is taken. Targets are left out as in `factorize`.
+        call: ``call(model, batch)`` calls the model on them in another way.
         repeats: timed runs.
 
     Returns:
@@ -41,7 +47,7 @@ def cost(model: nn.Module, x: Tensor, *, repeats: int = 20) -> pd.DataFrame:
         of the layers listed, also where the model reads a weight without calling its layer.
 
     Raises:
-        ValueError: empty inputs, repeats below 1.
+        ValueError: empty inputs, or such as the model does not take; repeats below 1.
 
     >>> from svdlib import factorize
     >>> small = factorize(nn.Sequential(nn.Linear(100, 80)), 10)
@@ -50,14 +56,15 @@ def cost(model: nn.Module, x: Tensor, *, repeats: int = 20) -> pd.DataFrame:
     [1880, 5400, 24000]
     """
     repeats = checks.positive_int(repeats, "repeats")
-    if len(x) == 0:
+    x = first_batch(x)
+    if any(tensor.ndim and len(tensor) == 0 for tensor in tensors(x)):
         raise ValueError("the inputs are empty; give as many as matter, at least one")
     twins = {"": model, "dense_": merge(model)}
-    tables = {prefix: _measured(twin, x) for prefix, twin in twins.items()}
+    tables = {prefix: _measured(twin, x, call) for prefix, twin in twins.items()}
     runs: dict[str, list[dict[str, float]]] = {prefix: [] for prefix in twins}
     for _ in range(1 + repeats):
         for prefix, twin in twins.items():
-            runs[prefix].append(_seconds(twin, x))
+            runs[prefix].append(_seconds(twin, x, call))
     for prefix, table in tables.items():
         timed = pd.DataFrame(runs[prefix][1:]).median()
         table["seconds"] = timed.reindex(table.index)
@@ -75,13 +82,13 @@ def latency(model: nn.Module, x: Tensor, repeats: int = 50) -> float:
         return clock.median(partial(model, x.clone()), repeats, device=x.device)
 
 
-def _measured(model: nn.Module, x: Tensor) -> pd.DataFrame:
+def _measured(model: nn.Module, x: Batch, call: Call | None) -> pd.DataFrame:
     """All that needs no clock, by layer."""
     layers = whole_layers(model)
     products = _Products(layers)
     # Hooks, even idle ones, keep torch from fused operations, in which no product is seen.
     with evaluating(model), hooked(layers, after=lambda *_: None), as_written(model), products:
-        model(x.clone())
+        prepared(model, at_home(model, x), call)()
     work = products.work
     rows = []
     for name, part in {**layers, WHOLE: model}.items():
@@ -156,20 +163,22 @@ PRODUCTS = {
 }
 
 
-def _seconds(model: nn.Module, x: Tensor) -> dict[str, float]:
+def _seconds(model: nn.Module, x: Batch, call: Call | None) -> dict[str, float]:
     """Seconds of one run of the model, and of each layer in another."""
     layers = whole_layers(model)
     taken = dict.fromkeys(layers, 0.0)
     started: dict[str, float] = {}
+    device = next((part.device for part in tensors(at_home(model, x))), torch.device("cpu"))
 
     def start(name: str, inputs: tuple[Tensor, ...]) -> None:
-        started[name] = clock.now(x.device)
+        started[name] = clock.now(device)
 
     def stop(name: str, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        taken[name] += clock.now(x.device) - started[name]
+        taken[name] += clock.now(device) - started[name]
 
     with evaluating(model):
-        whole = clock.median(partial(model, x.clone()), 1, warmup=0, device=x.device)
+        run = prepared(model, at_home(model, x), call)
+        whole = clock.median(run, 1, warmup=0, device=device)
         with hooked(layers, stop, start), as_written(model):
-            model(x.clone())
+            prepared(model, at_home(model, x), call)()
     return {**taken, WHOLE: whole}

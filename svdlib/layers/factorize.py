@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from svdlib.layers.kinds import (
     warn_of,
 )
 from svdlib.linalg.svd import truncated_svd
+from svdlib.objective import Batch, Batches, Call, at_home, cut, prepared
 
 
 @threads.making()
@@ -34,7 +36,8 @@ def factorize(
     model: nn.Module,
     ranks: float | Mapping[str, int],
     *,
-    calibration: Tensor | None = None,
+    calibration: Batches | None = None,
+    call: Call | None = None,
 ) -> nn.Module:
     """A copy of a model in which weight matrices W (m × n) are products of thin factors.
 
@@ -58,7 +61,11 @@ def factorize(
     Args:
         ranks: {layer: rank}, as `reveal_ranks` gives it; or one rank for all layers, or a
             fraction in (0, 1) of each layer's min(m, n).
-        calibration: inputs of the model (some hundreds; no labels needed), on its device.
+        calibration: inputs of the model (some hundreds; no labels needed): a tensor (n, …), a
+            tuple or mapping of such, or an iterable of batches, such as a DataLoader, looked at
+            once. By default the last of a tuple is left out where the model takes one less, and
+            "labels" of a mapping, whose values are keyword arguments.
+        call: ``call(model, batch)`` calls the model on a batch in another way.
 
     Raises:
         ValueError: a model without matrices, an unknown layer, a rank that is not whole and
@@ -94,14 +101,21 @@ def factorize(
         chosen[name] = rank
     small = duplicate(model)
     layers = {name: layer for name, layer in matrix_layers(small).items() if name in chosen}
-    inputs = {} if calibration is None else _input_moments(small, layers, calibration)
+    inputs, few = {}, None
+    if calibration is not None:
+        if torch.is_tensor(calibration) and len(calibration) == 0:
+            raise ValueError("calibration is empty; some hundreds of inputs would do")
+        with torch.random.fork_rng(devices=[]):  # a DataLoader draws random numbers
+            batches = cut(calibration, 16)
+            few = next(batches)
+            inputs = _input_moments(small, layers, chain([few], batches), call)
     with torch.no_grad():
         for name, rank in chosen.items():
             small = replace_module(
                 small, layers[name], _factors(layers[name], rank, inputs.get(name))
             )
     take_no_fused_way(small)
-    for name in [] if calibration is None else _read(small, calibration[:2]):
+    for name in [] if calibration is None else _read(small, few, call):
         if named is not None:
             raise ValueError(f"can't factorize layer {name!r}: {READ}; leave it out of the ranks")
         left[name] = READ
@@ -123,14 +137,14 @@ class _Watched(LowRank):
         return super().weight
 
 
-def _read(model: nn.Module, x: Tensor) -> list[str]:
+def _read(model: nn.Module, batch: Batch, call: Call | None) -> list[str]:
     """The factorized layers whose weight a call of the model reads."""
     layers = low_rank_layers(model)
     try:
         for layer in layers.values():
             layer.__class__ = _Watched
         with torch.no_grad(), evaluating(model):
-            model(x.clone())
+            prepared(model, at_home(model, batch), call)()
     finally:
         for layer in layers.values():
             layer.__class__ = LowRank
@@ -196,15 +210,15 @@ def _factors(layer: Matrix, rank: int, inputs: tuple[Tensor, Tensor] | None) -> 
 
 @torch.no_grad()
 def _input_moments(
-    model: nn.Module, layers: Mapping[str, Matrix], calibration: Tensor, batch: int = 16
+    model: nn.Module,
+    layers: Mapping[str, Matrix],
+    calibration: Iterable[Batch],
+    call: Call | None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Mean (n,) and covariance (n, n) of what each layer's matrix is applied to, in float64.
 
     For a layer without bias the second moment takes the covariance's place.
     """
-    if len(calibration) == 0:
-        raise ValueError("calibration is empty; some hundreds of inputs would do")
-    checks.finite(calibration, "calibration")
     counts = dict.fromkeys(layers, 0)
     sums: dict[str, Tensor] = {}
     squares: dict[str, Tensor] = {}
@@ -224,8 +238,10 @@ def _input_moments(
             add(name)
 
     with evaluating(model), hooked(layers, before=note):
-        for part in calibration.split(batch):
-            model(part.clone())  # the model may work on its input in place
+        for batch in calibration:
+            if torch.is_tensor(batch):
+                checks.finite(batch, "calibration")
+            prepared(model, at_home(model, batch), call)()  # a copy, as above
     for name in layers:
         if waiting[name]:
             add(name)
@@ -235,6 +251,7 @@ def _input_moments(
     moments = {}
     for name, layer in layers.items():
         mean, moment = sums[name] / counts[name], squares[name] / counts[name]
+        checks.finite(moment, f"what calibration gives to layer {name!r}")
         if layer.bias is not None:
             moment = moment - torch.outer(mean, mean)
         moments[name] = (mean, moment)

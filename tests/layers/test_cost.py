@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import svdlib
 from svdlib.layers.cost import WHOLE, latency
@@ -100,3 +101,34 @@ def test_transposed_windows_and_inputs_that_are_written_to():
     svdlib.cost(model, x, repeats=2)
     svdlib.factorize(model, {"0": 2}, calibration=x)
     assert torch.equal(x, before)
+
+
+class Product(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(9, 8), nn.Linear(9, 8)
+
+    def forward(self, a, b):
+        return self.left(a) * self.right(b)
+
+
+def test_several_inputs_keywords_and_batches():
+    model, a, b = Product(), torch.rand(5, 9), torch.rand(5, 9)
+    batches = DataLoader(TensorDataset(a, b, torch.arange(5)), batch_size=5, shuffle=True)
+    state = torch.get_rng_state()
+    for data, call in (
+        ((a, b), None),
+        ({"a": a, "b": b, "labels": a}, None),
+        (batches, None),
+        (iter([(a, b)]), None),
+        (a, lambda model, batch: model(batch, batch)),
+    ):
+        table = svdlib.cost(model, data, call=call, repeats=1)
+        assert table.multiply_adds.tolist() == [5 * 72, 5 * 72, 10 * 72]
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(ValueError, match=r"the model does not take float32 .5, 9."):
+        svdlib.cost(model, a)
+    with pytest.raises(ValueError, match="the data are empty"):
+        svdlib.cost(model, [])
+    with pytest.raises(ValueError, match="the inputs are empty"):
+        svdlib.cost(model, (a[:0], b[:0]))

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matrices import matrix
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import svdlib
 from svdlib.layers.kinds import low_rank_layers, matrix_layers
@@ -285,3 +286,54 @@ def test_cuda_agrees_with_cpu():
         inputs = None if calibration is None else x.cuda()
         small = svdlib.factorize(copy.deepcopy(model).cuda(), 0.25, calibration=inputs)
         torch.testing.assert_close(small(x.cuda()).cpu(), expected, atol=1e-4, rtol=1e-4)
+
+
+class Product(nn.Module):
+    """Two inputs, by position or keyword."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.left, self.right = nn.Linear(9, 8), nn.Linear(9, 8)
+
+    def forward(self, a, b):
+        return self.left(a) * self.right(b)
+
+
+def test_calibration_takes_batches_of_every_kind(generator):
+    model, x, y = perceptron(), torch.rand(100, 40, generator=generator), torch.zeros(100).long()
+    expected = svdlib.factorize(model, {"0": 2}, calibration=x)[0]
+    loader = DataLoader(TensorDataset(x, y), batch_size=30, shuffle=True)
+    state = torch.get_rng_state()
+    for data, call in (
+        ((x, y), None),
+        (loader, None),
+        (iter(x.split(30)), None),
+        (({"name": part} for part in x.split(30)), lambda model, batch: model(batch.pop("name"))),
+    ):
+        small = svdlib.factorize(model, {"0": 2}, calibration=data, call=call)
+        torch.testing.assert_close(small[0].weight, expected.weight, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(small[0].bias, expected.bias, rtol=1e-4, atol=1e-5)
+    assert torch.equal(torch.get_rng_state(), state)
+    two, a, b = Product(), torch.rand(50, 9), torch.rand(50, 9)
+    ranks = {"left": 2, "right": 3}
+    small = svdlib.factorize(two, ranks, calibration=(a, b))
+    named = svdlib.factorize(two, ranks, calibration={"b": b, "a": a, "labels": a})
+    torch.testing.assert_close(small(a, b), named(a, b))
+    error = (small(a, b) - two(a, b)).square().mean()
+    assert error < (svdlib.factorize(two, ranks)(a, b) - two(a, b)).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "the data are empty"),
+        ([torch.rand(4, 8)], r"the model does not take float32 \(4, 8\)"),
+        ([{1}], "a batch must be a tensor, tuple or mapping, not set"),
+        ((torch.rand(4, 9), torch.full((4, 9), torch.nan)), "calibration gives to layer 'right'"),
+        (3, "data must be a tensor"),
+    ],
+)
+def test_calibration_that_does_not_fit(data, message):
+    with pytest.raises(ValueError, match=message):
+        svdlib.factorize(Product(), {"right": 2}, calibration=data)
