@@ -95,7 +95,7 @@ def cut(data: Batches, size: int | None = None) -> Iterator[Batch]:
         yield from looked_at(data)
         return
     for start in range(0, inputs_in(data), size):
-        yield _each(data, itemgetter(slice(start, start + size)))
+        yield rebuilt(data, itemgetter(slice(start, start + size)))
 
 
 def inputs_in(data: Batches) -> int:
@@ -128,7 +128,7 @@ def tensors(batch: Batch) -> list[Tensor]:
         found.append(tensor)
         return tensor
 
-    _each(batch, note)
+    rebuilt(batch, note)
     return found
 
 
@@ -139,7 +139,7 @@ def copied(batch: Batch, device: torch.device | None = None) -> Batch:
     >>> copied({"a": x})["a"] is x
     False
     """
-    return _each(batch, lambda tensor: tensor.to(device or tensor.device, copy=True))
+    return rebuilt(batch, lambda tensor: tensor.to(device or tensor.device, copy=True))
 
 
 def at_home(model: nn.Module, batch: Batch) -> Batch:
@@ -152,18 +152,22 @@ def at_home(model: nn.Module, batch: Batch) -> Batch:
     return copied(batch, None if parameter is None else parameter.device)
 
 
-def _each(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
-    """The batch with each of its tensors changed; what is no tensor, tuple, list or mapping stays."""
+def rebuilt(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """The batch with each of its tensors changed; what is no tensor, tuple, list or mapping stays.
+
+    >>> rebuilt({"a": torch.ones(2), "b": "text"}, torch.sum)
+    {'a': tensor(2.), 'b': 'text'}
+    """
     if isinstance(batch, Tensor):
         return change(batch)
     if isinstance(batch, tuple | list):
-        made = [_each(part, change) for part in batch]
+        made = [rebuilt(part, change) for part in batch]
         named = getattr(type(batch), "_make", None)
         return named(made) if named else type(batch)(made)
     if isinstance(batch, Mapping):
         same = copy.copy(batch) if isinstance(batch, MutableMapping) else dict(batch)
         for key in batch:
-            same[key] = _each(batch[key], change)
+            same[key] = rebuilt(batch[key], change)
         return same
     return batch
 
@@ -183,7 +187,7 @@ def told(batch: Batch) -> str:
     return type(batch).__name__
 
 
-def prepared(model: nn.Module, batch: Batch, call: Call | None) -> Callable[[], Any]:
+def prepared(model: nn.Module, batch: Batch, call: Call | None) -> partial[Any]:
     """A call of the model on a batch, of which only the inputs matter.
 
     By default a tensor is the model's input, the values of a mapping, but for "labels", its

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +24,7 @@ from svdlib.layers.kinds import (
     replace_module,
     thin_twin,
 )
+from svdlib.objective import Batch, Batches, Call, copied, first_batch, prepared, rebuilt, tensors
 
 FORMAT = 2
 
@@ -93,22 +97,34 @@ def load_factorized(model: nn.Module, path: str | Path) -> nn.Module:
     return loaded
 
 
-def export_onnx(model: nn.Module, x: Tensor, path: str | Path, *, tolerance: float = 1e-4) -> None:
+def export_onnx(
+    model: nn.Module,
+    x: Batches,
+    path: str | Path,
+    *,
+    call: Call | None = None,
+    tolerance: float = 1e-4,
+) -> None:
     """Write a model as ONNX for inputs like ``x`` (any batch size), checked by onnxruntime.
 
     Needs the extra ``svdlib[onnx]``. The file is put in place only if onnxruntime gives the
     model's own outputs.
 
     Args:
-        x: example inputs, at least two of them.
+        x: example inputs, at least two of them, on the model's device: a tensor, or a tuple or
+            mapping of several, or an iterable of batches, such as a DataLoader, of which the
+            first is taken. Targets are left out as in `factorize`. In the file a tensor is "x",
+            several are "x0", "x1", …, or have a mapping's names, and the output is "y".
+        call: ``call(model, batch)`` calls the model on them in another way.
         tolerance: largest admissible difference, relative to the largest output.
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed.
         ValueError: onnxruntime's outputs differ, the model puts out something else than one
-            tensor, inputs in a type that numpy lacks, ``path`` is there and no file.
+            tensor or an output with logits, it does not take the inputs, inputs in a type that numpy lacks, ``path`` is there and no file.
     """
-    if x.dtype == torch.bfloat16:
+    batch = first_batch(x)
+    if any(tensor.dtype == torch.bfloat16 for tensor in tensors(batch)):
         raise ValueError("onnxruntime takes no bfloat16 inputs; export model.float()")
     try:
         import onnxruntime
@@ -117,25 +133,35 @@ def export_onnx(model: nn.Module, x: Tensor, path: str | Path, *, tolerance: flo
         raise ImportError(f"{error}; pip install 'svdlib[onnx]'") from error
     path = _place(path)
     with torch.no_grad(), evaluating(model):
-        expected = model(x.clone())
+        expected = prepared(model, copied(batch), call)()
+    whole: nn.Module = model
+    if call is not None or not isinstance(batch, Tensor) or not isinstance(expected, Tensor):
+        whole = _OfTensors(model, batch, call)
+        batch, expected = whole.batch, getattr(expected, "logits", expected)
     if not torch.is_tensor(expected):
         raise ValueError(f"the model must put out one tensor, not {type(expected).__name__}")
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".part-") as part, evaluating(model):
+    inputs, names = tensors(copied(batch)), _names(batch)
+    many = torch.export.Dim("batch")
+    shapes = tuple({0: many} if len(x) == len(inputs[0]) else None for x in inputs)
+    folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=".part-")
+    with folder as part, evaluating(whole), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "# The axis name")  # of inputs that share the first
         file = f"{part}/model.onnx"
-        batch = {0: torch.export.Dim("batch")}
         torch.onnx.export(
-            model,
-            (x.clone(),),
+            whole,
+            tuple(inputs),
             file,
             dynamo=True,
             external_data=False,
-            dynamic_shapes=(batch,),
-            input_names=["x"],
+            dynamic_shapes=shapes if whole is model else (shapes,),
+            input_names=names,
             output_names=["y"],
             verbose=False,
         )
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        (found,) = session.run(None, {"x": x.cpu().numpy()})
+        wired = {each.name for each in session.get_inputs()}
+        given = zip(names, tensors(batch), strict=True)
+        (found,) = session.run(None, {name: x.cpu().numpy() for name, x in given if name in wired})
         wanted = expected.cpu().double()
         off = (torch.from_numpy(found).double() - wanted).abs().max().item()
         if not off <= tolerance * wanted.abs().max().item():
@@ -144,6 +170,41 @@ def export_onnx(model: nn.Module, x: Tensor, path: str | Path, *, tolerance: flo
                 f"{wanted.abs().max().item():.2g}"
             )
         os.replace(file, path)
+
+
+class _OfTensors(nn.Module):
+    """A model that is called on a batch, as a function of the batch's tensors."""
+
+    def __init__(self, model: nn.Module, batch: Batch, call: Call | None) -> None:
+        super().__init__()
+        self.model, self.batch, self.call = model, batch, call
+        if call is None:  # without targets
+            inputs = prepared(model, batch, None)
+            self.batch = inputs.keywords or inputs.args[1:]
+
+    def forward(self, *values: Tensor) -> Any:
+        """The output, or its logits."""
+        left = iter(values)
+        batch = rebuilt(self.batch, lambda _: next(left))
+        if self.call is not None:
+            output = self.call(self.model, batch)
+        elif isinstance(batch, Mapping):
+            output = self.model(**batch)
+        else:
+            output = self.model(*batch)
+        return getattr(output, "logits", output)
+
+
+def _names(batch: Batch) -> list[str]:
+    """What a batch's tensors are called.
+
+    >>> _names(torch.ones(2)), _names((torch.ones(2), torch.ones(2)))
+    (['x'], ['x0', 'x1'])
+    """
+    if isinstance(batch, Mapping) and len(tensors(batch)) == len(batch):
+        return [str(name) for name in batch]
+    number = len(tensors(batch))
+    return ["x"] if number == 1 else [f"x{place}" for place in range(number)]
 
 
 def _place(path: str | Path) -> Path:

@@ -1,9 +1,11 @@
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import svdlib
 
@@ -150,3 +152,45 @@ def test_what_onnx_can_not_check_is_refused(model, tmp_path):
         svdlib.export_onnx(Two(), torch.rand(3, 30), tmp_path / "a.onnx")
     with pytest.raises(ValueError, match="takes no bfloat16 inputs"):
         svdlib.export_onnx(model, torch.rand(3, 30).bfloat16(), tmp_path / "a.onnx")
+
+
+class Product(nn.Module):
+    """Two inputs, and an output with logits."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.left, self.right = nn.Linear(9, 8), nn.Linear(9, 8)
+
+    def forward(self, a, b):
+        return SimpleNamespace(logits=self.left(a) * self.right(b))
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [("tuple", ["x0", "x1"]), ("mapping", ["b", "a"]), ("loader", ["x0", "x1"]), ("call", ["x"])],
+)
+def test_onnx_of_several_inputs(kind, names, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, a, b, call = Product(), torch.rand(4, 9), torch.rand(4, 9), None
+    data = {
+        "tuple": (a, b),
+        "mapping": {"b": b, "a": a, "labels": torch.arange(4)},
+        "loader": DataLoader(TensorDataset(a, b, torch.arange(4)), batch_size=2),
+        "call": [a],
+    }[kind]
+    if kind == "call":
+        call = lambda model, x: model(x, x)
+    svdlib.export_onnx(model, data, tmp_path / "a.onnx", call=call)
+    session = onnxruntime.InferenceSession(str(tmp_path / "a.onnx"))
+    assert [given.name for given in session.get_inputs()] == names
+    values = dict(zip(names, torch.rand(len(names), 7, 9), strict=True))
+    (found,) = session.run(None, {name: value.numpy() for name, value in values.items()})
+    by_name = {"x": "a", "x0": "a", "x1": "b"}
+    given = {by_name.get(name, name): value for name, value in values.items()}
+    expected = model(**{"b": values.get("x"), **given})
+    torch.testing.assert_close(torch.from_numpy(found), expected.logits, rtol=1e-4, atol=1e-5)
+    assert model.training
+    with pytest.raises(ValueError, match=r"the model does not take float32 .4, 9."):
+        svdlib.export_onnx(model, a, tmp_path / "b.onnx")
