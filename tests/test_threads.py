@@ -98,6 +98,11 @@ def prepared(name, data, folder):
             )
         ),
         "loss_profile": lambda: numbers(svdlib.loss_profile(net, x, y, progress=False)),
+        "batches": lambda: numbers(
+            svdlib.loss_profile(
+                net, [x], objective=lambda m, x: m(x).square().sum(1), progress=False
+            )
+        ),
         "joint_profile": lambda: numbers(svdlib.joint_profile(net, x, y, progress=False)),
         "predicted_profile": lambda: numbers(svdlib.predicted_profile(net, x, y)),
         "search_ranks": lambda: numbers(
@@ -122,7 +127,7 @@ def numbers(table):
 CALLS = [
     "train", "adam", "factors", "validation", "factorize", "merge", "load_factorized", "cost",
     "project_", "truncated_svd", "randomized_svd", "loss_profile", "search_ranks", "verify_ranks",
-    "refine_ranks", "joint_profile", "predicted_profile", "from_modules", "one network", "truncate_", "losses", "spectra",
+    "refine_ranks", "joint_profile", "predicted_profile", "batches", "from_modules", "one network", "truncate_", "losses", "spectra",
 ]  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from svdlib import checks, threads
 from svdlib.layers.kinds import obstacle, stored
+from svdlib.objective import Batch, Batches, at_home, looked_at, told
 from svdlib.ranks.losses import CACHED, Moments, check_data, full_losses, habits, measuring
 
 # Up to so many combinations all are looked at unless others are asked for, and never more than MOST.
@@ -38,8 +39,8 @@ ELEMENTWISE = (
 
 def joint_profile(
     model: nn.Sequential,
-    x: Tensor,
-    y: Tensor,
+    x: Batches,
+    y: Tensor | None = None,
     *,
     ranks: Ranks = None,
     memory: int = 2**28,
@@ -60,7 +61,8 @@ def joint_profile(
     Args:
         model: Linear layers in an ``nn.Sequential`` with activations between; evaluation mode,
             left as it was.
-        x, y: inputs (n, …) and labels (n,), on the model's device.
+        x, y: inputs (n, …) and labels (n,), on the model's device. Or, without y, ``x`` is a tuple
+            of both, or an iterable of such batches, looked at once.
         ranks: those to combine, for all layers or {layer: ranks}, capped at each layer's
             min(m, n). By default all, from 0, where these are at most 20,000 combinations; else
             the geometric grid with the most ranks that is.
@@ -87,36 +89,59 @@ def joint_profile(
     >>> joint[(joint["0"] == 2) & (joint["2"] == 3)].parameters.item()
     55
     """
-    check_data(x, y, memory)
+    checks.positive_int(memory, "memory")
+    data = x if y is None else (x, y)
+    if isinstance(data, tuple):
+        check_data(*_labelled(data), memory)
     links = _links(model)
     grids = _grids(links, ranks)
     usual = torch.get_num_threads()
     with measuring(model), threads.inside(1):
-        full, _ = full_losses(model, x, y, memory, habits(model, x))
         for link, grid in zip(links, grids, strict=True):
             link.decompose(grid)
-        # So many shares whatever the number of threads, which so changes no result.
-        shares = SHARES if x.device.type == "cpu" and len(x) > SHARES else 1
-        images = _images(links, x, memory // shares)
-        parts = list(zip(*(t.tensor_split(shares) for t in (x, y, full)), strict=True))
+        trees = math.prod(map(len, grids[:-1]))
+        number = len(data[0]) * trees if isinstance(data, tuple) else None
         done: list[int] = []
         stop = Event()
         bar = tqdm(
-            total=len(x) * math.prod(map(len, grids[:-1])),
+            total=number,
             disable=not progress,
             desc="joint profile",
             unit="image",
             unit_scale=True,
         )
-        with bar, ThreadPoolExecutor(min(usual, shares)) as pool:
-            found = threads.side_by_side(
-                pool,
-                partial(_moments, links, images, done, stop),
-                parts,
-                lambda: bar.update(sum(done) - bar.n),
-                stop,
-            )
-    return _table(model, links, grids, sum(found[1:], found[0]).means(len(x)), full)
+        moments: Moments | None = None
+        fulls: list[Tensor] = []
+        with bar, ThreadPoolExecutor(min(usual, SHARES)) as pool:
+            for batch in looked_at(data):
+                x, y = _labelled(batch if isinstance(data, tuple) else at_home(model, batch))
+                check_data(x, y)
+                full, _ = full_losses(model, x, y, memory, habits(model, x))
+                fulls.append(full)
+                # So many shares whatever the number of threads, which so changes no result.
+                shares = SHARES if x.device.type == "cpu" and len(x) > SHARES else 1
+                images = _images(links, x, memory // shares)
+                parts = list(zip(*(t.tensor_split(shares) for t in (x, y, full)), strict=True))
+                found = threads.side_by_side(
+                    pool,
+                    partial(_moments, links, images, done, stop),
+                    parts,
+                    lambda: bar.update(sum(done) - bar.n),
+                    stop,
+                )
+                here = sum(found[1:], found[0])
+                moments = here if moments is None else moments + here
+    assert moments is not None  # empty data are refused
+    full = torch.cat(fulls)
+    return _table(model, links, grids, moments.means(len(full)), full)
+
+
+def _labelled(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Inputs and labels."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise ValueError(f"joint_profile takes batches (inputs, labels), not {told(batch)}")
+    x, y = batch
+    return x, y
 
 
 @torch.no_grad()

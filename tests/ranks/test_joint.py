@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import svdlib
 from svdlib.ranks.joint import ALL, MOST
@@ -260,3 +261,26 @@ def test_equal_logits_go_to_the_first_class_as_by_argmax():
     for label, accuracy in ((0, 100.0), (2, 0.0)):
         joint = svdlib.joint_profile(model, x, torch.full((9,), label), progress=False)
         assert joint.accuracy[0] == accuracy
+
+
+def test_batches_give_what_tensors_do():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 3))
+    x, y = torch.rand(40, 12), torch.arange(40) % 3
+    whole = svdlib.joint_profile(model, x, y, progress=False)
+    pair = svdlib.joint_profile(model, (x, y), progress=False)
+    pd.testing.assert_frame_equal(pair, whole, check_exact=True)
+    loader = DataLoader(TensorDataset(x, y), batch_size=11, shuffle=True)
+    state = torch.get_rng_state()
+    batched = svdlib.joint_profile(model, loader, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    pd.testing.assert_frame_equal(batched, whole, rtol=1e-5, atol=1e-6)
+    assert batched.attrs["loss"] == pytest.approx(whole.attrs["loss"], rel=1e-6)
+    for data, message in (
+        ([], "the data are empty"),
+        ([x], r"takes batches \(inputs, labels\), not float32 \(40, 12\)"),
+        (x, r"takes batches \(inputs, labels\), not float32 \(40, 12\)"),
+        ([(x, y.float())], "labels must be class numbers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            svdlib.joint_profile(model, data, progress=False)
