@@ -32,7 +32,7 @@ def cost(
     are measured in runs of their own, without the clock between layers.
 
     Args:
-        model: any module; its Linear, Conv2d and `LowRank` layers have a row each.
+        model: any module; its layers that hold a matrix, dense or `LowRank`, have a row each.
         x: inputs of the size whose latency matters, on the model's device: a tensor, or a tuple
             or mapping of several, or an iterable of batches, such as a DataLoader, of which the
             first is taken. Targets are left out as in `factorize`.
@@ -86,8 +86,9 @@ def _measured(model: nn.Module, x: Batch, call: Call | None) -> pd.DataFrame:
     """All that needs no clock, by layer."""
     layers = whole_layers(model)
     products = _Products(layers)
-    # Hooks, even idle ones, keep torch from fused operations, in which no product is seen.
-    with evaluating(model), hooked(layers, after=lambda *_: None), as_written(model), products:
+    # Hooks also keep torch from fused operations, in which no product is seen.
+    before, after = products.enter, products.leave
+    with evaluating(model), hooked(layers, after, before), as_written(model), products:
         prepared(model, at_home(model, x), call)()
     work = products.work
     rows = []
@@ -116,11 +117,26 @@ class _Products(TorchDispatchMode):
     def __init__(self, layers: Mapping[str, Matrix | LowRank]) -> None:
         super().__init__()
         self.work = dict.fromkeys(layers, 0)
-        self.owners: dict[int, str] = {}
+        self.owners: dict[int, list[str]] = {}
         for name, layer in layers.items():
             for factor in layer.factors if isinstance(layer, LowRank) else (layer,):
-                self.owners[factor.weight.untyped_storage().data_ptr()] = name
+                place = factor.weight.untyped_storage().data_ptr()
+                self.owners.setdefault(place, []).append(name)
         self.kept: list[Tensor] = []
+        self.called: list[str] = []
+
+    def enter(self, name: str, inputs: object) -> None:
+        """A layer is called."""
+        self.called.append(name)
+
+    def leave(self, name: str, inputs: object, output: object) -> None:
+        """Its call is over."""
+        self.called.pop()
+
+    def owner(self, tensor: Tensor) -> str | None:
+        """The layer whose weight a tensor is; of several, the one that is being called."""
+        names = self.owners.get(tensor.untyped_storage().data_ptr(), [None])
+        return self.called[-1] if self.called and self.called[-1] in names else names[-1]
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -132,7 +148,7 @@ class _Products(TorchDispatchMode):
             return function(*args, **(kwargs or {})) if result is NotImplemented else result
         result = function(*args, **(kwargs or {}))
         left, right = (args[place] for place in PRODUCTS[operation])
-        names = [self.owners.get(t.untyped_storage().data_ptr()) for t in (left, right)]
+        names = [self.owner(t) for t in (left, right)]
         name = names[1] or names[0]
         if name is None:
             return result
@@ -145,7 +161,7 @@ class _Products(TorchDispatchMode):
             self.work[name] += result.numel() * left.shape[-1]
         if names[0] == names[1]:
             self.kept.append(result)
-            self.owners[result.untyped_storage().data_ptr()] = name
+            self.owners[result.untyped_storage().data_ptr()] = [name]
         return result
 
 

@@ -10,12 +10,17 @@ from torch import Tensor, nn
 
 from svdlib import checks, threads
 from svdlib.layers.kinds import (
+    TRANSPOSED,
     LowRank,
     Matrix,
+    as_weight,
+    bias,
+    check_ties,
     choose,
     dense_twin,
     duplicate,
     evaluating,
+    groups,
     hooked,
     low_rank_layers,
     matrix,
@@ -24,7 +29,8 @@ from svdlib.layers.kinds import (
     rows,
     stored,
     take_no_fused_way,
-    thin_twin,
+    thin_twins,
+    ties,
     warn_of,
 )
 from svdlib.linalg.svd import truncated_svd
@@ -50,7 +56,9 @@ def factorize(
 
     with U_r the leading eigenvectors of W C Wᵀ (Zhang, Zou, He and Sun 2016, section 3.1). That is
     the truncated SVD of the whitened W C^½, whitening undone, without the inverse of C^½ that a
-    rank-deficient C does not have. A layer without a bias takes the second moment for C.
+    rank-deficient C does not have. A layer without a bias takes the second moment for C, and so
+    does a transposed convolution, whose windows overlap. Layers that share a weight, such as an
+    embedding and an output layer, share its factors, and take the best approximation in itself.
 
     Either way the singular values are shared evenly, √σ to each factor. Factors keep the
     weight's type, device, mode and ``requires_grad``; the model is not changed.
@@ -70,9 +78,10 @@ def factorize(
     Raises:
         ValueError: a model without matrices, an unknown layer, a rank that is not whole and
             positive (or a fraction), NaN or infinite weights, empty or non-finite calibration
-            inputs. Also a layer that can't be factorized, if it is named: a grouped convolution,
-            a subclass of Linear or Conv2d (such as in ``nn.MultiheadAttention``) or a
-            parametrized layer, one with hooks, one whose weight others share. If it is not
+            inputs. Also a layer that can't be factorized, if it is named: a subclass of a plain
+            layer (such as in ``nn.MultiheadAttention``) or a parametrized one, one with hooks, an
+            Embedding with ``max_norm``, one whose weight is shared with a layer of which the
+            same rank is not asked, or which is no Linear or Embedding. If it is not
             named, it is left as it was, with a warning. So is a layer, where calibration inputs
             show it, whose weight the model reads without calling the layer: its factors would be
             multiplied at every call.
@@ -91,16 +100,20 @@ def factorize(
     named = ranks if isinstance(ranks, Mapping) else None
     layers, left = choose(model, named, "factorize", twin=True)
     chosen: dict[str, int] = {}
-    for name, rank in _ranks(layers, ranks).items():
-        m, n = matrix(layers[name]).shape
+    wanted = _ranks(layers, ranks)
+    check_ties(model, wanted, "factorize")
+    for name, rank in wanted.items():
+        m, n = matrix(layers[name]).shape[-2:]
         if stored(rank, m, n) == m * n:
-            factors = rank * (m + n)
-            left[name] = f"rank {rank} stores {factors:,} numbers as factors, {m * n:,} as a matrix"
+            factors, whole = (groups(layers[name]) * size for size in (rank * (m + n), m * n))
+            left[name] = f"rank {rank} stores {factors:,} numbers as factors, {whole:,} as a matrix"
             continue
         checks.finite(layers[name].weight, f"the weight of layer {name!r}")
         chosen[name] = rank
     small = duplicate(model)
     layers = {name: layer for name, layer in matrix_layers(small).items() if name in chosen}
+    tied = {name: names for names in ties(layers) for name in names}
+    alone = {name: layer for name, layer in layers.items() if name not in tied}
     inputs, few = {}, None
     if calibration is not None:
         if torch.is_tensor(calibration) and len(calibration) == 0:
@@ -108,18 +121,18 @@ def factorize(
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws random numbers
             batches = cut(calibration, 16)
             few = next(batches)
-            inputs = _input_moments(small, layers, chain([few], batches), call)
+            inputs = _input_moments(small, alone, chain([few], batches), call)
     with torch.no_grad():
-        for name, rank in chosen.items():
-            small = replace_module(
-                small, layers[name], _factors(layers[name], rank, inputs.get(name))
-            )
+        for name, thin in thin_twins(layers, chosen).items():
+            _fill(thin, layers[name], inputs.get(name))
+            small = replace_module(small, layers[name], thin)
     take_no_fused_way(small)
     for name in [] if calibration is None else _read(small, few, call):
         if named is not None:
             raise ValueError(f"can't factorize layer {name!r}: {READ}; leave it out of the ranks")
-        left[name] = READ
-        small = replace_module(small, low_rank_layers(small)[name], layers[name])
+        for each in tied.get(name, [name]):
+            left[each] = READ
+            small = replace_module(small, low_rank_layers(small).get(each, small), layers[each])
     warn_of(left, depth=3)  # a context wraps this call
     return small
 
@@ -163,12 +176,18 @@ def merge(model: nn.Module) -> nn.Module:
     )
     """
     dense = duplicate(model)
-    for layer in low_rank_layers(dense).values():
-        whole = dense_twin(layer)
-        whole.weight.copy_(layer.weight).requires_grad_(layer.factors[0].weight.requires_grad)
+    layers = low_rank_layers(dense)
+    whole = {name: dense_twin(layer) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        weight = whole[name].weight
+        weight.copy_(layer.weight).requires_grad_(layer.factors[0].weight.requires_grad)
         if layer.bias is not None:
-            whole.bias = layer.bias
-        dense = replace_module(dense, layer, whole)
+            whole[name].bias = layer.bias
+    for first, *others in ties(layers):
+        for name in others:
+            whole[name].weight = whole[first].weight
+    for name, layer in layers.items():
+        dense = replace_module(dense, layer, whole[name])
     return dense
 
 
@@ -179,33 +198,52 @@ def _ranks(layers: Mapping[str, Matrix], ranks: float | Mapping[str, int]) -> di
     if isinstance(ranks, float):
         if not 0 < ranks < 1:
             raise ValueError(f"a fraction of the ranks must be between 0 and 1, not {ranks}")
-        full = {name: min(matrix(layer).shape) for name, layer in layers.items()}
+        full = {name: min(matrix(layer).shape[-2:]) for name, layer in layers.items()}
         return {name: max(1, round(ranks * rank)) for name, rank in full.items()}
     return dict.fromkeys(layers, checks.positive_int(ranks, "rank"))
 
 
-def _factors(layer: Matrix, rank: int, inputs: tuple[Tensor, Tensor] | None) -> LowRank:
-    A = matrix(layer)
-    thin = thin_twin(layer, rank)
+def _fill(thin: LowRank, layer: Matrix, inputs: tuple[Tensor, Tensor] | None) -> None:
+    """Give two thin layers the factors of a layer's matrix, on inputs of these moments."""
+    A, rank = matrix(layer), thin.rank
     first, second = thin.factors
+    old, new = bias(layer), bias(second)
+    shift: Tensor | int = 0
     if inputs is None:
         U, S, Vh = truncated_svd(A, rank)
     else:
         mean, moment = inputs
-        left = torch.linalg.eigh(A.double() @ moment @ A.double().mT).eigenvectors[:, -rank:]
+        weighed = A.double() * moment if moment.ndim == 1 else A.double() @ moment
+        left = torch.linalg.eigh(weighed @ A.double().mT).eigenvectors[..., -rank:]
         inner, S, Vh = truncated_svd(left.mT.to(A.dtype) @ A, rank)
         U = left.to(A.dtype) @ inner
-        if layer.bias is not None:
-            lost = A.double() @ mean - (U * S).double() @ (Vh.double() @ mean)
+        if old is not None and _is_centred(layer):
+            lost = A.double() - (U * S.unsqueeze(-2)).double() @ Vh.double()
+            shift = (lost @ mean.unsqueeze(-1)).flatten().to(old.dtype)
     root = S.sqrt()
-    first.weight.copy_((root[:, None] * Vh).view_as(first.weight))
-    second.weight.copy_((U * root).view_as(second.weight))
+    first.weight.copy_(as_weight(first, root.unsqueeze(-1) * Vh))
+    second.weight.copy_(as_weight(second, U * root.unsqueeze(-2)))
     for factor in (first, second):
         factor.weight.requires_grad_(layer.weight.requires_grad)
-    if layer.bias is not None and second.bias is not None:
-        shift = 0 if inputs is None else lost.to(layer.bias.dtype)
-        second.bias.copy_(layer.bias + shift).requires_grad_(layer.bias.requires_grad)
-    return thin
+    if old is not None and new is not None:
+        new.copy_(old + shift).requires_grad_(old.requires_grad)
+
+
+def _is_centred(layer: Matrix) -> bool:
+    """Whether a change of the bias makes up for a change of the matrix at the mean input."""
+    return bias(layer) is not None and not isinstance(layer, TRANSPOSED)
+
+
+def _sums(layer: Matrix, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of vectors x, as `rows` gives them, their sum and the sum of their squares (…, n, n).
+
+    Of an Embedding's, which have a single one each, that is diagonal, (n,).
+    """
+    if isinstance(layer, nn.Embedding):
+        times = x.long().bincount(minlength=layer.num_embeddings).double()
+        return times, times
+    each = x.movedim(0, -2)
+    return x.sum(0), each.mT @ each
 
 
 @torch.no_grad()
@@ -217,7 +255,8 @@ def _input_moments(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Mean (n,) and covariance (n, n) of what each layer's matrix is applied to, in float64.
 
-    For a layer without bias the second moment takes the covariance's place.
+    For a layer without bias the second moment takes the covariance's place. Of g groups both are
+    (g, …); of an Embedding the second moment is diagonal, (n,).
     """
     counts = dict.fromkeys(layers, 0)
     sums: dict[str, Tensor] = {}
@@ -228,8 +267,9 @@ def _input_moments(
         x = torch.cat(waiting[name])
         waiting[name].clear()
         counts[name] += len(x)
-        sums[name] = sums.get(name, 0) + x.sum(0)
-        squares[name] = squares.get(name, 0) + x.mT @ x
+        total, square = _sums(layers[name], x)
+        sums[name] = sums.get(name, 0) + total
+        squares[name] = squares.get(name, 0) + square
 
     def note(name: str, inputs: tuple[Tensor, ...]) -> None:
         # a copy: the model may go on to work on its input in place
@@ -252,7 +292,7 @@ def _input_moments(
     for name, layer in layers.items():
         mean, moment = sums[name] / counts[name], squares[name] / counts[name]
         checks.finite(moment, f"what calibration gives to layer {name!r}")
-        if layer.bias is not None:
-            moment = moment - torch.outer(mean, mean)
+        if _is_centred(layer):
+            moment = moment - mean.unsqueeze(-1) * mean.unsqueeze(-2)
         moments[name] = (mean, moment)
     return moments

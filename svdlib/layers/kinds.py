@@ -11,19 +11,56 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import skip_init
 
 from svdlib import checks
 
-Matrix = nn.Linear | nn.Conv2d
+Matrix = nn.Linear | _ConvNd | nn.Embedding
+
+# An entry a kind of layer: how its weight holds W, out × in, and which of its thin factors has
+# its window. Only these types are replaced; a subclass may do other things with its weight.
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+PLAIN = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, nn.Embedding)
+
+
+class Turned(nn.Linear):
+    """A linear map without bias whose weight (in, out) is held the other way round.
+
+    The output layer of a tied model h ↦ P (Qᵀ h), factorized, shares both its factors with the
+    embedding's rows i ↦ Q P_i, and Q, (in, rank), is turned there.
+
+    >>> Turned(3, 2).weight.shape
+    torch.Size([3, 2])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, False, device, dtype)
+        self.weight = nn.Parameter(self.weight.detach().mT.contiguous())
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The input times the weight."""
+        return input @ self.weight
 
 
 class LowRank(nn.Sequential):
-    """A Linear or Conv2d layer of rank r as two thin ones, ``self[0]`` and then ``self[1]``.
+    """A layer of rank r as two thin ones, ``self[0]`` and then ``self[1]``.
 
-    A Linear m × n becomes one r × n without bias and one m × r with the bias. A Conv2d becomes r
-    convolutions with its kernel size, stride and padding, and a 1 × 1 convolution (Zhang, Zou,
-    He and Sun 2016, section 3.1). ``weight`` and ``bias`` read as those of the layer replaced.
+    - A Linear m × n is one r × n without bias and one m × r with the bias; so is a Conv1D of
+      the transformers library.
+    - A Conv1d, 2d or 3d is r convolutions with its kernel size, stride and padding, and a
+      1 × 1 convolution (Zhang, Zou, He and Sun 2016, section 3.1); r for each of its groups.
+    - A ConvTranspose1d, 2d or 3d is a 1 × 1 convolution to r channels, and a transposed one.
+    - An Embedding of V rows is one of r columns, and a Linear that makes all columns of them.
+
+    ``weight`` and ``bias`` read as those of the layer replaced.
     """
 
     @property
@@ -33,30 +70,58 @@ class LowRank(nn.Sequential):
         return cast(Matrix, first), cast(Matrix, second)
 
     @property
+    def main(self) -> Matrix:
+        """The factor that is of the kind of the layer replaced, and has its window."""
+        first, second = self.factors
+        later = isinstance(second, TRANSPOSED) or is_conv1d(second) or isinstance(first, Turned)
+        return second if later else first
+
+    @property
     def rank(self) -> int:
         """The number r of terms."""
-        return len(self.factors[0].weight)
+        first = self.factors[0]
+        return as_matrix(first, first.weight).shape[-2]
 
     @property
     def weight(self) -> Tensor:
         """The product of the factors, in the shape of the weight that they replace."""
-        first, second = (factor.weight for factor in self.factors)
-        product = second.flatten(1) @ first.flatten(1)
-        return product.view(len(second), *first.shape[1:])
+        first, second = (as_matrix(factor, factor.weight) for factor in self.factors)
+        return as_weight(self.main, second @ first)
 
     @property
     def bias(self) -> Tensor | None:
         """The bias of the second factor."""
-        return self.factors[1].bias
+        return bias(self.factors[1])
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """Whether it is a Conv1D of the transformers library, a Linear whose weight is (in, out).
+
+    >>> is_conv1d(nn.Conv1d(3, 2, 1))
+    False
+    """
+    weight = layer._parameters.get("weight")
+    outs = getattr(layer, "nf", None)
+    return type(layer).__name__ == "Conv1D" and weight is not None and weight.shape[1:] == (outs,)
+
+
+def is_matrix(layer: nn.Module) -> bool:
+    """Whether a layer is of a kind that holds a matrix.
+
+    >>> is_matrix(nn.Embedding(10, 3)), is_matrix(nn.BatchNorm1d(3))
+    (True, False)
+    """
+    return isinstance(layer, Matrix) or is_conv1d(layer)
 
 
 def matrix_layers(model: nn.Module) -> dict[str, Matrix]:
-    """The layers of a module that hold a matrix, by name: every Linear and Conv2d.
+    """The layers of a module that hold a matrix, by name, see `LowRank` for their kinds.
 
     >>> list(matrix_layers(nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1))))
     ['0', '2']
     """
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, Matrix)}
+    found = {name: layer for name, layer in model.named_modules() if is_matrix(layer)}
+    return cast(dict[str, Matrix], found)
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRank]:
@@ -75,48 +140,128 @@ def whole_layers(model: nn.Module) -> dict[str, Matrix | LowRank]:
     ['0', '1']
     """
     inner = {id(factor) for layer in low_rank_layers(model).values() for factor in layer}
-    return {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, Matrix | LowRank) and id(layer) not in inner
-    }
+    layers: dict[str, Matrix | LowRank] = {**matrix_layers(model), **low_rank_layers(model)}
+    order = [name for name, _ in model.named_modules() if name in layers]
+    return {name: layers[name] for name in order if id(layers[name]) not in inner}
 
 
 def matrix(layer: Matrix) -> Tensor:
-    """A layer's matrix W, out × in or out × (in·kh·kw), in a type that can be decomposed.
+    """A layer's matrix W, out × in, in a type that can be decomposed; (g, m, n) of g groups.
 
-    >>> matrix(nn.Conv2d(3, 8, 5).bfloat16()).shape
-    torch.Size([8, 75])
+    "In" are a Linear's features, a convolution's in·kh·kw (of one group), an Embedding's rows;
+    "out" of a transposed convolution are its out·kh·kw.
+
+    >>> matrix(nn.Conv2d(3, 8, 5).bfloat16()).shape, matrix(nn.Conv1d(6, 8, 5, groups=2)).shape
+    (torch.Size([8, 75]), torch.Size([2, 4, 15]))
+    >>> matrix(nn.Embedding(100, 7)).shape, matrix(nn.ConvTranspose2d(3, 8, 5)).shape
+    (torch.Size([7, 100]), torch.Size([200, 3]))
     """
-    weight = layer.weight.detach().flatten(1)
-    return weight if weight.element_size() >= 4 else weight.float()
+    weight = layer.weight.detach()
+    return as_matrix(layer, weight if weight.element_size() >= 4 else weight.float())
+
+
+def as_matrix(layer: Matrix, weight: Tensor) -> Tensor:
+    """A weight of such a layer as its matrix, see `matrix`.
+
+    >>> as_matrix(nn.Linear(3, 2), torch.ones(5, 4)).shape
+    torch.Size([5, 4])
+    """
+    A = weight.unflatten(0, (groups(layer), -1)).flatten(2)
+    A = A.mT if is_turned(layer) else A
+    return A[0] if groups(layer) == 1 else A
+
+
+def as_weight(layer: Matrix, A: Tensor) -> Tensor:
+    """A matrix in the shape of a weight of such a layer: `as_matrix` undone.
+
+    >>> layer = nn.Conv1d(6, 8, 5, groups=2)
+    >>> torch.equal(as_weight(layer, matrix(layer)), layer.weight)
+    True
+    """
+    A = A.mT if is_turned(layer) else A
+    return A.reshape(A[..., 0].numel(), -1, *layer.weight.shape[2:])
+
+
+def is_turned(layer: Matrix) -> bool:
+    """Whether the weight holds the matrix the other way round, inputs first.
+
+    >>> is_turned(nn.Embedding(10, 3))
+    True
+    """
+    return isinstance(layer, (*TRANSPOSED, nn.Embedding, Turned)) or is_conv1d(layer)
+
+
+def groups(layer: Matrix) -> int:
+    """The number of matrices in a layer: a convolution's groups, or one.
+
+    >>> groups(nn.Conv1d(6, 8, 5, groups=2))
+    2
+    """
+    return layer.groups if isinstance(layer, _ConvNd) else 1
+
+
+def bias(layer: Matrix) -> Tensor | None:
+    """A layer's bias, which an Embedding does not have.
+
+    >>> bias(nn.Embedding(10, 3))
+    """
+    return getattr(layer, "bias", None)
+
+
+def has_code(layer: Matrix) -> bool:
+    """Whether one matrix is applied to vectors of the input, so that `apply_rows` knows them.
+
+    >>> has_code(nn.Linear(3, 2)), has_code(nn.Conv1d(6, 8, 5, groups=2))
+    (True, False)
+    """
+    return groups(layer) == 1 and not isinstance(layer, TRANSPOSED)
 
 
 def apply_rows(layer: Matrix, x: Tensor, V: Tensor) -> Tensor:
     """V times what the layer's matrix is applied to, V (k, n): k in the features' place.
+
+    Of layers that `has_code`.
 
     >>> import torch
     >>> layer, x = nn.Conv2d(3, 8, 5, padding=2, bias=False), torch.rand(1, 3, 9, 9)
     >>> torch.allclose(apply_rows(layer, x, matrix(layer)), layer(x), atol=1e-5)
     True
     """
-    if isinstance(layer, nn.Linear):
-        return x @ V.mT
-    return layer._conv_forward(x, V.view(-1, *layer.weight.shape[1:]), None)
+    if isinstance(layer, nn.Embedding):
+        return F.embedding(x, V.mT)
+    if isinstance(layer, CONVOLUTIONS):
+        weight = V.view(-1, *layer.weight.shape[1:])
+        found: Tensor = layer._conv_forward(x.to(V.dtype), weight, None)
+        return found
+    return x.to(V.dtype) @ V.mT
 
 
 def rows(layer: Matrix, x: Tensor) -> Tensor:
-    """The vectors (…, n) that the layer's matrix is applied to, from the layer's input x.
+    """The vectors (N, n) that the layer's matrix is applied to, or (N, g, n) of g groups.
+
+    From the layer's input x. Of an Embedding, whose vectors have a single one each, the places
+    (N,) of these.
 
     >>> import torch
     >>> rows(nn.Conv2d(3, 8, 5, padding=2), torch.rand(2, 3, 9, 9)).shape
     torch.Size([162, 75])
     """
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, nn.Embedding):
+        return x.flatten()
+    if not isinstance(layer, _ConvNd):
+        return x.flatten(0, -2)
+    sizes = layer.kernel_size
+    x = x if x.ndim == 2 + len(sizes) else x[None]
+    if isinstance(layer, CONVOLUTIONS):
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-        x = F.unfold(x, layer.kernel_size, layer.dilation, 0, layer.stride).mT
-    return x.flatten(0, -2)
+        for i, (size, step, apart) in enumerate(
+            zip(sizes, layer.stride, layer.dilation, strict=True)
+        ):
+            x = x.unfold(2 + i, apart * (size - 1) + 1, step)[..., ::apart]
+    x = x.movedim(1, 1 + len(sizes)).flatten(0, len(sizes))  # (N, in, window)
+    x = x.unflatten(1, (layer.groups, -1)).flatten(2)
+    return x[:, 0] if layer.groups == 1 else x
 
 
 def stored(rank: int, m: int, n: int) -> int:
@@ -128,14 +273,15 @@ def stored(rank: int, m: int, n: int) -> int:
     return min(rank * (m + n), m * n)
 
 
-def obstacle(model: nn.Module, layer: Matrix, *, twin: bool) -> str | None:
+def obstacle(model: nn.Module, layer: Matrix, *, twin: bool, shared: bool = True) -> str | None:
     """What stands in the way of giving a layer another weight, if anything does.
 
     With ``twin``, of putting another layer in its place too: then it must be its matrix and
-    bias, and nothing else.
+    bias, and nothing else. With ``shared``, so must the layers that share its weight, which are
+    replaced along with it; Linear and Embedding layers can be.
 
-    >>> obstacle(nn.Sequential(), nn.Conv2d(4, 4, 3, groups=2), twin=True)
-    'its 2 groups of channels have no common factor'
+    >>> obstacle(nn.Sequential(), nn.Embedding(9, 9, max_norm=1.0), twin=True)
+    'its rows are kept to max_norm, which factors have none of'
     """
     if "weight" not in layer._parameters:
         return "its weight is computed from other parameters; remove the parametrization first"
@@ -149,10 +295,10 @@ def obstacle(model: nn.Module, layer: Matrix, *, twin: bool) -> str | None:
         )
     if not twin:
         return None
-    if type(layer) not in (nn.Linear, nn.Conv2d):
+    if type(layer) not in PLAIN and not is_conv1d(layer):
         return f"a {type(layer).__name__} may do other things with its weight than a plain layer"
-    if isinstance(layer, nn.Conv2d) and layer.groups > 1:
-        return f"its {layer.groups} groups of channels have no common factor"
+    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
+        return "its rows are kept to max_norm, which factors have none of"
     hooks = (
         layer._forward_hooks,
         layer._forward_pre_hooks,
@@ -161,9 +307,14 @@ def obstacle(model: nn.Module, layer: Matrix, *, twin: bool) -> str | None:
     )
     if any(hooks):
         return "its hooks would be lost; remove them first"
-    owners = [m for m in model.modules() if any(p is layer.weight for p in m._parameters.values())]
-    if len(owners) > 1:
-        return "its weight is shared with another layer"
+    for name, other in model.named_modules() if shared else ():
+        if other is layer or all(p is not layer.weight for p in other._parameters.values()):
+            continue
+        if {type(layer), type(other)} - {nn.Linear, nn.Embedding}:
+            return f"its weight is shared with {name!r}"
+        reason = obstacle(model, cast(Matrix, other), twin=True, shared=False)
+        if reason:
+            return f"its weight is shared with {name!r}, which can't be replaced: {reason}"
     for name, part in model.named_modules():
         if is_compiled(part) and any(layer is inner for inner in part.modules()):
             return f"{name or 'the model'!r} is compiled with it; factorize first, then compile"
@@ -221,7 +372,7 @@ def choose(
     """
     known = matrix_layers(model)
     if not known:
-        raise ValueError(f"the model has no nn.Linear or nn.Conv2d to {verb}")
+        raise ValueError(f"the model has no nn.Linear, convolution or nn.Embedding to {verb}")
     chosen = list(known if names is None else names)
     if not chosen:
         raise ValueError(f"no layers are named to {verb}; known: {', '.join(known)}")
@@ -251,13 +402,92 @@ def thin_twin(layer: Matrix, rank: int) -> LowRank:
       (1): Conv2d(4, 8, kernel_size=(1, 1), stride=(1, 1))
     )
     """
-    kind = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-    kind["bias"] = layer.bias is not None
-    if isinstance(layer, nn.Linear):
-        second = skip_init(nn.Linear, rank, layer.out_features, **kind)
+    count, with_bias = groups(layer) * rank, bias(layer) is not None
+    ins, outs = _sides(layer)
+    first: nn.Module
+    second: nn.Module
+    if isinstance(layer, CONVOLUTIONS):
+        first = _resized(layer, ins, count, bias=False)
+        second = _pointwise(layer, count, outs, bias=with_bias)
+    elif isinstance(layer, TRANSPOSED):
+        first = _pointwise(layer, ins, count, bias=False)
+        second = _resized(layer, count, outs, bias=with_bias)
+    elif is_conv1d(layer):
+        first = _made(nn.Linear, layer, ins, count, bias=False)
+        second = _resized(layer, count, outs, bias=True)
     else:
-        second = skip_init(nn.Conv2d, rank, layer.out_channels, 1, **kind)
-    return LowRank(_resized(layer, rank, bias=False), second).train(layer.training)
+        first = _resized(layer, ins, count, bias=False)
+        second = _made(nn.Linear, layer, count, outs, bias=with_bias)
+    return LowRank(first, second).train(layer.training)
+
+
+def thin_twins(layers: Mapping[str, Matrix], ranks: Mapping[str, int]) -> dict[str, LowRank]:
+    """A `thin_twin` of each layer; those of layers that share their weight share its factors.
+
+    Of one weight W = P Qᵀ (V × d, P V × r), an Embedding looks up rows of P and multiplies them by
+    Qᵀ, a Linear multiplies by Qᵀ and then by P.
+
+    >>> model = nn.Sequential(nn.Embedding(30, 20), nn.Linear(20, 30))
+    >>> model[1].weight = model[0].weight
+    >>> twins = thin_twins(matrix_layers(model), {"0": 2, "1": 2})
+    >>> twins["0"][0].weight is twins["1"][1].weight, twins["0"][1].weight is twins["1"][0].weight
+    (True, True)
+    """
+    twins = {name: thin_twin(layer, ranks[name]) for name, layer in layers.items()}
+    for names in ties(layers):
+        first, *others = sorted(names, key=lambda name: not isinstance(layers[name], nn.Embedding))
+        one = twins[first]
+        for twin in (twins[name] for name in others):
+            if type(one[0]) is type(twin[0]):
+                twin[0].weight, twin[1].weight = one[0].weight, one[1].weight
+            else:
+                twin[0] = _made(Turned, twin.factors[0], *_sides(twin.factors[0]))
+                twin[0].weight, twin[1].weight = one[1].weight, one[0].weight
+    return twins
+
+
+def ties(layers: Mapping[str, Matrix | LowRank]) -> list[list[str]]:
+    """The names of those layers that share one weight, or both its factors.
+
+    >>> ties({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    []
+    """
+    owners: dict[frozenset[int], list[str]] = {}
+    for name, layer in layers.items():
+        parts = layer.factors if isinstance(layer, LowRank) else (layer,)
+        held = frozenset(id(part._parameters.get("weight")) for part in parts)
+        owners.setdefault(held, []).append(name)
+    return [names for names in owners.values() if len(names) > 1]
+
+
+def is_tied(model: nn.Module, layer: Matrix) -> bool:
+    """Whether another module of the model has the layer's weight too.
+
+    >>> is_tied(nn.Linear(3, 3), nn.Linear(3, 3))
+    False
+    """
+    own = (part._parameters.values() for part in model.modules() if part is not layer)
+    return any(weight is layer.weight for each in own for weight in each)
+
+
+def check_ties(model: nn.Module, ranks: Mapping[str, int], verb: str) -> None:
+    """Refuse ranks for only one of layers that share a weight, or different ones.
+
+    Raises:
+        ValueError: as above.
+
+    >>> shared = nn.Linear(3, 3)
+    >>> check_ties(nn.Sequential(shared, shared), {"0": 2}, "project")
+    """
+    for names in ties(matrix_layers(model)):
+        given = {name: ranks.get(name) for name in names}
+        if len(set(given.values())) > 1:
+            name = next(name for name in names if given[name])
+            others = ", ".join(repr(other) for other in names if other != name)
+            raise ValueError(
+                f"can't {verb} layer {name!r} by itself: its weight is shared with {others}; give "
+                f"all of them the same rank, or none"
+            )
 
 
 def dense_twin(layer: LowRank) -> Matrix:
@@ -267,19 +497,53 @@ def dense_twin(layer: LowRank) -> Matrix:
     Linear(in_features=100, out_features=80, bias=True)
     """
     first, second = layer.factors
-    return _resized(first, len(second.weight), bias=second.bias is not None)
+    return _resized(layer.main, _sides(first)[0], _sides(second)[1], layer.bias is not None)
 
 
-def _resized(layer: Matrix, outs: int, bias: bool) -> Matrix:
-    """A layer like ``layer`` with another number of outputs. No random number is drawn for it."""
-    kind = {"bias": bias, "device": layer.weight.device, "dtype": layer.weight.dtype}
+def _sides(layer: Matrix) -> tuple[int, int]:
+    """How many features or channels go in, and how many come out."""
     if isinstance(layer, nn.Linear):
-        like = skip_init(nn.Linear, layer.in_features, outs, **kind)
-    else:
-        window = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
-        kind |= {name: getattr(layer, name) for name in window}
-        like = skip_init(nn.Conv2d, layer.in_channels, outs, **kind)
-    return cast(Matrix, like.train(layer.training))
+        return layer.in_features, layer.out_features
+    if isinstance(layer, nn.Embedding):
+        return layer.num_embeddings, layer.embedding_dim
+    if isinstance(layer, _ConvNd):
+        return layer.in_channels, layer.out_channels
+    ins, outs = layer.weight.shape  # a Conv1D
+    return ins, outs
+
+
+def _made(kind: type[nn.Module], layer: Matrix, *sides: int, **more: object) -> nn.Module:
+    """A layer of that kind, with another's type and mode. No random number is drawn for it."""
+    place = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+    return skip_init(kind, *sides, **more, **place).train(layer.training)
+
+
+def _pointwise(layer: Matrix, ins: int, outs: int, bias: bool) -> nn.Module:
+    """A convolution that looks at one place at a time, in as many dimensions as another."""
+    kind = CONVOLUTIONS[layer.weight.ndim - 3]
+    return _made(kind, layer, ins, outs, kernel_size=1, groups=groups(layer), bias=bias)
+
+
+WINDOW = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+ROWS = ("padding_idx", "scale_grad_by_freq", "sparse")
+
+
+def _resized(layer: Matrix, ins: int, outs: int, bias: bool) -> Matrix:
+    """A layer like ``layer`` with other numbers of inputs and outputs, not yet filled."""
+    if is_conv1d(layer):
+        # A deep copy knows how to make one, without importing the library that it is from.
+        weight = nn.Parameter(layer.weight.new_empty(ins, outs))
+        copied = copy.deepcopy(layer, {id(layer.weight): weight})
+        vars(copied).update(nx=ins, nf=outs)
+        return copied
+    if isinstance(layer, nn.Linear):
+        return cast(Matrix, _made(nn.Linear, layer, ins, outs, bias=bias))
+    if isinstance(layer, nn.Embedding):
+        more = {name: getattr(layer, name) for name in ROWS}
+        return cast(Matrix, _made(nn.Embedding, layer, ins, outs, **more))
+    names = (*WINDOW, "output_padding") if isinstance(layer, TRANSPOSED) else WINDOW
+    more = {name: getattr(layer, name) for name in names}
+    return cast(Matrix, _made(type(layer), layer, ins, outs, bias=bias, **more))
 
 
 def replace_module(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:

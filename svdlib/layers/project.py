@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from svdlib import checks, threads
-from svdlib.layers.kinds import choose, matrix, warn_of
+from svdlib.layers.kinds import as_weight, check_ties, choose, matrix, warn_of
 from svdlib.linalg.svd import METHODS, OVERSAMPLE, POWER_ITERS, randomized_svd, truncated_svd
 
 
@@ -25,9 +25,11 @@ def project_(
 ) -> nn.Module:
     """Replace weight matrices of any module by low-rank approximations, in place.
 
-    Every ``nn.Linear`` and ``nn.Conv2d`` (as its out × (in·kh·kw) matrix) takes part, or those
-    named. Biases, ``requires_grad`` and optimizer state are left alone, and nothing leaves the
-    device. A rank at or above a matrix's smaller side leaves it untouched.
+    Every Linear, convolution (as its out × (in·kh·kw) matrix, one a group), transposed one,
+    Embedding and Conv1D of the transformers library takes part, or those named. A weight that
+    layers share, such as an embedding's and an output layer's, is cut for all of them. Biases,
+    ``requires_grad`` and optimizer state are left alone, and nothing leaves the device. A rank
+    at or above a matrix's smaller side leaves it untouched.
 
     Args:
         model: the module, changed in place and returned.
@@ -39,8 +41,9 @@ def project_(
     Raises:
         ValueError: an unknown method or layer name, a rank below 1 or not whole, a model
             without such layers, non-finite weights, a named layer whose weight is computed from
-            other parameters (``weight_norm``, pruning). The model is then untouched. Such a
-            layer that is not named is left as it was, with a warning.
+            other parameters (``weight_norm``, pruning), or is shared with a layer of which the
+            same rank is not asked. The model is then untouched. A layer with a computed weight
+            that is not named is left as it was, with a warning.
 
     >>> model = nn.Sequential(nn.Linear(20, 15), nn.ReLU(), nn.Linear(15, 10))
     >>> _ = project_(model, rank=4)
@@ -50,13 +53,16 @@ def project_(
     checks.one_of(method, METHODS, "method")
     layers, left = choose(model, rank if isinstance(rank, Mapping) else None, "project")
     ranks = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(layers, rank)
+    check_ties(model, ranks, "project")
     projected = {}
+    known = set()
     for name, k in ranks.items():
         k = checks.positive_int(k, f"the rank of layer {name!r}")
         A = matrix(layers[name])
         checks.finite(A, f"the weight of layer {name!r}")
-        if k >= min(A.shape):
+        if k >= min(A.shape[-2:]) or layers[name].weight in known:
             continue
+        known.add(layers[name].weight)
         if method == "truncsvd":
             svd = truncated_svd(A, k)
         else:
@@ -65,6 +71,6 @@ def project_(
             )
         projected[name] = svd.matrix()
     for name, A in projected.items():
-        layers[name].weight.copy_(A.view_as(layers[name].weight))
+        layers[name].weight.copy_(as_weight(layers[name], A))
     warn_of(left, depth=4)  # two contexts wrap this call
     return model

@@ -22,7 +22,7 @@ from svdlib.layers.kinds import (
     low_rank_layers,
     matrix_layers,
     replace_module,
-    thin_twin,
+    thin_twins,
 )
 from svdlib.objective import Batch, Batches, Call, copied, first_batch, prepared, rebuilt, tensors
 
@@ -82,10 +82,11 @@ def load_factorized(model: nn.Module, path: str | Path) -> nn.Module:
     ranks = _read_ranks(path)
     loaded = duplicate(model)
     known = matrix_layers(loaded)
-    for name, rank in ranks.items():
+    for name in ranks:
         if name not in known:
             raise ValueError(f"{path} factorizes layer {name!r}, which the model does not have")
-        loaded = replace_module(loaded, known[name], thin_twin(known[name], rank))
+    for name, thin in thin_twins({name: known[name] for name in ranks}, ranks).items():
+        loaded = replace_module(loaded, known[name], thin)
     types = {name: tensor.dtype for name, tensor in loaded.state_dict().items()}
     try:
         for name, tensor in load_file(path).items():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from svdlib import checks, threads
-from svdlib.layers.kinds import obstacle, stored
+from svdlib.layers.kinds import is_tied, obstacle, stored
 from svdlib.objective import Batch, Batches, at_home, looked_at, told
 from svdlib.ranks.losses import CACHED, Moments, check_data, full_losses, habits, measuring
 
@@ -240,7 +240,9 @@ def _links(model: nn.Module) -> list[_Link]:
     before: list[nn.Module] = []
     for name, step in model.named_children():
         if isinstance(step, nn.Linear):
-            if reason := obstacle(model, step, twin=True):
+            reason = obstacle(model, step, twin=True)
+            if reason or is_tied(model, step):
+                reason = reason or "its weight is shared with another layer"
                 raise ValueError(f"{told}; layer {name!r}: {reason}")
             links.append(_Link(name, step, before))
             before = []

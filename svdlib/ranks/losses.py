@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from svdlib import checks, threads
-from svdlib.layers.kinds import Matrix, choose, evaluating, hooked, warn_of
+from svdlib.layers.kinds import Matrix, as_weight, choose, evaluating, hooked, warn_of
 from svdlib.objective import (
     Batch,
     Batches,
@@ -393,7 +393,7 @@ def cut_weight(layer: Matrix, US: Tensor, Vh: Tensor, rank: int) -> Tensor:
     tensor([[0., 0., 0.],
             [0., 0., 0.]])
     """
-    return (US[:, :rank] @ Vh[:rank]).view_as(layer.weight).to(layer.weight.dtype)
+    return as_weight(layer, US[..., :rank] @ Vh[..., :rank, :]).to(layer.weight.dtype)
 
 
 def width(model: nn.Module, x: Tensor, behind: str | None = None) -> int:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svdlib import checks, threads
-from svdlib.layers.kinds import Matrix, apply_rows, hooked, matrix
+from svdlib.layers.kinds import CONVOLUTIONS, Matrix, apply_rows, has_code, hooked, matrix, warn_of
 from svdlib.ranks.losses import (
     CACHED,
     check_data,
@@ -44,7 +44,8 @@ def predicted_profile(
       Hessian (Theis et al. 2018; LeCun et al. 1990 with its diagonal).
 
     Args:
-        model: a module of Linear and Conv2d layers; called in evaluation mode, left as it was.
+        model: a module of layers that hold a matrix, see `LowRank`; called in evaluation mode,
+            left as it was. Grouped and transposed convolutions are left out, with a warning.
         x, y: inputs (n, …) and labels (n,), on the model's device.
         by: one of the names above.
         memory: bytes that intermediate results may take, about.
@@ -66,6 +67,13 @@ def predicted_profile(
     checks.one_of(by, METHODS, "method")
     check_data(x, y, memory)
     layers = profiled_layers(model, None)
+    left = {name: "it has no one matrix" for name in layers if not has_code(layers[name])}
+    layers = {name: layer for name, layer in layers.items() if name not in left}
+    if not layers:
+        raise ValueError(
+            "no layer can be predicted; loss_profile measures convolutions of any kind"
+        )
+    warn_of(left, depth=2)
     with measuring(model), threads.making():
         habit = habits(model, x)
         full, _ = full_losses(model, x, y, memory, habit)
@@ -104,7 +112,7 @@ def _terms(
         if name in codes:
             raise ValueError(f"layer {name!r} is called more than once")
         V = factors[name][2]
-        codes[name] = apply_rows(layers[name], inputs[0].detach().to(V.dtype), V)
+        codes[name] = apply_rows(layers[name], inputs[0].detach(), V)
         outputs[name] = z if z.requires_grad else z.requires_grad_()
         return z
 
@@ -124,7 +132,7 @@ def _terms(
 
 def _last(z: Tensor, layer: Matrix) -> Tensor:
     """With the layer's features in the last place."""
-    return z if isinstance(layer, nn.Linear) else z.movedim(1, -1)
+    return z.movedim(1, -1) if isinstance(layer, CONVOLUTIONS) else z
 
 
 def _table(

@@ -9,12 +9,22 @@ from typing import Any
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from svdlib import checks
-from svdlib.layers.kinds import Matrix, apply_rows, hooked, matrix, matrix_layers, obstacle
+from svdlib.layers.kinds import (
+    CONVOLUTIONS,
+    apply_rows,
+    bias,
+    groups,
+    has_code,
+    hooked,
+    is_tied,
+    matrix,
+    matrix_layers,
+    obstacle,
+)
 from svdlib.objective import Batches, Objective
 from svdlib.ranks.losses import (
     CACHED,
@@ -55,12 +65,14 @@ def loss_profile(
 
     and only the layers behind it are run again. The losses are those of the paper's procedure
     to rounding. In any other module the whole model runs for each rank, with a hook that puts
-    the nested sum in the place of the layer's output; and where a layer is used twice, or its
-    weight is read without it, with the weight replaced. So it is too, in one pass over the data,
+    the nested sum in the place of the layer's output; and where a layer is used twice, shares its
+    weight, holds it in groups or for a transposed convolution, or where its weight is read without
+    it, with the weight replaced. So it is too, in one pass over the data,
     for all that is not inputs and labels with class scores (n, classes).
 
     Args:
-        model: a module of Linear and Conv2d layers; called in evaluation mode, left as it was.
+        model: a module of layers that hold a matrix, see `LowRank`; called in evaluation mode,
+            left as it was.
         x, y: inputs (n, …) and labels (n,), on the model's device. Or, without y, ``x`` is all
             data: tensors (n, …), one, in a tuple (inputs …, targets) or in a mapping, which is
             cut into batches; or an iterable of batches of any kind, such as a DataLoader, which
@@ -82,7 +94,8 @@ def loss_profile(
         one row a layer and rank: layer, rank, loss (mean of the objective), accuracy (per cent),
         increase (of the loss over the full network, paired by image), se (its standard error),
         rows and columns (the matrix's shape m × n), sigma (its singular value σ_rank, NaN at
-        rank 0). The full network's loss is in ``attrs["loss"]``.
+        rank 0), and where a layer has groups, matrices (how many of that shape, each cut to the
+        rank; sigma is their root mean square). The full network's loss is in ``attrs["loss"]``.
 
     Raises:
         ValueError: empty data, labels of another length, batches that the model does not take, an
@@ -123,6 +136,8 @@ def loss_profile(
             at = {min(rank, sweep.limit) for rank in wanted} if wanted is not None else None
             tables.append(sweep.table(sorted(at) if at else range(sweep.limit + 1), progress))
     profile = pd.concat(tables, ignore_index=True)
+    if "matrices" in profile:
+        profile["matrices"] = profile.matrices.fillna(1).astype(int)
     profile.attrs["loss"] = full.double().mean().item()
     return profile
 
@@ -247,7 +262,7 @@ class _Replaced:
         for name, layer in self.layers.items():
             U, S, Vh = self.factors[name]
             for rank in ranks[name]:
-                yield {layer.weight: cut_weight(layer, U * S, Vh, rank)}
+                yield {layer.weight: cut_weight(layer, U * S.unsqueeze(-2), Vh, rank)}
 
 
 def _no_number(layer: str, rank: int) -> str:
@@ -274,8 +289,8 @@ class _Sweep:
         self.given = habit.given
         self.layer = matrix_layers(model)[name]
         U, self.S, self.Vh = torch.linalg.svd(matrix(self.layer), False)
-        self.US = U * self.S
-        self.limit = len(self.S)
+        self.US = U * self.S.unsqueeze(-2)
+        self.limit = self.S.shape[-1]
         self.codes: dict[int, Tensor] = {}
         self.keep, self.block = False, 2
         self.logits = self._way()
@@ -294,7 +309,8 @@ class _Sweep:
         A model may do more with a layer or its steps than their structure tells: a forward of its
         own, hooks, a weight read elsewhere, images or ranks that are not apart.
         """
-        if obstacle(self.model, self.layer, twin=True) or self.layer.weight.element_size() < 4:
+        stands = obstacle(self.model, self.layer, twin=True) or is_tied(self.model, self.layer)
+        if stands or self.layer.weight.element_size() < 4 or not has_code(self.layer):
             return self._rewrite
         few, ranks = slice(0, 2), (0, (self.limit + 1) // 2)
         expected = torch.cat([z for _, z in self._rewrite(few, ranks)])
@@ -321,11 +337,14 @@ class _Sweep:
             if not math.isfinite(loss):
                 raise ValueError(_no_number(self.name, rank))
         found = pd.DataFrame({"layer": self.name, "rank": list(ranks), **means})
-        return found.assign(
-            rows=self.US.shape[0],
-            columns=self.Vh.shape[1],
-            sigma=[self.S[rank - 1].item() if rank else math.nan for rank in ranks],
+        sigma = self.S.double().view(-1, self.limit).square().mean(0).sqrt().tolist()
+        found = found.assign(
+            rows=self.US.shape[-2],
+            columns=self.Vh.shape[-1],
+            sigma=[sigma[rank - 1] if rank else math.nan for rank in ranks],
         )
+        count = groups(self.layer)
+        return found if count == 1 else found.assign(matrices=count)
 
     # Three ways to the network's logits (R, b, classes) at blocks of ranks, the fastest first.
 
@@ -378,12 +397,12 @@ class _Sweep:
 
     def _sums(self, code: Tensor, ranks: Sequence[int]) -> Iterator[Tensor]:
         """The layer's output at each of the ranks, one tensor that grows in place."""
-        bias, rows = self.layer.bias, len(self.US)
-        linear = isinstance(self.layer, nn.Linear)
-        places = (*code.shape[:-1], rows) if linear else (len(code), rows, *code.shape[2:])
+        start, rows = bias(self.layer), len(self.US)
+        last = not isinstance(self.layer, CONVOLUTIONS)
+        places = (*code.shape[:-1], rows) if last else (len(code), rows, *code.shape[2:])
         z = code.new_zeros(places)
-        if bias is not None:
-            z += bias.detach() if linear else bias.detach().view(-1, 1, 1)
+        if start is not None:
+            (z if last else z.movedim(1, -1)).add_(start.detach())
         done = 0
         for rank in ranks:
             self._add_terms(z, code, slice(done, rank))
@@ -392,10 +411,10 @@ class _Sweep:
 
     def _add_terms(self, z: Tensor, code: Tensor, terms: slice) -> None:
         """Z += Σ σ_j u_j (v_jᵀ X) over these terms, in place."""
-        if isinstance(self.layer, nn.Linear):
+        if not isinstance(self.layer, CONVOLUTIONS):
             z.flatten(0, -2).addmm_(code.flatten(0, -2)[:, terms], self.US[:, terms].mT)
         elif terms.start < terms.stop:
-            z.add_(F.conv2d(code[:, terms], self.US[:, terms, None, None]))
+            z.flatten(2).add_(self.US[:, terms] @ code[:, terms].flatten(2))
 
 
 def _is_step(model: nn.Module, name: str) -> bool:

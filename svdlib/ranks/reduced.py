@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from svdlib import checks
-from svdlib.layers.kinds import matrix, stored
+from svdlib.layers.kinds import groups, matrix, stored
 from svdlib.objective import Batches, Objective
 from svdlib.ranks.losses import (
     Moments,
     Task,
+    cut_weight,
     full_losses,
     habits,
     measuring,
@@ -135,7 +136,7 @@ class _Reduced:
     ) -> None:
         known = profiled_layers(model, layers)
         self.model = model
-        self.given, self.memory = given, memory
+        self.given, self.memory, self.layers = given, memory, known
         if not isinstance(given, Task):
             self.habit = habits(model, given[0])
             self.full, correct = full_losses(model, *given, memory, self.habit)
@@ -144,8 +145,8 @@ class _Reduced:
         self.factors, self.shape = {}, {}
         for name, layer in known.items():
             U, S, Vh = torch.linalg.svd(matrix(layer), full_matrices=False)
-            self.factors[name] = (U * S, Vh)
-            self.shape[name] = (len(U), Vh.shape[1])
+            self.factors[name] = (U * S.unsqueeze(-2), Vh)
+            self.shape[name] = (U.shape[-2], Vh.shape[-1])
         self.limit = {name: min(shape) for name, shape in self.shape.items()}
         self.others = sum(p.numel() for p in model.parameters())
         shared = {id(weight): weight.numel() for weight in self.weight.values()}
@@ -155,7 +156,10 @@ class _Reduced:
     def parameters(self, ranks: Mapping[str, int]) -> int:
         """Of the whole model, each layer as two factors where that is smaller."""
         # A weight that two layers share is there once.
-        kept = {id(self.weight[name]): stored(r, *self.shape[name]) for name, r in ranks.items()}
+        kept = {
+            id(self.weight[name]): groups(self.layers[name]) * stored(r, *self.shape[name])
+            for name, r in ranks.items()
+        }
         return self.others + sum(kept.values())
 
     def moved(self, ranks: Mapping[str, int], layer: str, rank: int) -> dict[str, int]:
@@ -179,8 +183,7 @@ class _Reduced:
                 if given.setdefault(id(weight), rank) != rank:
                     raise ValueError(f"layer {name!r} shares its weight; give both the same rank")
                 if rank < self.limit[name]:
-                    reduced = (US[:, :rank] @ Vh[:rank]).view_as(weight)
-                    weights[weight] = reduced.to(weight.dtype)
+                    weights[weight] = cut_weight(self.layers[name], US, Vh, rank)
             means, accuracy = self.means(weights)
             self.known[key] = {
                 **means,

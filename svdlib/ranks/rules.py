@@ -262,7 +262,7 @@ def _budget(
         if not len(able):
             raise ValueError(f"the profile lacks ranks above 0 of layer {table.layer.iloc[0]!r}")
         m, n = table[["rows", "columns"]].iloc[0]
-        cost = np.array([stored(rank, m, n) for rank in able["rank"]])
+        cost = _matrices(table) * np.array([stored(rank, m, n) for rank in able["rank"]])
         total = np.add.outer(weights, cost).ravel()
         loss = np.add.outer(losses, able.increase.to_numpy()).ravel()
         order = np.lexsort((loss, total))
@@ -300,10 +300,18 @@ def _level(layers: Mapping[str, pd.DataFrame], parameters: int) -> dict[str, int
     levels = np.unique(np.concatenate([table.increase for table in able.values()]))
     for level in levels[levels >= max(table.increase.min() for table in able.values())]:
         rows = {name: table[table.increase <= level].iloc[0] for name, table in able.items()}
-        spent = sum(stored(row["rank"], row.rows, row["columns"]) for row in rows.values())
+        spent = sum(
+            _matrices(able[name]) * stored(row["rank"], row.rows, row["columns"])
+            for name, row in rows.items()
+        )
         if spent <= parameters:
             return {name: int(row["rank"]) for name, row in rows.items()}
     raise ValueError(f"{parameters} weights are too few; the lowest ranks have {int(spent)}")
+
+
+def _matrices(table: pd.DataFrame) -> int:
+    """How many matrices a layer has: one a group."""
+    return int(table["matrices"].iloc[0]) if "matrices" in table else 1
 
 
 def _falls(values: np.ndarray) -> np.ndarray:

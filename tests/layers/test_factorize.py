@@ -162,8 +162,8 @@ def test_a_layer_used_twice_is_replaced_twice_and_a_bare_layer_too():
     assert isinstance(svdlib.merge(bare), nn.Linear)
 
 
-def tied():
-    model = nn.Sequential(nn.Embedding(30, 20), nn.Linear(20, 30))
+def shared_convolutions():
+    model = nn.Sequential(nn.Conv2d(30, 30, 3), nn.Conv2d(30, 30, 3))
     model[1].weight = model[0].weight
     return model
 
@@ -181,10 +181,10 @@ def parametrized():
 @pytest.mark.parametrize(
     ("model", "name", "message"),
     [
-        (tied(), "1", "its weight is shared with another layer"),
         (hooked(), "0", "its hooks would be lost"),
         (parametrized(), "0", "its weight is computed from other parameters"),
-        (nn.Sequential(nn.Conv2d(8, 8, 3, groups=8)), "0", "its 8 groups"),
+        (shared_convolutions(), "0", "its weight is shared with '1'"),
+        (nn.Sequential(nn.Embedding(30, 20, max_norm=1.0)), "0", "kept to max_norm"),
         (nn.MultiheadAttention(32, 2), "out_proj", "NonDynamicallyQuantizableLinear may do"),
     ],
 )
@@ -266,7 +266,7 @@ def test_bad_input(ranks, more, message):
 
 
 def test_models_without_matrices_or_with_nan():
-    with pytest.raises(ValueError, match=r"no nn\.Linear or nn\.Conv2d to factorize"):
+    with pytest.raises(ValueError, match=r"no nn\.Linear, convolution or nn\.Embedding to"):
         svdlib.factorize(nn.LSTM(4, 4), 2)
     model = perceptron()
     model[2].weight.data[0, 0] = torch.nan

@@ -2,12 +2,26 @@
 
 import pytest
 import torch
+from layer_kinds import KINDS, Scores, inputs, layer, matrices
 from torch import nn
-from torch.nn.utils import parametrizations, prune, skip_init
+from torch.nn.utils import parametrizations, prune
 from torch.nn.utils import weight_norm as old_weight_norm
 
 import svdlib
-from svdlib.layers.kinds import apply_rows, duplicate, matrix, obstacle, rows, thin_twin
+from svdlib.layers.kinds import (
+    apply_rows,
+    as_weight,
+    dense_twin,
+    duplicate,
+    groups,
+    has_code,
+    low_rank_layers,
+    matrix,
+    matrix_layers,
+    obstacle,
+    rows,
+    thin_twin,
+)
 
 COMPUTED = {
     "weight_norm": lambda: parametrizations.weight_norm(nn.Linear(6, 5)),
@@ -42,10 +56,10 @@ def test_a_weight_that_is_no_parameter_is_refused_by_all_alike(kind):
 
 
 def test_a_twin_asks_for_more_than_another_weight():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model = nn.Sequential(nn.Conv1d(4, 4, 1), nn.Conv1d(4, 4, 1))
     model[1].weight = model[0].weight
     assert obstacle(model, model[0], twin=False) is None
-    assert obstacle(model, model[0], twin=True) == "its weight is shared with another layer"
+    assert obstacle(model, model[0], twin=True) == "its weight is shared with '1'"
 
 
 @pytest.mark.parametrize("padding_mode", ["zeros", "circular", "reflect", "replicate"])
@@ -60,10 +74,10 @@ def test_what_a_matrix_is_applied_to(padding_mode, generator):
 
 
 def test_twins_draw_no_random_number():
+    parts = [layer(kind) for kind in KINDS]
     state = torch.get_rng_state()
-    for layer in (nn.Linear, nn.Conv2d):
-        part = skip_init(layer, 4, 5, *([3] if layer is nn.Conv2d else []))
-        thin_twin(part, 2)
+    for part in parts:
+        dense_twin(thin_twin(part, 2))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -133,3 +147,208 @@ def test_layers_without_numbers():
         svdlib.loss_profile(
             nn.Sequential(nn.Linear(3, 3)), torch.rand(3, 3), torch.arange(3), layers=[]
         )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_has_the_matrix_that_its_weight_is_said_to_hold(kind, generator):
+    part = layer(kind)
+    expected = matrices(part)
+    A = matrix(part)
+    assert groups(part) == len(expected)
+    assert torch.equal(A, expected[0] if len(expected) == 1 else torch.stack(expected))
+    assert torch.equal(as_weight(part, A), part.weight)
+    if "Transpose" in kind:
+        return
+    x = inputs(part)
+    # What it is applied to, from first principles: the layer is linear in its input.
+    places = rows(part, x)
+    if kind == "Embedding":
+        places = nn.functional.one_hot(places, 40).double()
+    z = (A @ places.unsqueeze(-1)).flatten(1)
+    bare = duplicate(part)
+    if getattr(bare, "bias", None) is not None:
+        bare.bias.data.zero_()
+    found = bare(x)
+    found = found.movedim(1, -1) if "Conv" in kind and kind != "Conv1D" else found
+    torch.testing.assert_close(z, found.flatten(0, -2))
+    if has_code(part):
+        code = apply_rows(part, x, A)
+        code = code.movedim(1, -1) if "Conv" in kind and kind != "Conv1D" else code
+        torch.testing.assert_close(code, found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_is_projected_factorized_merged_and_saved(kind, tmp_path):
+    model = nn.Sequential(layer(kind))
+    x = inputs(model[0])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    projected = svdlib.project_(duplicate(model), 2)
+    for W, cut in zip(matrices(model[0]), matrices(projected[0]), strict=True):
+        torch.testing.assert_close(cut, svdlib.truncated_svd(W, 2).matrix())
+    small = svdlib.factorize(model, {"0": 2})
+    torch.testing.assert_close(small(x), projected(x))
+    torch.testing.assert_close(small[0].weight, projected[0].weight)
+    assert small[0].rank == 2
+    kept = sum(2 * sum(W.shape) for W in matrices(model[0]))
+    assert sum(f.weight.numel() for f in small[0].factors) == kept
+    merged = svdlib.merge(small)
+    assert type(merged[0]) is type(model[0])
+    torch.testing.assert_close(merged(x), projected(x))
+    assert {k: v.shape for k, v in merged.state_dict().items()} == {
+        k: v.shape for k, v in model.state_dict().items()
+    }
+    assert repr(merged) == repr(model)
+    svdlib.save_factorized(small, tmp_path / "small")
+    assert torch.equal(svdlib.load_factorized(model, tmp_path / "small")(x), small(x))
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_is_profiled_and_verified_as_with_its_weight_replaced(kind):
+    model = Scores(layer(kind))
+    x, y = inputs(model.part, 12), torch.arange(12) % 3
+    profile = svdlib.loss_profile(model, x, y, progress=False)
+    wanted = matrices(model.part)
+    assert profile["rank"].max() == min(wanted[0].shape)
+    for rank in (1, 2, profile["rank"].max()):
+        cut = svdlib.project_(duplicate(model), {"part": rank})
+        loss = nn.functional.cross_entropy(cut(x), y).item()
+        row = profile[profile["rank"] == rank].iloc[0]
+        assert row.loss == pytest.approx(loss, rel=1e-9)
+        verified = svdlib.verify_ranks(model, {"part": rank}, x, y)
+        assert verified["loss"] == pytest.approx(loss, rel=1e-9)
+        m, n = wanted[0].shape
+        others = getattr(model.part, "bias", None)
+        others = 0 if others is None else others.numel()
+        stored = len(wanted) * min(rank * (m + n), m * n)
+        assert verified["parameters"] == stored + others
+    least = len(wanted) * sum(wanted[0].shape)
+    assert svdlib.reveal_ranks(profile, "budget", parameters=least) == {"part": 1}
+    with pytest.raises(ValueError, match=f"rank 1 everywhere has {least}"):
+        svdlib.reveal_ranks(profile, "budget", parameters=least - 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_is_counted(kind):
+    """Multiply-adds: outputs (or a transposed convolution's inputs) by numbers of the weight."""
+    model = nn.Sequential(layer(kind))
+    x = inputs(model[0])
+    small = svdlib.factorize(model, {"0": 2})
+    table = svdlib.cost(small, x, repeats=1).set_index("layer").loc["0"]
+    products = []
+    z = x
+    for part in (model[0], *small[0].factors):
+        z = x if part is model[0] or part is small[0][0] else z
+        out = part(z)
+        places = z if "Transpose" in type(part).__name__ else out
+        channels = places.shape[1] if hasattr(part, "in_channels") else places.shape[-1]
+        looked_up = isinstance(part, nn.Embedding)
+        products.append(0 if looked_up else places.numel() // channels * part.weight.numel())
+        z = out
+    assert table.dense_multiply_adds == products[0]
+    assert table.multiply_adds == products[1] + products[2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_calibration_helps_each_kind(kind):
+    model = nn.Sequential(layer(kind))
+    x = inputs(model[0], 60)
+    if x.is_floating_point():
+        x = (x * torch.logspace(0, -1.5, x.shape[1], dtype=x.dtype).view(1, -1, *[1] * (x.ndim - 2))
+             if hasattr(model[0], "in_channels")
+             else x * torch.logspace(0, -1.5, x.shape[-1], dtype=x.dtype)) + 0.2  # fmt: skip
+    else:
+        x = x.clamp(max=5)  # few words, often
+    plain, aware = (svdlib.factorize(model, {"0": 2}, calibration=c) for c in (None, x))
+    plain, aware = ((small(x) - model(x)).norm().item() for small in (plain, aware))
+    assert aware < 0.97 * plain
+
+
+def test_an_embedding_that_is_cut_keeps_its_empty_row():
+    model = nn.Sequential(layer("Embedding"))
+    small = svdlib.factorize(model, {"0": 2})
+    small(torch.tensor([[3, 4]])).sum().backward()
+    assert small[0][0].padding_idx == 3 and small[0][0].weight.grad[3].abs().max() == 0
+    assert small(torch.tensor([3])).abs().max() < 1e-12
+
+
+class Tied(nn.Module):
+    """A language model's ends: words in, scores of words out, by one weight."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.inner = nn.Embedding(40, 16), nn.Linear(16, 16)
+        self.head = nn.Linear(16, 40)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.head(self.inner(self.embed(x)).tanh().mean(1))
+
+
+def test_a_weight_tied_between_an_embedding_and_an_output_layer(tmp_path):
+    model, x, y = Tied().double(), torch.arange(90).view(30, 3) % 40, torch.arange(30) % 40
+    both = {"embed": 3, "head": 3}
+    cut = svdlib.project_(duplicate(model), both)
+    assert cut.head.weight is cut.embed.weight
+    assert torch.linalg.matrix_rank(cut.head.weight) == 3
+    everything = svdlib.project_(duplicate(model), 3)
+    torch.testing.assert_close(everything.head.weight, cut.head.weight)
+    small = svdlib.factorize(model, both)
+    torch.testing.assert_close(small(x), cut(x))
+    assert small.head[1].weight is small.embed[0].weight
+    assert small.head[0].weight is small.embed[1].weight
+    count = sum(p.numel() for p in small.parameters())
+    assert count == 3 * (40 + 16) + 16 * 17 + 40
+    assert svdlib.verify_ranks(model, both, x, y)["parameters"] == count
+    profile = svdlib.loss_profile(model, x, y, ranks=[3], progress=False).set_index("layer")
+    loss = nn.functional.cross_entropy(cut(x), y).item()
+    assert profile.loss["embed"] == pytest.approx(loss, rel=1e-9)
+    assert profile.loss["head"] == pytest.approx(loss, rel=1e-9)
+    merged = svdlib.merge(small)
+    assert merged.head.weight is merged.embed.weight
+    torch.testing.assert_close(merged(x), cut(x))
+    svdlib.save_factorized(small, tmp_path / "small")
+    again = svdlib.load_factorized(model, tmp_path / "small")
+    assert again.head[1].weight is again.embed[0].weight and torch.equal(again(x), small(x))
+    aware = svdlib.factorize(model, {**both, "inner": 3}, calibration=x)
+    torch.testing.assert_close(aware.embed(x), small.embed(x))
+    table = svdlib.cost(small, x, repeats=1).set_index("layer").multiply_adds
+    assert table["embed"] == 90 * 3 * 16 and table["head"] == 30 * 3 * (16 + 40)
+
+
+@pytest.mark.parametrize("call", [svdlib.project_, svdlib.factorize])
+@pytest.mark.parametrize("ranks", [{"head": 3}, {"embed": 3}, {"embed": 3, "head": 4}])
+def test_tied_layers_are_cut_both_or_neither(call, ranks):
+    model = Tied()
+    before = model.head.weight.clone()
+    with pytest.raises(ValueError, match=r"its weight is shared with '\w+'; give all of them"):
+        call(model, ranks)
+    assert torch.equal(model.head.weight, before)
+
+
+def test_a_tied_layer_that_can_not_be_replaced_keeps_the_other():
+    model = Tied()
+    model.head.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match=r"'embed' .its weight is shared with 'head', which can"):
+        small = svdlib.factorize(model, 3)
+    assert small.embed.weight is small.head.weight and list(low_rank_layers(small)) == ["inner"]
+
+
+def test_gpt2_of_the_transformers_library():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    settings = transformers.GPT2Config(
+        vocab_size=120, n_positions=16, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0, embd_pdrop=0
+    )
+    model = transformers.GPT2LMHeadModel(settings).eval()
+    ids = torch.arange(24).view(3, 8) % 120
+    ranks = {"lm_head": 5, "transformer.wte": 5}
+    ranks |= {name: 4 for name in matrix_layers(model) if ".h." in name}
+    assert len(ranks) == 10
+    small = svdlib.factorize(model, ranks)
+    cut = svdlib.project_(duplicate(model), ranks)
+    torch.testing.assert_close(small(ids).logits, cut(ids).logits, atol=1e-5, rtol=1e-4)
+    merged = svdlib.merge(small)
+    assert merged.state_dict().keys() == model.state_dict().keys()
+    torch.testing.assert_close(merged(ids).logits, cut(ids).logits, atol=1e-5, rtol=1e-4)

@@ -23,9 +23,11 @@ def paper(model, layer, rank, x, y):
     """The paper's procedure: an SVD, the weight replaced, a whole forward pass."""
     model = copy.deepcopy(model).eval()
     weight = model.get_submodule(layer).weight.data
-    U, S, Vh = torch.linalg.svd(weight.flatten(1), full_matrices=False)
-    S[rank:] = 0
-    weight.copy_((U * S @ Vh).view_as(weight))
+    groups = getattr(model.get_submodule(layer), "groups", 1)
+    for W in weight.chunk(groups):  # each group of channels has a matrix of its own
+        U, S, Vh = torch.linalg.svd(W.flatten(1), full_matrices=False)
+        S[rank:] = 0
+        W.copy_((U * S @ Vh).view_as(W))
     with torch.no_grad():
         z = model(x)
     return F.cross_entropy(z, y, reduction="none"), 100 * (z.argmax(1) == y).double().mean()
@@ -123,7 +125,7 @@ def test_bad_input():
     refused("9 inputs need labels of shape", y=y[:5])
     refused("labels run to 3 but the model has 3 outputs", y=y + 1)
     refused("labels must be at least 0", y=y - 1)
-    refused(r"no nn\.Linear or nn\.Conv2d", model=nn.Flatten())
+    refused(r"no nn\.Linear, convolution or nn\.Embedding", model=nn.Flatten())
     refused("unknown layer '9'; known: 0, 2, 4", layers=["9"])
     refused("a rank must be at least 0", ranks=[-1])
     refused("whole number", ranks=[1.5])
