@@ -64,7 +64,8 @@ def factorize(
     weight's type, device, mode and ``requires_grad``; the model is not changed.
 
     A layer is left as it was, with a warning that names it, where two factors would not store
-    less, r (m + n) ≥ m n.
+    less, r (m + n) ≥ m n. One that is factorized already is factorized anew from the product of
+    its factors, where the rank is lower.
 
     Args:
         ranks: {layer: rank}, as `reveal_ranks` gives it; or one rank for all layers, or a
@@ -98,11 +99,16 @@ def factorize(
     )
     """
     named = ranks if isinstance(ranks, Mapping) else None
+    earlier = low_rank_layers(duplicate(model))
+    model = merge(model) if earlier else model
     layers, left = choose(model, named, "factorize", twin=True)
     chosen: dict[str, int] = {}
     wanted = _ranks(layers, ranks)
     check_ties(model, wanted, "factorize")
     for name, rank in wanted.items():
+        if name in earlier and rank >= earlier[name].rank:
+            left[name] = f"it has rank {earlier[name].rank} already"
+            continue
         m, n = matrix(layers[name]).shape[-2:]
         if stored(rank, m, n) == m * n:
             factors, whole = (groups(layers[name]) * size for size in (rank * (m + n), m * n))
@@ -111,6 +117,9 @@ def factorize(
         checks.finite(layers[name].weight, f"the weight of layer {name!r}")
         chosen[name] = rank
     small = duplicate(model)
+    for name, layer in earlier.items():
+        if name not in chosen:
+            small = replace_module(small, matrix_layers(small)[name], layer)
     layers = {name: layer for name, layer in matrix_layers(small).items() if name in chosen}
     tied = {name: names for names in ties(layers) for name in names}
     alone = {name: layer for name, layer in layers.items() if name not in tied}

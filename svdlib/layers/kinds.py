@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,12 @@ Matrix = nn.Linear | _ConvNd | nn.Embedding
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 PLAIN = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, nn.Embedding)
+
+# What these layers call their sides, and what else makes one.
+INS = ("in_features", "in_channels", "num_embeddings", "nx")
+OUTS = ("out_features", "out_channels", "embedding_dim", "nf")
+WINDOW = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+ROWS = ("padding_idx", "scale_grad_by_freq", "sparse")
 
 
 class Turned(nn.Linear):
@@ -60,8 +66,20 @@ class LowRank(nn.Sequential):
     - A ConvTranspose1d, 2d or 3d is a 1 × 1 convolution to r channels, and a transposed one.
     - An Embedding of V rows is one of r columns, and a Linear that makes all columns of them.
 
-    ``weight`` and ``bias`` read as those of the layer replaced.
+    It stands in for the layer replaced: ``weight``, ``bias``, ``in_features``, ``kernel_size``
+    and the like read as that layer's. The weight is multiplied out at each reading.
     """
+
+    # A scripted layer has its two factors alone.
+    __jit_unused_properties__ = ("factors", "main", "rank", "weight", "bias")
+
+    def __getattr__(self, name: str) -> Any:
+        """What the layer replaced has besides, of the factor that knows it."""
+        if name in (*INS, *OUTS, *WINDOW, *ROWS, "output_padding") and hasattr(self.main, name):
+            first, second = self.factors
+            sides = _sides(first)[0], _sides(second)[1]
+            return sides[name in OUTS] if name in INS + OUTS else getattr(self.main, name)
+        return super().__getattr__(name)
 
     @property
     def factors(self) -> tuple[Matrix, Matrix]:
@@ -522,10 +540,6 @@ def _pointwise(layer: Matrix, ins: int, outs: int, bias: bool) -> nn.Module:
     """A convolution that looks at one place at a time, in as many dimensions as another."""
     kind = CONVOLUTIONS[layer.weight.ndim - 3]
     return _made(kind, layer, ins, outs, kernel_size=1, groups=groups(layer), bias=bias)
-
-
-WINDOW = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-ROWS = ("padding_idx", "scale_grad_by_freq", "sparse")
 
 
 def _resized(layer: Matrix, ins: int, outs: int, bias: bool) -> Matrix:

@@ -1,5 +1,8 @@
 """One rule for what stands in the way, with one wording, whoever asks."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from layer_kinds import KINDS, Scores, inputs, layer, matrices
@@ -352,3 +355,59 @@ def test_gpt2_of_the_transformers_library():
     merged = svdlib.merge(small)
     assert merged.state_dict().keys() == model.state_dict().keys()
     torch.testing.assert_close(merged(ids).logits, cut(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.script:FutureWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_factorized_layer_stands_in_for_what_it_replaced(kind):
+    part = layer(kind)
+    x = inputs(part)
+    small = svdlib.factorize(part, 2)
+    told = ["in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride",
+            "padding", "dilation", "groups", "padding_mode", "output_padding", "num_embeddings",
+            "embedding_dim", "padding_idx", "nf", "nx"]  # fmt: skip
+    for name in told:
+        assert hasattr(small, name) == hasattr(part, name), name
+        assert getattr(small, name, None) == getattr(part, name, None), name
+    assert small.weight.shape == part.weight.shape and small.weight.dtype == part.weight.dtype
+    bias = getattr(part, "bias", None)
+    assert small.bias is None if bias is None else torch.equal(small.bias, bias)
+    expected = small(x)
+    again = copy.deepcopy(small)
+    assert torch.equal(again(x), expected) and again[0].weight is not small[0].weight
+    again.load_state_dict(small.state_dict())
+    assert torch.equal(pickle.loads(pickle.dumps(small))(x), expected)
+    torch.testing.assert_close(torch.compile(small, backend="aot_eager")(x), expected)
+    torch.testing.assert_close(torch.export.export(small, (x,)).module()(x), expected)
+    if kind != "Conv1D":  # torch can't script the transformers library's
+        torch.testing.assert_close(torch.jit.script(small)(x), expected)
+    half = svdlib.factorize(duplicate(part).bfloat16(), 2)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    found = half(x.bfloat16() if x.is_floating_point() else x).double()
+    assert (found - expected).norm() < 0.05 * expected.norm()
+    small.weight.sum().backward()
+    assert all(factor.weight.grad is not None for factor in small)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_factorizing_twice_lowers_the_rank(kind):
+    model = nn.Sequential(layer(kind))
+    x = inputs(model[0])
+    small = svdlib.factorize(model, 3)
+    smaller = svdlib.factorize(small, {"0": 2})
+    assert smaller[0].rank == 2 and small[0].rank == 3
+    assert type(smaller[0][0]) is type(small[0][0])
+    torch.testing.assert_close(smaller(x), svdlib.factorize(model, 2)(x))
+    with pytest.warns(UserWarning, match="left as they were: '0' .it has rank 2 already"):
+        same = svdlib.factorize(smaller, 2)
+    assert torch.equal(same(x), smaller(x)) and same[0][0].weight is not smaller[0][0].weight
+
+
+def test_tied_layers_factorized_twice_share_their_factors_still():
+    model, x = Tied().double(), torch.arange(90).view(30, 3) % 40
+    small = svdlib.factorize(svdlib.factorize(model, 4), {"embed": 2, "head": 2})
+    assert small.head[1].weight is small.embed[0].weight and small.inner.rank == 4
+    assert small.embed.rank == 2
+    torch.testing.assert_close(
+        small(x), svdlib.factorize(model, {"embed": 2, "head": 2, "inner": 4})(x)
+    )
