@@ -89,7 +89,7 @@ class Projection:
         scaler leaves out is not counted.
 
         Args:
-            model: its Linear and Conv2d layers are projected in place, see `project_`; those that
+            model: its layers that hold a matrix are projected in place, see `project_`; those that
                 can't be are left as they are, with one warning.
             optimizer: the one that steps the model's parameters.
             generator: the source of random sketches, on the model's device; torch's global one

@@ -81,6 +81,13 @@ class LowRank(nn.Sequential):
             return sides[name in OUTS] if name in INS + OUTS else getattr(self.main, name)
         return super().__getattr__(name)
 
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """As `Sequential`; ``output_size`` is the transposed convolution's."""
+        code = self[0](input)
+        if torch.jit.is_scripting():
+            return self[1](code)
+        return self[1](code) if output_size is None else self[1](code, output_size)
+
     @property
     def factors(self) -> tuple[Matrix, Matrix]:
         """The two thin layers, in the order in which they are applied."""

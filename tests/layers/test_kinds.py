@@ -267,6 +267,14 @@ def test_calibration_helps_each_kind(kind):
     assert aware < 0.97 * plain
 
 
+def test_a_transposed_convolution_is_still_told_the_size_of_its_output():
+    part = layer("ConvTranspose2d")
+    x = inputs(part)
+    small, cut = svdlib.factorize(part, 2), svdlib.project_(duplicate(part), 2)
+    for size in ([19, 21], [20, 22]):
+        torch.testing.assert_close(small(x, output_size=size), cut(x, output_size=size))
+
+
 def test_an_embedding_that_is_cut_keeps_its_empty_row():
     model = nn.Sequential(layer("Embedding"))
     small = svdlib.factorize(model, {"0": 2})
