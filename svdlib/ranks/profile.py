@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from svdlib import checks
 from svdlib.layers.kinds import (
     CONVOLUTIONS,
+    Matrix,
     apply_rows,
     bias,
     groups,
@@ -131,10 +132,18 @@ def loss_profile(
         habit = habits(model, x)
         full, _ = full_losses(model, x, y, memory, habit)
         tables = []
+        shared: dict[Tensor, pd.DataFrame] = {}
         for name in tqdm(chosen, disable=not progress, desc="profile", unit="layer"):
+            weight = chosen[name].weight
+            if weight in shared:  # the same numbers, and so the same rank by any rule of one layer
+                rows, columns = matrix(chosen[name]).shape[-2:]
+                same = shared[weight].assign(layer=name, rows=rows, columns=columns)
+                tables.append(same)
+                continue
             sweep = _Sweep(model, name, x, y, full, memory, habit)
             at = {min(rank, sweep.limit) for rank in wanted} if wanted is not None else None
-            tables.append(sweep.table(sorted(at) if at else range(sweep.limit + 1), progress))
+            shared[weight] = sweep.table(sorted(at) if at else range(sweep.limit + 1), progress)
+            tables.append(shared[weight])
     profile = pd.concat(tables, ignore_index=True)
     if "matrices" in profile:
         profile["matrices"] = profile.matrices.fillna(1).astype(int)
@@ -193,9 +202,12 @@ def search_ranks(
         x, y = given
         habit = habits(model, x)
         full, _ = full_losses(model, x, y, memory, habit)
-        for name in layers:
-            sweep = _Sweep(model, name, x, y, full, memory, habit)
-            found[name] = _smallest(sweep, accept, window)
+        shared: dict[Tensor, int] = {}
+        for name, layer in layers.items():
+            if layer.weight not in shared:
+                sweep = _Sweep(model, name, x, y, full, memory, habit)
+                shared[layer.weight] = _smallest(sweep, accept, window)
+            found[name] = shared[layer.weight]
     return found
 
 
@@ -232,21 +244,25 @@ class _Replaced:
             name: torch.linalg.svd(matrix(layer), full_matrices=False)
             for name, layer in layers.items()
         }
-        self.limit = max(len(S) for _, S, _ in self.factors.values())
+        self.limit = max(S.shape[-1] for _, S, _ in self.factors.values())
 
     def table(self, wanted: Iterable[int] | None, progress: bool) -> pd.DataFrame:
         """The rows of `loss_profile` for these ranks, in one pass over the data."""
         asked = None if wanted is None else list(wanted)
         ranks = {}
         for name, (_, S, _) in self.factors.items():
-            every = range(len(S) + 1)
-            ranks[name] = every if asked is None else sorted({min(r, len(S)) for r in asked})
+            limit = S.shape[-1]
+            ranks[name] = (
+                range(limit + 1) if asked is None else sorted({min(r, limit) for r in asked})
+            )
         number = sum(map(len, ranks.values()))
         means = self.given.means(self.model, partial(self._cut, ranks), number, progress)
         rows: list[dict[str, Any]] = []
         for name, (U, S, Vh) in self.factors.items():
-            sigma = [math.nan, *S.tolist()]
-            size = {"rows": len(U), "columns": Vh.shape[1]}
+            sigma = [math.nan, *_of_all_groups(S)]
+            size = {"rows": U.shape[-2], "columns": Vh.shape[-1]}
+            if (count := groups(self.layers[name])) > 1:
+                size["matrices"] = count
             rows += [{"layer": name, "rank": r, **size, "sigma": sigma[r]} for r in ranks[name]]
         for row, loss in zip(rows, means["loss"][1:], strict=True):
             if not math.isfinite(loss):
@@ -263,6 +279,11 @@ class _Replaced:
             U, S, Vh = self.factors[name]
             for rank in ranks[name]:
                 yield {layer.weight: cut_weight(layer, U * S.unsqueeze(-2), Vh, rank)}
+
+
+def _of_all_groups(S: Tensor) -> list[float]:
+    """The singular values S (…, r) of a layer's matrices, their root mean square over groups."""
+    return S.double().view(-1, S.shape[-1]).square().mean(0).sqrt().tolist()
 
 
 def _no_number(layer: str, rank: int) -> str:
@@ -337,7 +358,7 @@ class _Sweep:
             if not math.isfinite(loss):
                 raise ValueError(_no_number(self.name, rank))
         found = pd.DataFrame({"layer": self.name, "rank": list(ranks), **means})
-        sigma = self.S.double().view(-1, self.limit).square().mean(0).sqrt().tolist()
+        sigma = _of_all_groups(self.S)
         found = found.assign(
             rows=self.US.shape[-2],
             columns=self.Vh.shape[-1],

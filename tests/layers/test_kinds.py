@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -326,6 +327,25 @@ def test_a_weight_tied_between_an_embedding_and_an_output_layer(tmp_path):
     torch.testing.assert_close(aware.embed(x), small.embed(x))
     table = svdlib.cost(small, x, repeats=1).set_index("layer").multiply_adds
     assert table["embed"] == 90 * 3 * 16 and table["head"] == 30 * 3 * (16 + 40)
+
+
+def test_tied_layers_get_one_rank_from_profiles_and_searches():
+    model, x, y = Tied().double(), torch.arange(90).view(30, 3) % 40, torch.arange(30) % 40
+    profile = svdlib.loss_profile(model, x, y, progress=False)
+    parts = {name: part.reset_index(drop=True) for name, part in profile.groupby("layer")}
+    numbers = ["rank", "loss", "accuracy", "increase", "se", "sigma"]
+    assert parts["embed"][numbers].equals(parts["head"][numbers])
+    shape = ["rows", "columns"]
+    assert parts["embed"][shape].iloc[0].tolist() == [16, 40]
+    assert parts["head"][shape].iloc[0].tolist() == [40, 16]
+    for ranks in (
+        svdlib.reveal_ranks(profile, "energy", tolerance=0.5),
+        svdlib.search_ranks(model, x, y, lambda rows: rows.increase <= 0.5),
+    ):
+        assert ranks["embed"] == ranks["head"]
+        with warnings.catch_warnings():  # of ranks that store no less
+            warnings.simplefilter("ignore")
+            svdlib.factorize(model, ranks)
 
 
 @pytest.mark.parametrize("call", [svdlib.project_, svdlib.factorize])
