@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from svdlib import checks
 from svdlib.ensemble.networks import MLPEnsemble
-from svdlib.layers.kinds import choose, warn_of
+from svdlib.layers.kinds import check_ties, choose, warn_of
 from svdlib.layers.project import project_
 from svdlib.linalg.bases import dominant_basis, randomized_basis, sketched_basis, taller
 from svdlib.linalg.svd import METHODS, OVERSAMPLE, POWER_ITERS
@@ -81,6 +81,7 @@ class Projection:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
+        layers: Iterable[str] | None = None,
         generator: torch.Generator | None = None,
     ) -> RemovableHandle:
         """Project a model's weights after steps of an optimizer, in a training loop of your own.
@@ -92,6 +93,8 @@ class Projection:
             model: its layers that hold a matrix are projected in place, see `project_`; those that
                 can't be are left as they are, with one warning.
             optimizer: the one that steps the model's parameters.
+            layers: names of the layers, or of parameters that are read without one, as `project_`
+                takes them; all layers by default.
             generator: the source of random sketches, on the model's device; torch's global one
                 if None.
 
@@ -119,9 +122,10 @@ class Projection:
                 f"attach takes a model and its optimizer, not {type(model).__name__} and "
                 f"{type(optimizer).__name__}"
             )
-        layers, left = choose(model, None, "project")
+        chosen, left = choose(model, layers, "project")
         warn_of(left, depth=2)
-        ranks = dict(zip(layers, self.ranks(len(layers)), strict=True))
+        ranks = dict(zip(chosen, self.ranks(len(chosen)), strict=True))
+        check_ties(model, ranks, "project")
         every = 1 if self.every == "step" else int(self.every)
         done = 0
 

@@ -239,7 +239,8 @@ def pack_(model: nn.Module) -> nn.Module:
             held.update(zip(SEPARATE, weights, strict=True))
         if biases[0] is not None:
             held["in_proj_bias"] = put_together(biases)
-        vars(part)["_parameters"] = {**held, **{k: p for k, p in part._parameters.items() if k not in held}}
+        others = {name: p for name, p in part._parameters.items() if name not in held}
+        vars(part)["_parameters"] = {**held, **others}
         vars(part)["_modules"] = {"out_proj": part.out_proj}
         part.__class__ = nn.MultiheadAttention
         part.out_proj.__class__ = NonDynamicallyQuantizableLinear

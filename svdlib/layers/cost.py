@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from svdlib import checks, clock, threads
 from svdlib.layers.factorize import merge
-from svdlib.layers.kinds import LowRank, Matrix, as_written, evaluating, hooked, whole_layers
+from svdlib.layers.kinds import LowRank, Matrix, apart, as_written, evaluating, hooked, whole_layers
 from svdlib.objective import Batch, Batches, Call, at_home, first_batch, prepared, tensors
 
 WHOLE = "whole model"
@@ -60,11 +60,12 @@ def cost(
     if any(tensor.ndim and len(tensor) == 0 for tensor in tensors(x)):
         raise ValueError("the inputs are empty; give as many as matter, at least one")
     twins = {"": model, "dense_": merge(model)}
-    tables = {prefix: _measured(twin, x, call) for prefix, twin in twins.items()}
+    parts = {prefix: apart(twin) for prefix, twin in twins.items()}
+    tables = {prefix: _measured(part, x, call) for prefix, part in parts.items()}
     runs: dict[str, list[dict[str, float]]] = {prefix: [] for prefix in twins}
     for _ in range(1 + repeats):
         for prefix, twin in twins.items():
-            runs[prefix].append(_seconds(twin, x, call))
+            runs[prefix].append(_seconds(twin, parts[prefix], x, call))
     for prefix, table in tables.items():
         timed = pd.DataFrame(runs[prefix][1:]).median()
         table["seconds"] = timed.reindex(table.index)
@@ -179,9 +180,11 @@ PRODUCTS = {
 }
 
 
-def _seconds(model: nn.Module, x: Batch, call: Call | None) -> dict[str, float]:
-    """Seconds of one run of the model, and of each layer in another."""
-    layers = whole_layers(model)
+def _seconds(
+    model: nn.Module, parts: nn.Module, x: Batch, call: Call | None
+) -> dict[str, float]:
+    """Seconds of one run of the model, and of each layer in another, of the model taken apart."""
+    layers = whole_layers(parts)
     taken = dict.fromkeys(layers, 0.0)
     started: dict[str, float] = {}
     device = next((part.device for part in tensors(at_home(model, x))), torch.device("cpu"))
@@ -195,6 +198,6 @@ def _seconds(model: nn.Module, x: Batch, call: Call | None) -> dict[str, float]:
     with evaluating(model):
         run = prepared(model, at_home(model, x), call)
         whole = clock.median(run, 1, warmup=0, device=device)
-        with hooked(layers, stop, start), as_written(model):
-            prepared(model, at_home(model, x), call)()
+    with evaluating(parts), hooked(layers, stop, start), as_written(parts):
+        prepared(parts, at_home(parts, x), call)()
     return {**taken, WHOLE: whole}

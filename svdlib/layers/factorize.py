@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from svdlib import checks, threads
+from svdlib.layers.attention import pack_, unpack_
 from svdlib.layers.kinds import (
     TRANSPOSED,
     LowRank,
     Matrix,
+    apart,
     as_weight,
     bias,
     check_ties,
@@ -101,7 +103,7 @@ def factorize(
     named = ranks if isinstance(ranks, Mapping) else None
     earlier = low_rank_layers(duplicate(model))
     model = merge(model) if earlier else model
-    layers, left = choose(model, named, "factorize", twin=True)
+    layers, left = choose(opened(model), named, "factorize", twin=True)
     chosen: dict[str, int] = {}
     wanted = _ranks(layers, ranks)
     check_ties(model, wanted, "factorize")
@@ -116,7 +118,7 @@ def factorize(
             continue
         checks.finite(layers[name].weight, f"the weight of layer {name!r}")
         chosen[name] = rank
-    small = duplicate(model)
+    small = unpack_(duplicate(model), [*chosen, *earlier])
     for name, layer in earlier.items():
         if name not in chosen:
             small = replace_module(small, matrix_layers(small)[name], layer)
@@ -142,6 +144,7 @@ def factorize(
         for each in tied.get(name, [name]):
             left[each] = READ
             small = replace_module(small, low_rank_layers(small).get(each, small), layers[each])
+    pack_(small)
     warn_of(left, depth=3)  # a context wraps this call
     return small
 
@@ -197,7 +200,18 @@ def merge(model: nn.Module) -> nn.Module:
             whole[name].weight = whole[first].weight
     for name, layer in layers.items():
         dense = replace_module(dense, layer, whole[name])
-    return dense
+    return pack_(dense)
+
+
+def opened(model: nn.Module) -> nn.Module:
+    """A model as `loss_profile` and the searches look into it: merged, and taken `apart`.
+
+    The model itself where it needs neither.
+
+    >>> list(matrix_layers(opened(nn.MultiheadAttention(8, 2))))
+    ['q_proj', 'k_proj', 'v_proj', 'out_proj']
+    """
+    return apart(merge(model) if low_rank_layers(model) else model)
 
 
 def _ranks(layers: Mapping[str, Matrix], ranks: float | Mapping[str, int]) -> dict[str, int]:

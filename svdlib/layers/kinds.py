@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import skip_init
 
 from svdlib import checks
+from svdlib.layers.attention import HELD, Attention, Made, projections, unpack_
 
 Matrix = nn.Linear | _ConvNd | nn.Embedding
 
@@ -161,16 +162,26 @@ def low_rank_layers(model: nn.Module) -> dict[str, LowRank]:
 def whole_layers(model: nn.Module) -> dict[str, Matrix | LowRank]:
     """Layers that hold a matrix, dense or factorized, the latter without their factors.
 
+    Of an ``nn.MultiheadAttention``, q_proj, k_proj and v_proj too, with views of its tensors.
+
     >>> list(whole_layers(nn.Sequential(nn.Linear(9, 9), thin_twin(nn.Linear(9, 9), 2))))
     ['0', '1']
+    >>> list(whole_layers(nn.MultiheadAttention(8, 2)))
+    ['q_proj', 'k_proj', 'v_proj', 'out_proj']
     """
     inner = {id(factor) for layer in low_rank_layers(model).values() for factor in layer}
-    layers: dict[str, Matrix | LowRank] = {**matrix_layers(model), **low_rank_layers(model)}
-    order = [name for name, _ in model.named_modules() if name in layers]
-    return {name: layers[name] for name in order if id(layers[name]) not in inner}
+    made: Made = {}
+    layers: dict[str, Matrix | LowRank] = {}
+    for name, part in model.named_modules():
+        if type(part) is nn.MultiheadAttention:
+            own = projections(part, made)
+            layers |= {f"{name}.{each}".lstrip("."): layer for each, layer in own.items()}
+        elif isinstance(part, LowRank) or (is_matrix(part) and id(part) not in inner):
+            layers[name] = cast(Matrix | LowRank, part)
+    return layers
 
 
-def matrix(layer: Matrix) -> Tensor:
+def matrix(layer: Matrix | LowRank) -> Tensor:
     """A layer's matrix W, out × in, in a type that can be decomposed; (g, m, n) of g groups.
 
     "In" are a Linear's features, a convolution's in·kh·kw (of one group), an Embedding's rows;
@@ -182,7 +193,8 @@ def matrix(layer: Matrix) -> Tensor:
     (torch.Size([7, 100]), torch.Size([200, 3]))
     """
     weight = layer.weight.detach()
-    return as_matrix(layer, weight if weight.element_size() >= 4 else weight.float())
+    kind = layer.main if isinstance(layer, LowRank) else layer
+    return as_matrix(kind, weight if weight.element_size() >= 4 else weight.float())
 
 
 def as_matrix(layer: Matrix, weight: Tensor) -> Tensor:
@@ -298,7 +310,9 @@ def stored(rank: int, m: int, n: int) -> int:
     return min(rank * (m + n), m * n)
 
 
-def obstacle(model: nn.Module, layer: Matrix, *, twin: bool, shared: bool = True) -> str | None:
+def obstacle(
+    model: nn.Module, layer: Matrix | LowRank, *, twin: bool, shared: bool = True
+) -> str | None:
     """What stands in the way of giving a layer another weight, if anything does.
 
     With ``twin``, of putting another layer in its place too: then it must be its matrix and
@@ -308,6 +322,8 @@ def obstacle(model: nn.Module, layer: Matrix, *, twin: bool, shared: bool = True
     >>> obstacle(nn.Sequential(), nn.Embedding(9, 9, max_norm=1.0), twin=True)
     'its rows are kept to max_norm, which factors have none of'
     """
+    if isinstance(layer, LowRank):
+        return next(filter(None, (obstacle(model, f, twin=twin) for f in layer.factors)), None)
     if "weight" not in layer._parameters:
         return "its weight is computed from other parameters; remove the parametrization first"
     if isinstance(layer.weight, nn.UninitializedParameter):
@@ -369,10 +385,11 @@ def is_compiled(module: nn.Module) -> bool:
     return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
-def duplicate(model: nn.Module) -> nn.Module:
+def duplicate(model: nn.Module, *, shared: bool = False) -> nn.Module:
     """A deep copy, also of a model that keeps results of its last call, or pruned weights.
 
-    ``copy.deepcopy`` refuses tensors that have a history; they are copied without it.
+    ``copy.deepcopy`` refuses tensors that have a history; they are copied without it. With
+    ``shared``, the copy has the model's own parameters.
 
     >>> model = nn.Linear(2, 2)
     >>> model.kept = 2 * model.weight
@@ -381,13 +398,31 @@ def duplicate(model: nn.Module) -> nn.Module:
     """
     held = [part for module in model.modules() for part in _inside(list(module.__dict__.values()))]
     past = {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}
-    return copy.deepcopy(model, cast(dict[int, object], past))
+    kept = {id(parameter): parameter for parameter in model.parameters()} if shared else {}
+    return copy.deepcopy(model, cast(dict[int, object], {**past, **kept}))
+
+
+def apart(model: nn.Module) -> nn.Module:
+    """A model whose attentions' projections are layers: a copy, but of the same other parameters.
+
+    The model itself where it has no ``nn.MultiheadAttention``.
+
+    >>> list(dict(apart(nn.MultiheadAttention(8, 2)).named_children()))
+    ['q_proj', 'k_proj', 'v_proj', 'out_proj']
+    """
+    if not any(type(part) is nn.MultiheadAttention for part in model.modules()):
+        return model
+    model = unpack_(duplicate(model, shared=True))
+    take_no_fused_way(model)
+    return model
 
 
 def choose(
     model: nn.Module, names: Iterable[str] | None, verb: str, *, twin: bool = False
-) -> tuple[dict[str, Matrix], dict[str, str]]:
+) -> tuple[dict[str, Matrix | LowRank], dict[str, str]]:
     """The layers of these names, or all that can be changed, and why the others can't.
+
+    Without ``twin`` a parameter can be named too, see `of_parameter`.
 
     Raises:
         ValueError: a model without matrices, an unknown name, a named layer with an `obstacle`.
@@ -395,13 +430,23 @@ def choose(
     >>> choose(nn.Sequential(nn.Linear(3, 2)), None, "project")
     ({'0': Linear(in_features=3, out_features=2, bias=True)}, {})
     """
-    known = matrix_layers(model)
-    if not known:
-        raise ValueError(f"the model has no nn.Linear, convolution or nn.Embedding to {verb}")
+    known = whole_layers(model)
     chosen = list(known if names is None else names)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    named = parameters.keys() & set(chosen) - known.keys()
+    if not known and not named:
+        raise ValueError(f"the model has no nn.Linear, convolution or nn.Embedding to {verb}")
     if not chosen:
         raise ValueError(f"no layers are named to {verb}; known: {', '.join(known)}")
     for name in chosen:
+        if name in named:
+            if twin:
+                owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
+                raise ValueError(
+                    f"can't {verb} parameter {name!r}: a {owner} reads it itself and takes no two "
+                    "factors for it; project_ cuts it in place"
+                )
+            known[name] = of_parameter(parameters[name], name, known, verb)
         checks.one_of(name, tuple(known), "layer")
     found = {name: obstacle(model, known[name], twin=twin) for name in chosen}
     left = {name: reason for name, reason in found.items() if reason}
@@ -409,6 +454,32 @@ def choose(
         for name, reason in left.items():
             raise ValueError(f"can't {verb} layer {name!r}: {reason}")
     return {name: known[name] for name in chosen if name not in left}, left
+
+
+def of_parameter(
+    parameter: nn.Parameter, name: str, layers: Mapping[str, Matrix | LowRank], verb: str
+) -> nn.Linear:
+    """A parameter that is read without a layer, as the weight of one: its rows by all the rest.
+
+    Such as an LSTM's ``weight_hh_l0``, its gates' matrices under one another, or a Bilinear's
+    ``weight``, out × (in · in).
+
+    Raises:
+        ValueError: a vector, or one that is in a layer that can be named.
+
+    >>> of_parameter(nn.Bilinear(4, 5, 3).weight, "weight", {}, "project").weight.shape
+    torch.Size([3, 4, 5])
+    """
+    place, _, own = name.rpartition(".")
+    for each, layer in layers.items():
+        packed = own in HELD and each == f"{place}.q_proj".lstrip(".")
+        if packed or any(parameter is other for other in layer.parameters()):
+            raise ValueError(f"can't {verb} parameter {name!r}: it is in layer {each!r}; name that")
+    if parameter.ndim < 2:
+        raise ValueError(f"can't {verb} parameter {name!r}: a vector has no rank to lower")
+    layer = nn.Linear(1, 1, False, device="meta")
+    layer.weight = parameter
+    return layer
 
 
 def warn_of(left: Mapping[str, str], depth: int) -> None:
@@ -480,8 +551,9 @@ def ties(layers: Mapping[str, Matrix | LowRank]) -> list[list[str]]:
     owners: dict[frozenset[int], list[str]] = {}
     for name, layer in layers.items():
         parts = layer.factors if isinstance(layer, LowRank) else (layer,)
-        held = frozenset(id(part._parameters.get("weight")) for part in parts)
-        owners.setdefault(held, []).append(name)
+        held = [part._parameters.get("weight") for part in parts]
+        if None not in held:
+            owners.setdefault(frozenset(map(id, held)), []).append(name)
     return [names for names in owners.values() if len(names) > 1]
 
 
@@ -504,7 +576,7 @@ def check_ties(model: nn.Module, ranks: Mapping[str, int], verb: str) -> None:
     >>> shared = nn.Linear(3, 3)
     >>> check_ties(nn.Sequential(shared, shared), {"0": 2}, "project")
     """
-    for names in ties(matrix_layers(model)):
+    for names in ties(whole_layers(model)):
         given = {name: ranks.get(name) for name in names}
         if len(set(given.values())) > 1:
             name = next(name for name in names if given[name])
@@ -658,7 +730,8 @@ def take_no_fused_way(model: nn.Module) -> None:
     """Keep ``nn.TransformerEncoderLayer`` from reading the weights of its factorized layers.
 
     Its fused operation for evaluation wants dense matrices, and would multiply the factors at
-    every call; in training mode, and without it, the layers are called.
+    every call; in training mode, and without it, the layers are called. So it is where its
+    attention's projections are layers.
 
     >>> layer = nn.TransformerEncoderLayer(8, 2, 16)
     >>> layer.linear1 = thin_twin(layer.linear1, 2)
@@ -667,7 +740,9 @@ def take_no_fused_way(model: nn.Module) -> None:
     0
     """
     for part in model.modules():
-        if isinstance(part, nn.TransformerEncoderLayer) and low_rank_layers(part):
+        if not any(isinstance(inner, LowRank | Attention) for inner in part.modules()):
+            continue
+        if isinstance(part, nn.TransformerEncoderLayer):
             part.activation_relu_or_gelu = 0  # torch's mark of an activation that it can't fuse
-        if isinstance(part, nn.TransformerEncoder) and low_rank_layers(part):
+        if isinstance(part, nn.TransformerEncoder):
             part.use_nested_tensor = False

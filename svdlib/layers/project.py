@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from svdlib import checks, threads
-from svdlib.layers.kinds import as_weight, check_ties, choose, matrix, warn_of
+from svdlib.layers.kinds import LowRank, as_weight, check_ties, choose, matrix, warn_of
 from svdlib.linalg.svd import METHODS, OVERSAMPLE, POWER_ITERS, randomized_svd, truncated_svd
 
 
@@ -26,14 +26,20 @@ def project_(
     """Replace weight matrices of any module by low-rank approximations, in place.
 
     Every Linear, convolution (as its out × (in·kh·kw) matrix, one a group), transposed one,
-    Embedding and Conv1D of the transformers library takes part, or those named. A weight that
-    layers share, such as an embedding's and an output layer's, is cut for all of them. Biases,
-    ``requires_grad`` and optimizer state are left alone, and nothing leaves the device. A rank
-    at or above a matrix's smaller side leaves it untouched.
+    Embedding and Conv1D of the transformers library takes part, or those named. Of an
+    ``nn.MultiheadAttention`` these are q_proj, k_proj and v_proj, the three blocks of its
+    ``in_proj_weight``, and out_proj. Of a `LowRank` layer, the second factor is projected so that
+    its product with the first is the best of that rank. A weight that layers share, such as an
+    embedding's and an output layer's, is cut for all of them. Biases, ``requires_grad`` and
+    optimizer state are left alone, and nothing leaves the device. A rank at or above a matrix's
+    smaller side leaves it untouched.
+
+    What a module reads itself, without a layer, takes part only by the name of its parameter, as
+    "lstm.weight_hh_l0" of an LSTM or "bag.weight" of an EmbeddingBag: its rows by all the rest.
 
     Args:
         model: the module, changed in place and returned.
-        rank: one for all layers, or {layer name: rank} for the layers named, as
+        rank: one for all layers, or {layer or parameter name: rank} for those named, as
             `reveal_ranks` gives it.
         method: "truncsvd" or "rsvd", the latter with ``oversample``, ``power_iters`` and
             ``generator`` as in `randomized_svd`.
@@ -54,23 +60,28 @@ def project_(
     layers, left = choose(model, rank if isinstance(rank, Mapping) else None, "project")
     ranks = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(layers, rank)
     check_ties(model, ranks, "project")
-    projected = {}
+    projected = []
     known = set()
     for name, k in ranks.items():
         k = checks.positive_int(k, f"the rank of layer {name!r}")
-        A = matrix(layers[name])
+        layer = layers[name]
+        A = matrix(layer)
         checks.finite(A, f"the weight of layer {name!r}")
-        if k >= min(A.shape[-2:]) or layers[name].weight in known:
+        # of W = B A, U Uᵀ W = (U Uᵀ B) A
+        changed = layer.factors[1] if isinstance(layer, LowRank) else layer
+        full = layer.rank if isinstance(layer, LowRank) else min(A.shape[-2:])
+        if k >= full or changed.weight in known:
             continue
-        known.add(layers[name].weight)
+        known.add(changed.weight)
         if method == "truncsvd":
             svd = truncated_svd(A, k)
         else:
             svd = randomized_svd(
                 A, k, oversample=oversample, power_iters=power_iters, generator=generator
             )
-        projected[name] = svd.matrix()
-    for name, A in projected.items():
-        layers[name].weight.copy_(as_weight(layers[name], A))
+        W = svd.matrix() if changed is layer else svd.U @ (svd.U.mT @ matrix(changed))
+        projected.append((changed, W))
+    for changed, W in projected:
+        changed.weight.copy_(as_weight(changed, W))
     warn_of(left, depth=4)  # two contexts wrap this call
     return model

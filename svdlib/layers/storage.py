@@ -16,12 +16,14 @@ from safetensors.torch import load_file, load_model, save_model
 from torch import Tensor, nn
 
 from svdlib import checks, threads
+from svdlib.layers.attention import unpack_
 from svdlib.layers.kinds import (
     duplicate,
     evaluating,
     low_rank_layers,
     matrix_layers,
     replace_module,
+    take_no_fused_way,
     thin_twins,
 )
 from svdlib.objective import Batch, Batches, Call, copied, first_batch, prepared, rebuilt, tensors
@@ -80,13 +82,14 @@ def load_factorized(model: nn.Module, path: str | Path) -> nn.Module:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; save_factorized writes one")
     ranks = _read_ranks(path)
-    loaded = duplicate(model)
+    loaded = unpack_(duplicate(model), ranks)
     known = matrix_layers(loaded)
     for name in ranks:
         if name not in known:
             raise ValueError(f"{path} factorizes layer {name!r}, which the model does not have")
     for name, thin in thin_twins({name: known[name] for name in ranks}, ranks).items():
         loaded = replace_module(loaded, known[name], thin)
+    take_no_fused_way(loaded)
     types = {name: tensor.dtype for name, tensor in loaded.state_dict().items()}
     try:
         for name, tensor in load_file(path).items():

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svdlib import checks, threads
+from svdlib.layers.factorize import opened
 from svdlib.layers.kinds import CONVOLUTIONS, Matrix, apply_rows, has_code, hooked, matrix, warn_of
 from svdlib.ranks.losses import (
     CACHED,
@@ -66,6 +67,7 @@ def predicted_profile(
     """
     checks.one_of(by, METHODS, "method")
     check_data(x, y, memory)
+    model = opened(model)
     layers = profiled_layers(model, None)
     left = {name: "it has no one matrix" for name in layers if not has_code(layers[name])}
     layers = {name: layer for name, layer in layers.items() if name not in left}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from svdlib import checks
+from svdlib.layers.factorize import opened
 from svdlib.layers.kinds import (
     CONVOLUTIONS,
     Matrix,
@@ -23,7 +24,6 @@ from svdlib.layers.kinds import (
     hooked,
     is_tied,
     matrix,
-    matrix_layers,
     obstacle,
 )
 from svdlib.objective import Batches, Objective
@@ -120,6 +120,7 @@ def loss_profile(
     >>> bool(profile.increase[6] < 1e-6)
     True
     """
+    model = opened(model)
     chosen = profiled_layers(model, layers)
     wanted = None if ranks is None else {checks.positive_int(r, "a rank", least=0) for r in ranks}
     if wanted is not None and not wanted:
@@ -140,7 +141,7 @@ def loss_profile(
                 same = shared[weight].assign(layer=name, rows=rows, columns=columns)
                 tables.append(same)
                 continue
-            sweep = _Sweep(model, name, x, y, full, memory, habit)
+            sweep = _Sweep(model, name, chosen[name], x, y, full, memory, habit)
             at = {min(rank, sweep.limit) for rank in wanted} if wanted is not None else None
             shared[weight] = sweep.table(sorted(at) if at else range(sweep.limit + 1), progress)
             tables.append(shared[weight])
@@ -192,6 +193,7 @@ def search_ranks(
         )
     window = checks.positive_int(window, "window")
     found = {}
+    model = opened(model)
     with measuring(model):
         given = task(model, x, y, objective, accuracy, memory, why="search_ranks")
         layers = profiled_layers(model, None)
@@ -205,7 +207,7 @@ def search_ranks(
         shared: dict[Tensor, int] = {}
         for name, layer in layers.items():
             if layer.weight not in shared:
-                sweep = _Sweep(model, name, x, y, full, memory, habit)
+                sweep = _Sweep(model, name, layer, x, y, full, memory, habit)
                 shared[layer.weight] = _smallest(sweep, accept, window)
             found[name] = shared[layer.weight]
     return found
@@ -300,6 +302,7 @@ class _Sweep:
         self,
         model: nn.Module,
         name: str,
+        layer: Matrix,
         x: Tensor,
         y: Tensor,
         full: Tensor,
@@ -307,8 +310,7 @@ class _Sweep:
         habit: Habits,
     ) -> None:
         self.model, self.name, self.x, self.y, self.full = model, name, x, y, full
-        self.given = habit.given
-        self.layer = matrix_layers(model)[name]
+        self.given, self.layer = habit.given, layer
         U, self.S, self.Vh = torch.linalg.svd(matrix(self.layer), False)
         self.US = U * self.S.unsqueeze(-2)
         self.limit = self.S.shape[-1]

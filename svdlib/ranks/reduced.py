@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from svdlib import checks
-from svdlib.layers.kinds import groups, matrix, stored
+from svdlib.layers.factorize import opened
+from svdlib.layers.kinds import groups, low_rank_layers, matrix, stored
 from svdlib.objective import Batches, Objective
 from svdlib.ranks.losses import (
     Moments,
@@ -53,9 +54,10 @@ def verify_ranks(
     >>> verify_ranks(net, {"0": 2}, torch.rand(20, 8), torch.arange(20) % 3)["parameters"]
     55.0
     """
-    with measuring(model):
-        given = task(model, x, y, objective, accuracy, memory)
-        return _Reduced(model, list(ranks), given, memory).measure(ranks)
+    whole = opened(model)
+    with measuring(whole):
+        given = task(whole, x, y, objective, accuracy, memory)
+        return _Reduced(model, whole, list(ranks), given, memory).measure(ranks)
 
 
 def refine_ranks(
@@ -97,9 +99,10 @@ def refine_ranks(
         raise ValueError(f"tolerance must be at least 0 and finite, not {tolerance}")
     if ranks is None:
         raise ValueError("ranks must say where to start, {layer: rank}")
-    with measuring(model):
-        given = task(model, x, y, objective, accuracy, memory, why="refine_ranks")
-        reduced = _Reduced(model, list(ranks), given, memory)
+    whole = opened(model)
+    with measuring(whole):
+        given = task(whole, x, y, objective, accuracy, memory, why="refine_ranks")
+        reduced = _Reduced(model, whole, list(ranks), given, memory)
         current = {name: min(rank, reduced.limit[name]) for name, rank in ranks.items()}
         # Full rank in every layer is the network itself, up to rounding.
         slack = tolerance + 1e-6 * abs(reduced.full_loss())
@@ -125,10 +128,16 @@ def refine_ranks(
 
 
 class _Reduced:
-    """The network with several layers reduced at once."""
+    """The network with several layers reduced at once.
+
+    Args:
+        original: the network as it is, whose parameters count.
+        model: the same `opened`, which is measured.
+    """
 
     def __init__(
         self,
+        original: nn.Module,
         model: nn.Module,
         layers: Sequence[str],
         given: Task | tuple[Tensor, Tensor],
@@ -148,16 +157,20 @@ class _Reduced:
             self.factors[name] = (U * S.unsqueeze(-2), Vh)
             self.shape[name] = (U.shape[-2], Vh.shape[-1])
         self.limit = {name: min(shape) for name, shape in self.shape.items()}
-        self.others = sum(p.numel() for p in model.parameters())
-        shared = {id(weight): weight.numel() for weight in self.weight.values()}
-        self.others -= sum(shared.values())
+        earlier = low_rank_layers(original)
+        self.most = {name: layer.rank for name, layer in earlier.items()}
+        inside = [earlier[name].factors if name in earlier else () for name in known]
+        now = {id(f.weight): f.weight.numel() for factors in inside for f in factors}
+        now |= {id(w): w.numel() for name, w in self.weight.items() if name not in earlier}
+        self.others = sum(p.numel() for p in original.parameters()) - sum(now.values())
         self.known: dict[tuple[int, ...], dict[str, float]] = {}
 
     def parameters(self, ranks: Mapping[str, int]) -> int:
         """Of the whole model, each layer as two factors where that is smaller."""
         # A weight that two layers share is there once.
         kept = {
-            id(self.weight[name]): groups(self.layers[name]) * stored(r, *self.shape[name])
+            id(self.weight[name]): groups(self.layers[name])
+            * stored(min(r, self.most.get(name, r)), *self.shape[name])
             for name, r in ranks.items()
         }
         return self.others + sum(kept.values())
