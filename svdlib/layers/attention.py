@@ -83,10 +83,11 @@ class Attention(nn.MultiheadAttention):
             weights = weights.mean(1) if average_attn_weights else weights
         else:
             heads = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
-        output: Tensor = self.out_proj(heads.transpose(1, 2).flatten(2))
+        # In memory as torch has it, places before inputs, for which dropout draws in that order.
+        output: Tensor = self.out_proj(heads.permute(2, 0, 1, 3).flatten(2))
         if not batched:
-            return output[0], None if weights is None else weights[0]
-        return output if self.batch_first else output.transpose(0, 1), weights
+            return output[:, 0], None if weights is None else weights[0]
+        return output.transpose(0, 1) if self.batch_first else output, weights
 
     def _on_keys(self, mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
         """A mask of keys (N, S) as what is added to scores (N, h, L, S)."""

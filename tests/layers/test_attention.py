@@ -192,6 +192,7 @@ def test_a_decoder_layer():
 def test_a_vision_transformer_is_profiled_calibrated_counted_and_compiled():
     torch.manual_seed(0)
     model = torchvision.models.VisionTransformer(32, 16, 2, 4, 32, 64, num_classes=5).eval()
+    nn.init.normal_(model.heads.head.weight)
     x, y = torch.rand(24, 3, 32, 32), torch.arange(24) % 5
     name = "encoder.layers.encoder_layer_1.self_attention.k_proj"
     profile = svdlib.loss_profile(model, x, y, layers=[name], ranks=[2, 32], progress=False)
