@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from svdlib import checks, threads
-from svdlib.layers.kinds import Matrix, as_weight, choose, evaluating, hooked, warn_of
+from svdlib.layers.kinds import Matrix, as_weight, choose, evaluating, hooked, ties, warn_of
 from svdlib.objective import (
     Batch,
     Batches,
@@ -352,6 +353,16 @@ def profiled_layers(model: nn.Module, names: Iterable[str] | None) -> dict[str, 
         checks.finite(layer.weight, f"the weight of layer {name!r}")
     warn_of(left, depth=3)
     return layers
+
+
+def with_ties(profile: pd.DataFrame, layers: Mapping[str, Matrix]) -> pd.DataFrame:
+    """A table of layers with a column "shared", where weights are shared: the first of those alike.
+
+    >>> with_ties(pd.DataFrame({"layer": ["0"]}), {"0": nn.Linear(3, 3)}).columns.tolist()
+    ['layer']
+    """
+    first = {name: names[0] for names in ties(layers) for name in names}
+    return profile.assign(shared=profile.layer.replace(first)) if first else profile
 
 
 def check_data(x: Tensor, y: Tensor, memory: int = 1) -> None:

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from svdlib import checks, threads
 from svdlib.layers.factorize import opened
-from svdlib.layers.kinds import CONVOLUTIONS, Matrix, apply_rows, has_code, hooked, matrix, warn_of
+from svdlib.layers.kinds import (
+    CONVOLUTIONS,
+    Matrix,
+    apply_rows,
+    has_code,
+    hooked,
+    is_turned,
+    matrix,
+    ties,
+    warn_of,
+)
 from svdlib.ranks.losses import (
     CACHED,
     check_data,
@@ -21,20 +31,27 @@ from svdlib.ranks.losses import (
     measuring,
     profiled_layers,
     width,
+    with_ties,
 )
 
 METHODS = ("output", "gradient", "fisher")
 
 
 def predicted_profile(
-    model: nn.Module, x: Tensor, y: Tensor, by: str = "fisher", *, memory: int = 2**28
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor | None = None,
+    by: str = "fisher",
+    *,
+    memory: int = 2**28,
 ) -> pd.DataFrame:
     """A loss profile that is predicted, for layers of any module: no rank is tried.
 
     Cutting W = Σ σ_i u_i v_iᵀ to rank j takes Σ_{i>j} σ_i u_i (v_iᵀ h) from the layer's output z.
     With δ = ∂ℓ/∂z, the gradient of an image's loss, that image's loss changes to first order by
     −Σ_{i>j} t_i, where t_i = σ_i (u_iᵀ δ)(v_iᵀ h), summed over the places of a layer that is
-    applied at several. All t_i come from one forward and backward pass.
+    applied at several, and over the layers that share the weight. All t_i come from one forward
+    and backward pass.
 
     - ``"output"``: the part of the output's square that the cut takes,
       E‖Σ_{i>j} σ_i u_i v_iᵀ h‖² / E‖W h‖², as activation-aware methods weigh singular values
@@ -47,7 +64,8 @@ def predicted_profile(
     Args:
         model: a module of layers that hold a matrix, see `LowRank`; called in evaluation mode,
             left as it was. Grouped and transposed convolutions are left out, with a warning.
-        x, y: inputs (n, …) and labels (n,), on the model's device.
+        x, y: inputs (n, …) and labels (n,), on the model's device; no batches, as `loss_profile`
+            takes them.
         by: one of the names above.
         memory: bytes that intermediate results may take, about.
 
@@ -66,6 +84,11 @@ def predicted_profile(
     [0.0, 0.0]
     """
     checks.one_of(by, METHODS, "method")
+    if y is None or not isinstance(x, Tensor):
+        raise ValueError(
+            "predicted_profile takes inputs and labels as two tensors, predicted_profile(model, x, "
+            "y); loss_profile takes batches too"
+        )
     check_data(x, y, memory)
     model = opened(model)
     layers = profiled_layers(model, None)
@@ -83,6 +106,11 @@ def predicted_profile(
         for name, layer in layers.items():
             U, S, Vh = torch.linalg.svd(matrix(layer), full_matrices=False)
             factors[name] = (U, S, Vh)
+        for first, *others in ties(layers):
+            U, S, Vh = factors[first]
+            for name in others:
+                turned = is_turned(layers[name]) != is_turned(layers[first])
+                factors[name] = (Vh.mT, S, U.mT) if turned else (U, S, Vh)
         size = habit.images(model, x, memory)
         size = size if habit.mixes else max(1, min(size, CACHED // width(model, x)))
         terms: dict[str, list[Tensor]] = {name: [] for name in layers}
@@ -90,10 +118,11 @@ def predicted_profile(
             for name, found in _terms(model, layers, factors, habit.given(images), labels, by):
                 terms[name].append(found)
     loss = full.double().mean().item()
-    tables = [
-        _table(name, factors[name], torch.cat(terms[name]).double(), by, loss) for name in layers
-    ]
-    profile = pd.concat(tables, ignore_index=True)
+    each = {name: torch.cat(found).double() for name, found in terms.items()}
+    for names in ties(layers):
+        each |= dict.fromkeys(names, torch.stack([each[name] for name in names]).sum(0))
+    tables = [_table(name, factors[name], each[name], by, loss) for name in layers]
+    profile = with_ties(pd.concat(tables, ignore_index=True), layers)
     profile.attrs["loss"] = loss
     return profile
 

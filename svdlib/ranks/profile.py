@@ -41,6 +41,7 @@ from svdlib.ranks.losses import (
     replaced,
     task,
     width,
+    with_ties,
 )
 
 
@@ -73,7 +74,8 @@ def loss_profile(
 
     Args:
         model: a module of layers that hold a matrix, see `LowRank`; called in evaluation mode,
-            left as it was.
+            left as it was. A factorized layer counts as the one that it replaced, and of an
+            ``nn.MultiheadAttention`` q_proj, k_proj, v_proj and out_proj do, all as in `factorize`.
         x, y: inputs (n, …) and labels (n,), on the model's device. Or, without y, ``x`` is all
             data: tensors (n, …), one, in a tuple (inputs …, targets) or in a mapping, which is
             cut into batches; or an iterable of batches of any kind, such as a DataLoader, which
@@ -86,7 +88,8 @@ def loss_profile(
             language models.
         accuracy: ``accuracy(model, batch)`` gives right answers (n,), 0 to 1. By default those
             of the default objective, or NaN with another.
-        layers: names of the layers to profile; all by default.
+        layers: names of the layers to profile, or of parameters, as `project_` takes them; all
+            layers by default.
         ranks: the ranks to evaluate, capped at each layer's min(m, n); 0 … min(m, n) by default.
         memory: bytes that the stacked intermediate results may take, about.
         progress: show a progress bar.
@@ -96,7 +99,9 @@ def loss_profile(
         increase (of the loss over the full network, paired by image), se (its standard error),
         rows and columns (the matrix's shape m × n), sigma (its singular value σ_rank, NaN at
         rank 0), and where a layer has groups, matrices (how many of that shape, each cut to the
-        rank; sigma is their root mean square). The full network's loss is in ``attrs["loss"]``.
+        rank; sigma is their root mean square), and where layers share a weight, shared (the first
+        of those of one weight, which `reveal_ranks` counts once and gives one rank). The full
+        network's loss is in ``attrs["loss"]``.
 
     Raises:
         ValueError: empty data, labels of another length, batches that the model does not take, an
@@ -128,7 +133,7 @@ def loss_profile(
     with measuring(model):
         given = task(model, x, y, objective, accuracy, memory)
         if isinstance(given, Task):
-            return _Replaced(model, chosen, given).table(wanted, progress)
+            return with_ties(_Replaced(model, chosen, given).table(wanted, progress), chosen)
         x, y = given
         habit = habits(model, x)
         full, _ = full_losses(model, x, y, memory, habit)
@@ -145,7 +150,7 @@ def loss_profile(
             at = {min(rank, sweep.limit) for rank in wanted} if wanted is not None else None
             shared[weight] = sweep.table(sorted(at) if at else range(sweep.limit + 1), progress)
             tables.append(shared[weight])
-    profile = pd.concat(tables, ignore_index=True)
+    profile = with_ties(pd.concat(tables, ignore_index=True), chosen)
     if "matrices" in profile:
         profile["matrices"] = profile.matrices.fillna(1).astype(int)
     profile.attrs["loss"] = full.double().mean().item()

@@ -66,7 +66,7 @@ def reveal_ranks(
 
     - ``"budget"`` with ``parameters``: the least total increase with so many weights at most;
       or with ``increase``: the fewest weights with so much total increase at most. A layer of
-      rank j stores min(j (m+n), m n) weights.
+      rank j stores min(j (m+n), m n) weights. A weight that layers share counts once.
 
     - ``"level"`` with ``parameters``: in every layer the smallest rank whose increase is at most
       t, for the least t that the budget allows (as AIMET's greedy selection of compression
@@ -98,6 +98,15 @@ def reveal_ranks(
     if rule in JOINT:
         return _joint(profile, rule, tolerance, parameters, increase)
     _check_profile(profile)
+    if "shared" in profile:  # a weight once, and its rank for all that share it
+        group = profile.drop_duplicates("layer").set_index("layer")["shared"]
+        first = group.drop_duplicates()
+        once = profile[profile.layer.isin(first.index)].drop(columns="shared")
+        ranks = reveal_ranks(
+            once, rule, tolerance=tolerance, parameters=parameters, increase=increase
+        )
+        known = {weight: ranks[str(name)] for name, weight in first.items()}
+        return {str(name): known[weight] for name, weight in group.items()}
     layers = {str(name): table for name, table in profile.groupby("layer", sort=False)}
     if rule in ("budget", "level") and tolerance is not None:
         raise ValueError(f"rule {rule!r} takes a budget, parameters=…, not a tolerance")
