@@ -233,3 +233,19 @@ def test_what_can_not_be_attached():
 def test_whole_numbers_of_any_kind():
     for rank in (np.int64(5), torch.tensor(5)):
         assert svdlib.Projection("rsvd", rank, every=np.int64(3)) == svdlib.Projection("rsvd", 5, 3)
+
+
+def test_attach_takes_names_of_layers_and_parameters():
+    lstm = torch.nn.LSTM(6, 5)
+    optimizer = torch.optim.SGD(lstm.parameters(), lr=0.1)
+    projection = svdlib.Projection("truncsvd", (2, 3), every="step")
+    names = ["weight_hh_l0", "weight_ih_l0"]
+    handle = projection.attach(lstm, optimizer, layers=names)
+    lstm(torch.rand(4, 6))[0].sum().backward()
+    optimizer.step()
+    assert [int(torch.linalg.matrix_rank(getattr(lstm, name))) for name in names] == [2, 3]
+    handle.remove()
+    with pytest.raises(ValueError, match=r"no nn\.Linear, convolution or nn\.Embedding to project"):
+        projection.attach(lstm, optimizer)
+    with pytest.raises(ValueError, match="1 layers need 1 ranks"):
+        projection.attach(lstm, optimizer, layers=["weight_hh_l0"])

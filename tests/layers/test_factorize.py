@@ -342,3 +342,49 @@ def test_calibration_takes_batches_of_every_kind(generator):
 def test_calibration_that_does_not_fit(data, message):
     with pytest.raises(ValueError, match=message):
         svdlib.factorize(Product(), {"right": 2}, calibration=data)
+
+
+def test_a_factorized_model_is_profiled_by_its_whole_layers():
+    model, x, y = perceptron(), torch.rand(50, 40), torch.arange(50) % 20
+    small = svdlib.factorize(model, {"0": 9, "2": 8})
+    profile = svdlib.loss_profile(small, x, y, progress=False)
+    assert profile.groupby("layer")["rank"].max().to_dict() == {"0": 30, "2": 20}
+    assert profile[profile["rank"] >= 9].increase.abs().max() < 1e-5
+    ranks = svdlib.reveal_ranks(profile, "budget", parameters=600)
+    smaller = svdlib.factorize(small, ranks)
+    verified = svdlib.verify_ranks(small, ranks, x, y)
+    loss = nn.functional.cross_entropy(smaller(x), y).item()
+    assert verified["loss"] == pytest.approx(loss, rel=1e-5)
+    assert verified["parameters"] == parameters(smaller) == 50 + sum(
+        ranks[name] * size for name, size in (("0", 70), ("2", 50))
+    )
+    one = {"0": 3}
+    count = svdlib.verify_ranks(small, one, x, y)["parameters"]
+    assert count == parameters(svdlib.factorize(small, one))
+    assert svdlib.verify_ranks(small, {"0": 12}, x, y)["parameters"] == parameters(small)
+    assert svdlib.search_ranks(small, x, y, lambda rows: rows.increase < 1).keys() == {"0", "2"}
+    assert svdlib.predicted_profile(small, x, y).layer.unique().tolist() == ["0", "2"]
+
+
+def test_data_parallel():
+    """Without a GPU it passes on to the model itself."""
+    small = svdlib.factorize(perceptron(), 5)
+    if torch.cuda.is_available():
+        small.cuda()
+    x = torch.rand(8, 40, device=next(small.parameters()).device)
+    parallel = nn.DataParallel(small)
+    torch.testing.assert_close(parallel(x), small(x))
+    parallel(x).sum().backward()
+    assert all(p.grad is not None for p in small.parameters())
+    lower = svdlib.factorize(parallel, {"module.0": 2})
+    assert lower.module[0].rank == 2
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_data_parallel_replicas():
+    small = svdlib.factorize(perceptron(), 5).cuda()
+    attention = svdlib.factorize(nn.MultiheadAttention(40, 4, batch_first=True), 5).cuda()
+    x = torch.rand(8, 40, device="cuda")
+    torch.testing.assert_close(nn.DataParallel(small)(x), small(x))
+    x = x.view(8, 1, 40)
+    torch.testing.assert_close(nn.DataParallel(attention)(x, x, x), attention(x, x, x))

@@ -93,3 +93,34 @@ def test_bad_input(case):
     with pytest.raises(ValueError, match="called more than once"):
         layer = nn.Linear(12, 12).double()
         predicted_profile(nn.Sequential(layer, layer), x, y % 12)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(20, 8), nn.Linear(8, 20)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.head(self.embed(x).mean(1).tanh())
+
+
+def test_a_shared_weight_is_predicted_as_one():
+    """Its gradient is that of all its uses."""
+    model, x, y = Tied().double(), torch.arange(36).view(12, 3) % 20, torch.arange(12) % 20
+    profile = predicted_profile(model, x, y, "gradient")
+    assert set(profile.shared) == {"embed"}
+    W = model.embed.weight
+    (gradient,) = torch.autograd.grad(F.cross_entropy(model(x), y), W)
+    for rank in range(9):
+        changed = svdlib.truncated_svd(W.detach(), max(rank, 1)).matrix() * (rank > 0) - W.detach()
+        for found in profile[profile["rank"] == rank].increase:
+            assert found == pytest.approx((gradient * changed).sum().abs().item(), abs=1e-10)
+
+
+def test_batches_are_refused_in_a_sentence(case):
+    model, x, y = case
+    for data in ([(x, y)], (x, y)):
+        with pytest.raises(ValueError, match="inputs and labels as two tensors.*loss_profile takes"):
+            predicted_profile(model, data)

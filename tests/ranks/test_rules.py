@@ -171,3 +171,42 @@ def test_bad_input():
     refused("3 weights are too few; the lowest ranks have 52", rule="level", parameters=3)
     refused("3 weights are too few; rank 1 everywhere has 52", rule="budget", parameters=3)
     refused("no ranks keep the increase to -5", rule="budget", increase=-5.0)
+
+
+RULES = [
+    ("budget", {"parameters": 250}),
+    ("budget", {"increase": 0.5}),
+    ("level", {"parameters": 250}),
+    ("one-se", {}),
+    ("energy", {}),
+]
+
+
+@pytest.mark.parametrize(("rule", "more"), RULES)
+def test_layers_of_one_weight_are_counted_once_and_get_one_rank(rule, more):
+    """As if the others of them were not there, in whatever order."""
+    alone = pd.concat(
+        pd.DataFrame(
+            {
+                "layer": name,
+                "rank": range(9),
+                "loss": 1 + height * 0.5 ** np.arange(9),
+                "increase": height * 0.5 ** np.arange(9),
+                "se": 0.05,
+                "rows": 8,
+                "columns": 12,
+                "sigma": [np.nan, *(2.0 ** -np.arange(8))],
+            }
+        )
+        for name, height in (("a", 1.0), ("b", 3.0))
+    )
+    expected = svdlib.reveal_ranks(alone, rule, **more)
+    twin = alone[alone.layer == "a"].assign(layer="c")
+    tables = [[alone, twin], [twin, alone]]
+    for both in tables:
+        profile = pd.concat(both, ignore_index=True)
+        profile["shared"] = profile.layer.replace({"c": "a"})
+        found = svdlib.reveal_ranks(profile, rule, **more)
+        assert found == {**expected, "c": expected["a"]}
+    only = twin.assign(shared="a")
+    assert svdlib.reveal_ranks(only, "one-se") == {"c": svdlib.reveal_ranks(alone, "one-se")["a"]}
