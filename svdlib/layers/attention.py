@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -109,27 +110,6 @@ class Attention(nn.MultiheadAttention):
             raise ValueError(f"attn_mask must be {pairs} or {all_pairs}, not {tuple(mask.shape)}")
         return _added(mask, q).view(-1, 1 if mask.dim() == 2 else self.num_heads, *pairs)
 
-    @property
-    def in_proj_bias(self) -> Tensor | None:
-        """The three biases in one, as they were held."""
-        biases = [getattr(self, name).bias for name in PROJECTIONS]
-        return None if biases[0] is None else torch.cat(biases)
-
-    @property
-    def q_proj_weight(self) -> Tensor:
-        """The weight of q_proj, multiplied out where that is factorized; so of the others."""
-        return self.q_proj.weight
-
-    @property
-    def k_proj_weight(self) -> Tensor:
-        """As `q_proj_weight`."""
-        return self.k_proj.weight
-
-    @property
-    def v_proj_weight(self) -> Tensor:
-        """As `q_proj_weight`."""
-        return self.v_proj.weight
-
 
 def _added(mask: Tensor, like: Tensor) -> Tensor:
     """A mask as what is added to scores: −∞ where it is True, or its own numbers."""
@@ -200,14 +180,12 @@ def unpack_(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
         if type(part) is not nn.MultiheadAttention or not is_open(part) or not wanted:
             continue
         layers = projections(part, made)
-        for held in HELD:
-            del part._parameters[held]
-        part.register_parameter("in_proj_weight", None)
+        part._parameters.update(dict.fromkeys(HELD))
         part.__class__ = Attention
         part._qkv_same_embed_dim = False  # as torch calls it where the three are apart
         vars(part)["_modules"] = {**layers, **part._modules}
         if type(part.out_proj) is NonDynamicallyQuantizableLinear:
-            part.out_proj.__class__ = nn.Linear
+            _become(part.out_proj, nn.Linear)
     for tensor in made.values():
         tensor.data = tensor.data.clone()
     return model
@@ -221,28 +199,31 @@ def pack_(model: nn.Module) -> nn.Module:
     """
     made: dict[tuple[int, ...], nn.Parameter] = {}
 
-    def put_together(parts: list[nn.Parameter]) -> nn.Parameter:
+    def put_together(parts: list[Tensor]) -> nn.Parameter:
         whole = torch.cat([part.detach() for part in parts])
         whole = nn.Parameter(whole, any(part.requires_grad for part in parts))
         return made.setdefault(tuple(map(id, parts)), whole)
 
     for part in list(model.modules()):
-        layers = list(part.children())
-        if not isinstance(part, Attention) or any(type(layer) is not nn.Linear for layer in layers):
+        if not isinstance(part, Attention) or {*map(type, part.children())} != {nn.Linear}:
             continue
-        weights = [layer.weight for layer in layers[:3]]
-        biases = [layer.bias for layer in layers[:3]]
+        layers = [cast(nn.Linear, part._modules[name]) for name in PROJECTIONS]
+        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
         part._qkv_same_embed_dim = part.embed_dim == part.kdim == part.vdim
-        held = dict.fromkeys(HELD)
+        held: dict[str, Any] = dict.fromkeys(HELD)
         if part._qkv_same_embed_dim:
             held["in_proj_weight"] = put_together(weights)
         else:
             held.update(zip(SEPARATE, weights, strict=True))
         if biases[0] is not None:
             held["in_proj_bias"] = put_together(biases)
-        others = {name: p for name, p in part._parameters.items() if name not in held}
-        vars(part)["_parameters"] = {**held, **others}
+        part._parameters.update(held)
         vars(part)["_modules"] = {"out_proj": part.out_proj}
-        part.__class__ = nn.MultiheadAttention
-        part.out_proj.__class__ = NonDynamicallyQuantizableLinear
+        _become(part.out_proj, NonDynamicallyQuantizableLinear)
+        _become(part, nn.MultiheadAttention)
     return model
+
+
+def _become(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Make a module one of another class that holds the same, hooks and all."""
+    module.__class__ = kind

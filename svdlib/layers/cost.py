@@ -180,9 +180,7 @@ PRODUCTS = {
 }
 
 
-def _seconds(
-    model: nn.Module, parts: nn.Module, x: Batch, call: Call | None
-) -> dict[str, float]:
+def _seconds(model: nn.Module, parts: nn.Module, x: Batch, call: Call | None) -> dict[str, float]:
     """Seconds of one run of the model, and of each layer in another, of the model taken apart."""
     layers = whole_layers(parts)
     taken = dict.fromkeys(layers, 0.0)

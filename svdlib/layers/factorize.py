@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from itertools import chain
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,10 @@ def factorize(
     Either way the singular values are shared evenly, √σ to each factor. Factors keep the
     weight's type, device, mode and ``requires_grad``; the model is not changed.
 
+    An ``nn.MultiheadAttention`` has the layers q_proj, k_proj, v_proj and out_proj. In the copy
+    these are layers of their own where one of them is factorized, in a subclass of the same
+    arguments and outputs, without torch's fused ways.
+
     A layer is left as it was, with a warning that names it, where two factors would not store
     less, r (m + n) ≥ m n. One that is factorized already is factorized anew from the product of
     its factors, where the rank is lower.
@@ -82,8 +87,8 @@ def factorize(
         ValueError: a model without matrices, an unknown layer, a rank that is not whole and
             positive (or a fraction), NaN or infinite weights, empty or non-finite calibration
             inputs. Also a layer that can't be factorized, if it is named: a subclass of a plain
-            layer (such as in ``nn.MultiheadAttention``) or a parametrized one, one with hooks, an
-            Embedding with ``max_norm``, one whose weight is shared with a layer of which the
+            layer or a parametrized one, one with hooks, a parameter that a module reads itself (an
+            LSTM's; `project_` takes these), an Embedding with ``max_norm``, one whose weight is shared with a layer of which the
             same rank is not asked, or which is no Linear or Embedding. If it is not
             named, it is left as it was, with a warning. So is a layer, where calibration inputs
             show it, whose weight the model reads without calling the layer: its factors would be
@@ -103,7 +108,8 @@ def factorize(
     named = ranks if isinstance(ranks, Mapping) else None
     earlier = low_rank_layers(duplicate(model))
     model = merge(model) if earlier else model
-    layers, left = choose(opened(model), named, "factorize", twin=True)
+    found, left = choose(opened(model), named, "factorize", twin=True)
+    layers = cast(dict[str, Matrix], found)  # no factorized ones, since it is merged
     chosen: dict[str, int] = {}
     wanted = _ranks(layers, ranks)
     check_ties(model, wanted, "factorize")

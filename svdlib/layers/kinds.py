@@ -66,6 +66,7 @@ class LowRank(nn.Sequential):
       1 × 1 convolution (Zhang, Zou, He and Sun 2016, section 3.1); r for each of its groups.
     - A ConvTranspose1d, 2d or 3d is a 1 × 1 convolution to r channels, and a transposed one.
     - An Embedding of V rows is one of r columns, and a Linear that makes all columns of them.
+    - Of an ``nn.MultiheadAttention``, q_proj, k_proj, v_proj and out_proj are Linear.
 
     It stands in for the layer replaced: ``weight``, ``bias``, ``in_features``, ``kernel_size``
     and the like read as that layer's. The weight is multiplied out at each reading.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from typing import cast
 
 import pandas as pd
 import torch
@@ -352,7 +353,7 @@ def profiled_layers(model: nn.Module, names: Iterable[str] | None) -> dict[str, 
     for name, layer in layers.items():
         checks.finite(layer.weight, f"the weight of layer {name!r}")
     warn_of(left, depth=3)
-    return layers
+    return cast(dict[str, Matrix], layers)  # an opened model has no factorized ones
 
 
 def with_ties(profile: pd.DataFrame, layers: Mapping[str, Matrix]) -> pd.DataFrame:

@@ -102,10 +102,10 @@ def reveal_ranks(
         group = profile.drop_duplicates("layer").set_index("layer")["shared"]
         first = group.drop_duplicates()
         once = profile[profile.layer.isin(first.index)].drop(columns="shared")
-        ranks = reveal_ranks(
+        found = reveal_ranks(
             once, rule, tolerance=tolerance, parameters=parameters, increase=increase
         )
-        known = {weight: ranks[str(name)] for name, weight in first.items()}
+        known = {weight: found[str(name)] for name, weight in first.items()}
         return {str(name): known[weight] for name, weight in group.items()}
     layers = {str(name): table for name, table in profile.groupby("layer", sort=False)}
     if rule in ("budget", "level") and tolerance is not None:

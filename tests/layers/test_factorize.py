@@ -355,8 +355,10 @@ def test_a_factorized_model_is_profiled_by_its_whole_layers():
     verified = svdlib.verify_ranks(small, ranks, x, y)
     loss = nn.functional.cross_entropy(smaller(x), y).item()
     assert verified["loss"] == pytest.approx(loss, rel=1e-5)
-    assert verified["parameters"] == parameters(smaller) == 50 + sum(
-        ranks[name] * size for name, size in (("0", 70), ("2", 50))
+    assert (
+        verified["parameters"]
+        == parameters(smaller)
+        == 50 + sum(ranks[name] * size for name, size in (("0", 70), ("2", 50)))
     )
     one = {"0": 3}
     count = svdlib.verify_ranks(small, one, x, y)["parameters"]

@@ -340,6 +340,11 @@ def test_tied_layers_get_one_rank_from_profiles_and_searches():
     assert parts["head"][shape].iloc[0].tolist() == [40, 16]
     for ranks in (
         svdlib.reveal_ranks(profile, "energy", tolerance=0.5),
+        svdlib.reveal_ranks(profile, "budget", parameters=400),
+        svdlib.reveal_ranks(svdlib.predicted_profile(model, x, y), "level", parameters=400),
+        svdlib.reveal_ranks(
+            svdlib.loss_profile(model, [(x, y)], progress=False), "budget", increase=0.5
+        ),
         svdlib.search_ranks(model, x, y, lambda rows: rows.increase <= 0.5),
     ):
         assert ranks["embed"] == ranks["head"]

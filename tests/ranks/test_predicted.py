@@ -122,5 +122,7 @@ def test_a_shared_weight_is_predicted_as_one():
 def test_batches_are_refused_in_a_sentence(case):
     model, x, y = case
     for data in ([(x, y)], (x, y)):
-        with pytest.raises(ValueError, match="inputs and labels as two tensors.*loss_profile takes"):
+        with pytest.raises(
+            ValueError, match=r"inputs and labels as two tensors.*loss_profile takes"
+        ):
             predicted_profile(model, data)
