@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -199,7 +199,7 @@ def pack_(model: nn.Module) -> nn.Module:
     """
     made: dict[tuple[int, ...], nn.Parameter] = {}
 
-    def put_together(parts: list[Tensor]) -> nn.Parameter:
+    def put_together(parts: Sequence[Tensor]) -> nn.Parameter:
         whole = torch.cat([part.detach() for part in parts])
         whole = nn.Parameter(whole, any(part.requires_grad for part in parts))
         return made.setdefault(tuple(map(id, parts)), whole)

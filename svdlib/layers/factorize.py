@@ -88,11 +88,11 @@ def factorize(
             positive (or a fraction), NaN or infinite weights, empty or non-finite calibration
             inputs. Also a layer that can't be factorized, if it is named: a subclass of a plain
             layer or a parametrized one, one with hooks, a parameter that a module reads itself (an
-            LSTM's; `project_` takes these), an Embedding with ``max_norm``, one whose weight is shared with a layer of which the
-            same rank is not asked, or which is no Linear or Embedding. If it is not
-            named, it is left as it was, with a warning. So is a layer, where calibration inputs
-            show it, whose weight the model reads without calling the layer: its factors would be
-            multiplied at every call.
+            LSTM's; `project_` takes these), an Embedding with ``max_norm``, one whose weight is
+            shared with a layer of which the same rank is not asked, or which is no Linear or
+            Embedding. If it is not named, it is left as it was, with a warning. So is a layer,
+            where calibration inputs show it, whose weight the model reads without calling the
+            layer: its factors would be multiplied at every call.
 
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(100, 80), nn.ReLU(), nn.Linear(80, 60))
