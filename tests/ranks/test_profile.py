@@ -12,6 +12,7 @@ from modules import network
 from torch import nn
 
 import svdlib
+from svdlib.layers.kinds import whole_layers
 
 # Tolerances: ten times the worst seen, on kernels with and without AVX. Losses are near one.
 
@@ -22,8 +23,8 @@ KINDS = ["tanh", "in-place relu", "convolutions", "groups", "tied", "residual", 
 def paper(model, layer, rank, x, y):
     """The paper's procedure: an SVD, the weight replaced, a whole forward pass."""
     model = copy.deepcopy(model).eval()
-    weight = model.get_submodule(layer).weight.data
-    groups = getattr(model.get_submodule(layer), "groups", 1)
+    part = whole_layers(model)[layer]  # an attention's are views of its packed weight
+    weight, groups = part.weight.data, getattr(part, "groups", 1)
     for W in weight.chunk(groups):  # each group of channels has a matrix of its own
         U, S, Vh = torch.linalg.svd(W.flatten(1), full_matrices=False)
         S[rank:] = 0
