@@ -1,5 +1,6 @@
 """How much of a neural network's weights does it need?"""
 
+from svdlib.compress import Compressed, compress
 from svdlib.data import Data, load
 from svdlib.ensemble.networks import MLPEnsemble
 from svdlib.ensemble.projection import Projection
@@ -20,10 +21,12 @@ from svdlib.ranks.rules import reveal_ranks
 
 __all__ = [
     "SVD",
+    "Compressed",
     "Data",
     "LowRank",
     "MLPEnsemble",
     "Projection",
+    "compress",
     "cost",
     "export_onnx",
     "factorize",

@@ -56,7 +56,8 @@ class Attention(nn.MultiheadAttention):
             inputs = (query[None], key[None], value[None])
             key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
         elif not self.batch_first:
-            inputs = (query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1))
+            turned = {id(x): x.transpose(0, 1) for x in inputs}  # what is one input, stays one
+            inputs = (turned[id(query)], turned[id(key)], turned[id(value)])
         layers = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (layer(x) for layer, x in zip(layers, inputs, strict=True))
         masks = [self._on_keys(key_padding_mask, q, k), self._on_pairs(attn_mask, q, k)]

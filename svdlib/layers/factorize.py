@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import chain
-from typing import cast
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from svdlib import checks, threads
 from svdlib.layers.attention import pack_, unpack_
+from svdlib.layers.calibrate import Fit, Mask, call_order, fit, input_sums, paired_sums
 from svdlib.layers.kinds import (
-    TRANSPOSED,
     LowRank,
     Matrix,
     apart,
@@ -24,12 +26,10 @@ from svdlib.layers.kinds import (
     duplicate,
     evaluating,
     groups,
-    hooked,
     low_rank_layers,
     matrix,
     matrix_layers,
     replace_module,
-    rows,
     stored,
     take_no_fused_way,
     thin_twins,
@@ -37,7 +37,9 @@ from svdlib.layers.kinds import (
     warn_of,
 )
 from svdlib.linalg.svd import truncated_svd
-from svdlib.objective import Batch, Batches, Call, at_home, cut, prepared
+from svdlib.objective import Batch, Batches, Call, at_home, cut, prepared, refuse_once
+
+Step = TypeVar("Step")
 
 
 @threads.making()
@@ -47,6 +49,9 @@ def factorize(
     *,
     calibration: Batches | None = None,
     call: Call | None = None,
+    mask: Mask | None = None,
+    sequential: bool = False,
+    progress: bool = True,
 ) -> nn.Module:
     """A copy of a model in which weight matrices W (m × n) are products of thin factors.
 
@@ -62,6 +67,11 @@ def factorize(
     rank-deficient C does not have. A layer without a bias takes the second moment for C, and so
     does a transposed convolution, whose windows overlap. Layers that share a weight, such as an
     embedding and an output layer, share its factors, and take the best approximation in itself.
+
+    With ``sequential``, layers are cut in the order in which they are called, each fitted on the
+    inputs x̃ that the layers cut before it leave, to what the dense network's layer puts out on
+    its own inputs x, see `calibrate.Fit`: later layers make up for the errors of earlier ones. It
+    takes two passes a layer, and is worth it where much is cut.
 
     Either way the singular values are shared evenly, √σ to each factor. Factors keep the
     weight's type, device, mode and ``requires_grad``; the model is not changed.
@@ -82,6 +92,10 @@ def factorize(
             once. By default the last of a tuple is left out where the model takes one less, and
             "labels" of a mapping, whose values are keyword arguments.
         call: ``call(model, batch)`` calls the model on a batch in another way.
+        mask: ``mask(batch)`` gives the places (n, T) that count where the others are padding. By
+            default a mapping's "attention_mask", if it has one.
+        sequential: calibrate one layer after the other; the data are looked at many times.
+        progress: show a progress bar where calibration takes longer than some seconds.
 
     Raises:
         ValueError: a model without matrices, an unknown layer, a rank that is not whole and
@@ -90,9 +104,10 @@ def factorize(
             layer or a parametrized one, one with hooks, a parameter that a module reads itself (an
             LSTM's; `project_` takes these), an Embedding with ``max_norm``, one whose weight is
             shared with a layer of which the same rank is not asked, or which is no Linear or
-            Embedding. If it is not named, it is left as it was, with a warning. So is a layer,
-            where calibration inputs show it, whose weight the model reads without calling the
-            layer: its factors would be multiplied at every call.
+            Embedding. If it is not named, it is left as it was, with a warning. So is a layer that
+            calibration does not reach, and one, where calibration inputs show it, whose weight
+            the model reads without calling the layer: its factors would be multiplied at every
+            call. Calibration that reaches no layer.
 
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(100, 80), nn.ReLU(), nn.Linear(80, 60))
@@ -104,6 +119,52 @@ def factorize(
       (0): Linear(in_features=100, out_features=10, bias=False)
       (1): Linear(in_features=10, out_features=80, bias=True)
     )
+    """
+    if calibration is None:
+        if sequential or mask is not None:
+            raise ValueError("sequential=True and mask are about calibration, which is not given")
+        return shrunk(model, ranks, as_they_are)
+    if torch.is_tensor(calibration) and len(calibration) == 0:
+        raise ValueError("calibration is empty; some hundreds of inputs would do")
+    if sequential:
+        refuse_once(calibration, "calibration of one layer after the other")
+    batches = cut(calibration, BATCH)
+    with torch.random.fork_rng(devices=[]):  # a DataLoader draws random numbers
+        few = next(batches)
+        if sequential:
+            fits = partial(
+                one_after_another, calibration, call, mask, opened(duplicate(model)), progress
+            )
+        else:
+            fits = partial(together, chain([few], batches), call, mask, progress)
+        return shrunk(model, ranks, fits, few, call)
+
+
+class Approximations(Protocol):
+    """Factors of any rank of a layer's matrix, and what its bias changes by, see `Fit.at`."""
+
+    def at(self, rank: int) -> tuple[Tensor, Tensor, Tensor | None]: ...
+
+
+# Given a model and some of its layers, their fits, None where it is the truncated SVD; the layer
+# is replaced before the next one is asked for. What is left out has no inputs.
+Fits = Callable[[nn.Module, Mapping[str, Matrix]], Iterable[tuple[str, Approximations | None]]]
+
+# Inputs of a call, where calibration is given whole.
+BATCH = 128
+
+
+def shrunk(
+    model: nn.Module,
+    ranks: float | Mapping[str, int],
+    fits: Fits,
+    few: Batch = None,
+    call: Call | None = None,
+    depth: int = 4,  # a context wraps factorize, which calls this
+) -> nn.Module:
+    """`factorize` by these fits; with a batch, layers whose weight is read are looked for.
+
+    Warnings are those of a caller ``depth`` calls above this one's.
     """
     named = ranks if isinstance(ranks, Mapping) else None
     earlier = low_rank_layers(duplicate(model))
@@ -131,28 +192,72 @@ def factorize(
     layers = {name: layer for name, layer in matrix_layers(small).items() if name in chosen}
     tied = {name: names for names in ties(layers) for name in names}
     alone = {name: layer for name, layer in layers.items() if name not in tied}
-    inputs, few = {}, None
-    if calibration is not None:
-        if torch.is_tensor(calibration) and len(calibration) == 0:
-            raise ValueError("calibration is empty; some hundreds of inputs would do")
-        with torch.random.fork_rng(devices=[]):  # a DataLoader draws random numbers
-            batches = cut(calibration, 16)
-            few = next(batches)
-            inputs = _input_moments(small, alone, chain([few], batches), call)
+    twins = thin_twins(layers, chosen)
+    unseen = set(alone)
     with torch.no_grad():
-        for name, thin in thin_twins(layers, chosen).items():
-            _fill(thin, layers[name], inputs.get(name))
-            small = replace_module(small, layers[name], thin)
+        for name, best in chain(dict.fromkeys(tied).items(), fits(small, alone)):
+            _fill(twins[name], layers[name], best)
+            small = replace_module(small, layers[name], twins[name])
+            unseen.discard(name)
+    if unseen and len(unseen) == len(chosen):
+        raise ValueError(f"calibration does not reach layer {next(iter(alone))!r}, nor any other")
+    left.update({name: "calibration does not reach it" for name in alone if name in unseen})
     take_no_fused_way(small)
-    for name in [] if calibration is None else _read(small, few, call):
+    for name in [] if few is None else weights_read(small, few, call):
         if named is not None:
             raise ValueError(f"can't factorize layer {name!r}: {READ}; leave it out of the ranks")
         for each in tied.get(name, [name]):
             left[each] = READ
             small = replace_module(small, low_rank_layers(small).get(each, small), layers[each])
     pack_(small)
-    warn_of(left, depth=3)  # a context wraps this call
+    warn_of(left, depth)
     return small
+
+
+def as_they_are(model: nn.Module, layers: Mapping[str, Matrix]) -> Iterator[tuple[str, None]]:
+    """No fit: the truncated SVD of each."""
+    yield from dict.fromkeys(layers).items()
+
+
+def together(
+    batches: Iterable[Batch],
+    call: Call | None,
+    mask: Mask | None,
+    progress: bool,
+    model: nn.Module,
+    layers: Mapping[str, Matrix],
+) -> Iterator[tuple[str, Fit]]:
+    """Fits on the inputs in the dense network, from one pass over the batches."""
+    sums = input_sums(model, layers, shown(batches, progress, "calibration"), call, mask)
+    for name in [name for name in layers if name in sums]:
+        yield name, fit(layers[name], sums.pop(name))
+
+
+def one_after_another(
+    calibration: Batches,
+    call: Call | None,
+    mask: Mask | None,
+    dense: nn.Module,
+    progress: bool,
+    model: nn.Module,
+    layers: Mapping[str, Matrix],
+) -> Iterator[tuple[str, Fit]]:
+    """Fits in the order of the calls, each on the inputs that those cut before it leave."""
+    order, once = call_order(model, layers, next(cut(calibration, BATCH)), call)
+    for names in shown(order, progress, "layers"):
+        alone = once.issuperset(names)
+        sums = paired_sums(dense, model, names, cut(calibration, BATCH), call, mask, alone)
+        for name in names:
+            yield name, fit(layers[name], sums[name])
+
+
+def shown(steps: Iterable[Step], progress: bool, what: str) -> Iterable[Step]:
+    """With a progress bar, once it takes longer than some seconds.
+
+    >>> list(shown([1, 2], False, "numbers"))
+    [1, 2]
+    """
+    return tqdm(steps, desc=what, disable=not progress, delay=3, leave=False)
 
 
 READ = "the model reads its weight without calling it, which would multiply the factors each time"
@@ -168,8 +273,12 @@ class _Watched(LowRank):
         return super().weight
 
 
-def _read(model: nn.Module, batch: Batch, call: Call | None) -> list[str]:
-    """The factorized layers whose weight a call of the model reads."""
+def weights_read(model: nn.Module, batch: Batch, call: Call | None) -> list[str]:
+    """The factorized layers whose weight a call of the model reads.
+
+    >>> weights_read(factorize(nn.Linear(30, 20), 2), torch.rand(1, 30), None)
+    []
+    """
     layers = low_rank_layers(model)
     try:
         for layer in layers.values():
@@ -232,96 +341,23 @@ def _ranks(layers: Mapping[str, Matrix], ranks: float | Mapping[str, int]) -> di
     return dict.fromkeys(layers, checks.positive_int(ranks, "rank"))
 
 
-def _fill(thin: LowRank, layer: Matrix, inputs: tuple[Tensor, Tensor] | None) -> None:
-    """Give two thin layers the factors of a layer's matrix, on inputs of these moments."""
+def _fill(thin: LowRank, layer: Matrix, found: Approximations | None) -> None:
+    """Give two thin layers the factors of a layer's matrix, the best in itself or by a fit."""
     A, rank = matrix(layer), thin.rank
-    first, second = thin.factors
-    old, new = bias(layer), bias(second)
-    shift: Tensor | int = 0
-    if inputs is None:
+    old, new = bias(layer), bias(thin.factors[1])
+    shift = None
+    if found is None:
         U, S, Vh = truncated_svd(A, rank)
     else:
-        mean, moment = inputs
-        weighed = A.double() * moment if moment.ndim == 1 else A.double() @ moment
-        left = torch.linalg.eigh(weighed @ A.double().mT).eigenvectors[..., -rank:]
-        inner, S, Vh = truncated_svd(left.mT.to(A.dtype) @ A, rank)
+        left, right, shift = found.at(rank)
+        inner, S, Vh = truncated_svd(right.to(A.dtype), rank)
         U = left.to(A.dtype) @ inner
-        if old is not None and _is_centred(layer):
-            lost = A.double() - (U * S.unsqueeze(-2)).double() @ Vh.double()
-            shift = (lost @ mean.unsqueeze(-1)).flatten().to(old.dtype)
     root = S.sqrt()
+    first, second = thin.factors
     first.weight.copy_(as_weight(first, root.unsqueeze(-1) * Vh))
     second.weight.copy_(as_weight(second, U * root.unsqueeze(-2)))
     for factor in (first, second):
         factor.weight.requires_grad_(layer.weight.requires_grad)
     if old is not None and new is not None:
-        new.copy_(old + shift).requires_grad_(old.requires_grad)
-
-
-def _is_centred(layer: Matrix) -> bool:
-    """Whether a change of the bias makes up for a change of the matrix at the mean input."""
-    return bias(layer) is not None and not isinstance(layer, TRANSPOSED)
-
-
-def _sums(layer: Matrix, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Of vectors x, as `rows` gives them, their sum and the sum of their squares (…, n, n).
-
-    Of an Embedding's, which have a single one each, that is diagonal, (n,).
-    """
-    if isinstance(layer, nn.Embedding):
-        times = x.long().bincount(minlength=layer.num_embeddings).double()
-        return times, times
-    each = x.movedim(0, -2)
-    return x.sum(0), each.mT @ each
-
-
-@torch.no_grad()
-def _input_moments(
-    model: nn.Module,
-    layers: Mapping[str, Matrix],
-    calibration: Iterable[Batch],
-    call: Call | None,
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean (n,) and covariance (n, n) of what each layer's matrix is applied to, in float64.
-
-    For a layer without bias the second moment takes the covariance's place. Of g groups both are
-    (g, …); of an Embedding the second moment is diagonal, (n,).
-    """
-    counts = dict.fromkeys(layers, 0)
-    sums: dict[str, Tensor] = {}
-    squares: dict[str, Tensor] = {}
-    waiting: dict[str, list[Tensor]] = {name: [] for name in layers}
-
-    def add(name: str) -> None:
-        x = torch.cat(waiting[name])
-        waiting[name].clear()
-        counts[name] += len(x)
-        total, square = _sums(layers[name], x)
-        sums[name] = sums.get(name, 0) + total
-        squares[name] = squares.get(name, 0) + square
-
-    def note(name: str, inputs: tuple[Tensor, ...]) -> None:
-        # a copy: the model may go on to work on its input in place
-        waiting[name].append(rows(layers[name], inputs[0]).to(torch.float64, copy=True))
-        if sum(map(len, waiting[name])) >= 1024:  # products of few rows at a time are slow
-            add(name)
-
-    with evaluating(model), hooked(layers, before=note):
-        for batch in calibration:
-            if torch.is_tensor(batch):
-                checks.finite(batch, "calibration")
-            prepared(model, at_home(model, batch), call)()  # a copy, as above
-    for name in layers:
-        if waiting[name]:
-            add(name)
-    unused = [name for name in layers if not counts[name]]
-    if unused:
-        raise ValueError(f"calibration does not reach layer {unused[0]!r}")
-    moments = {}
-    for name, layer in layers.items():
-        mean, moment = sums[name] / counts[name], squares[name] / counts[name]
-        checks.finite(moment, f"what calibration gives to layer {name!r}")
-        if _is_centred(layer):
-            moment = moment - mean.unsqueeze(-1) * mean.unsqueeze(-2)
-        moments[name] = (mean, moment)
-    return moments
+        moved = old if shift is None else old + shift.flatten().to(old.dtype)
+        new.copy_(moved).requires_grad_(old.requires_grad)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
 from typing import cast
 
@@ -146,7 +146,7 @@ class Task:
     def means(
         self,
         model: nn.Module,
-        variants: Callable[[], Iterable[Mapping[Tensor, Tensor]]],
+        variants: Callable[[], Iterable[AbstractContextManager[nn.Module | None]]],
         number: int,
         progress: bool = False,
     ) -> dict[str, list[float]]:
@@ -156,7 +156,8 @@ class Task:
         batches.
 
         Args:
-            variants: gives for each the weights to be replaced, and what by.
+            variants: gives for each a context in which the model is another, or which gives
+                another model, see `replaced`.
 
         Raises:
             ValueError: empty data, NaN or infinite losses of the model itself, a variant with
@@ -171,9 +172,9 @@ class Task:
                 raise ValueError("the model gives NaN or infinite losses on these data")
             moments = moments or Moments.zeros(1 + number, full.device)
             moments.take(0, full, right, full)
-            for row, weights in enumerate(variants(), 1):
-                with replaced(weights):
-                    losses, right = self.judge(model, batch)
+            for row, variant in enumerate(variants(), 1):
+                with variant as other:
+                    losses, right = self.judge(model if other is None else other, batch)
                 if losses.shape != full.shape:
                     raise ValueError(
                         f"the objective gives {len(full)} losses for a batch, and {len(losses)} "
@@ -225,6 +226,17 @@ def task(
     if not is_whole(data):
         return Task(data, objective, accuracy, None)
     return Task(data, objective, accuracy, _fitting(model, data, objective, accuracy, memory))
+
+
+def whole_task(
+    model: nn.Module, data: Batches, objective: Objective | None, accuracy: Objective | None
+) -> Task:
+    """As `task`, without fast ways. In `measuring`."""
+    memory = 2**28
+    found = task(model, data, None, objective, accuracy, memory)
+    if isinstance(found, Task):
+        return found
+    return Task(found, None, None, _fitting(model, found, None, None, memory))
 
 
 def _are_many(x: Batch, y: object) -> bool:

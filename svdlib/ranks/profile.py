@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -280,12 +281,12 @@ class _Replaced:
         found.attrs["loss"] = means["loss"][0]
         return found
 
-    def _cut(self, ranks: Mapping[str, Sequence[int]]) -> Iterator[dict[Tensor, Tensor]]:
+    def _cut(self, ranks: Mapping[str, Sequence[int]]) -> Iterator[AbstractContextManager[None]]:
         """Each layer's weight at each of its ranks."""
         for name, layer in self.layers.items():
             U, S, Vh = self.factors[name]
             for rank in ranks[name]:
-                yield {layer.weight: cut_weight(layer, U * S.unsqueeze(-2), Vh, rank)}
+                yield replaced({layer.weight: cut_weight(layer, U * S.unsqueeze(-2), Vh, rank)})
 
 
 def _of_all_groups(S: Tensor) -> list[float]:

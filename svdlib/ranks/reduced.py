@@ -208,7 +208,7 @@ class _Reduced:
     def means(self, weights: Mapping[Tensor, Tensor]) -> tuple[dict[str, float], float]:
         """`Moments.means` with these weights replaced, and the accuracy of the network itself."""
         if isinstance(self.given, Task):
-            both = self.given.means(self.model, lambda: [weights], 1)
+            both = self.given.means(self.model, lambda: [replaced(weights)], 1)
             return {name: mean for name, [_, mean] in both.items()}, both["accuracy"][0]
         images, labels = self.given
         moments = Moments.zeros(1, images.device)

@@ -15,7 +15,7 @@ WHOLE = (
     *("seeds", "paper_seeds", "deviation_seeds", "sweep_seeds", "graded", "projected"),
     *("epochs", "paper_epochs", "paper_more", "finetune", "wide_epochs"),
     *("rank", "start_rank", "narrow_rank", "validation", "wide_images", "bench_images"),
-    *("draws", "repeats"),
+    *("draws", "repeats", "texts", "pairs"),
 )
 LISTS = ("ranks", "paper_ranks", "wide_ranks", "race_ranks", "counts", "budgets", "oversamples")
 WIDTHS = ("sizes", "paper_sizes", "wide", "narrow", "widths")

@@ -620,3 +620,65 @@ def payoff(table: pd.DataFrame, side: int, title: str = "") -> Figure:
     axis.minorticks_off()
     axis.legend()
     return figure
+
+
+def kept(reports: pd.DataFrame, title: str = "") -> Figure:
+    """The share of its weights that each layer of a transformer keeps, a panel a network.
+
+    Columns share, layer ("….N.KIND"), rank (NaN if dense), parameters, dense_parameters; rows
+    without a number N in the layer's name are left out.
+    """
+    reports = reports.reset_index(drop=True)
+    names = reports.layer.str.extract(r"\.(?P<number>\d+)\.(?P<kind>.+)$")
+    table = reports.join(names).dropna(subset="number")
+    table["kept"] = (table.parameters / table.dense_parameters).clip(upper=1)
+    shares = sorted(table.share.unique(), reverse=True)
+    figure, axes = plt.subplots(
+        1, len(shares), figsize=(2.4 + 2.9 * len(shares), 3.4), sharey=True, squeeze=False
+    )
+    for axis, share in zip(axes[0], shares, strict=True):
+        part = table[table.share == share]
+        grid = part.pivot(index="kind", columns="number", values="kept")
+        grid = grid.loc[part.kind.unique()]
+        sns.heatmap(100 * grid, ax=axis, vmin=0, vmax=100, cmap="viridis", annot=True, fmt=".0f")
+        axis.set_title(f"{share:.0%} left", fontweight="normal", fontsize=11)
+        axis.set(xlabel="layer", ylabel="")
+        axis.collections[0].colorbar.remove()
+    figure.suptitle(f"{title} (%)", x=0.01, ha="left", fontweight="bold")
+    return figure
+
+
+# What these papers do, or anybody, in grey.
+OF_OTHERS = ("plain", "FWSVD", "ASVD", "SVD-LLM")
+
+
+def retrieval(table: pd.DataFrame, title: str = "") -> Figure:
+    """Differences of recall@1 to the dense network, with 95 % intervals, by share and form.
+
+    Columns form, share, more_recall, more_recall_low, more_recall_high.
+    """
+    figure, axis = plt.subplots(figsize=(8, 4.6))
+    table = table[table.form != "dense"]
+    forms = table.groupby("form").more_recall.mean().sort_values(ascending=False).index
+    markers, greys = itertools.cycle("osD^vP"), itertools.cycle(["0.2", "0.4", "0.55", "0.7"])
+    for place, form in enumerate(forms):
+        part = table[table.form == form].sort_values("share")
+        low, high = part.more_recall - part.more_recall_low, part.more_recall_high
+        spread = np.stack([low, high - part.more_recall])
+        at = 100 * part.share + 0.7 * (place - (len(forms) - 1) / 2)
+        theirs = form in OF_OTHERS
+        axis.errorbar(
+            at,
+            part.more_recall,
+            spread,
+            fmt=next(markers) + ("--" if theirs else "-"),
+            color=next(greys) if theirs else None,
+            label=form,
+            capsize=2,
+            linewidth=0.8,
+        )
+    axis.axhline(0, color="k", linewidth=1)
+    axis.set(xlabel="weights left in the encoder (%)", ylabel="points of recall@1 more than dense")
+    axis.set(title=title, xticks=sorted(100 * table.share.unique()))
+    axis.legend(fontsize=8.5)
+    return figure

@@ -206,6 +206,32 @@ def _shrunk() -> str:
     return _table(rows(), *heads)
 
 
+def _your_network() -> str:
+    table = _results("10_your_network")
+    dense = table[table.form == "dense"].iloc[0]
+
+    def more(row: pd.Series) -> str:
+        return f"{row.more_recall:.1f} [{row.more_recall_low:.1f}, {row.more_recall_high:.1f}]"
+
+    def rows() -> Iterator[tuple[str, ...]]:
+        for share in (0.8, 0.6, 0.4):
+            here = table[table.share == share].set_index("form")
+            best = here.loc[["FWSVD", "ASVD", "SVD-LLM"]].nlargest(1, "recall").iloc[0]
+            ours = (more(here.loc[[form]].iloc[0]) for form in ("compress", "trained on"))
+            yield (
+                f"{100 * share:.0f} %",
+                more(here.loc[["plain"]].iloc[0]),
+                f"{more(best)}, {best.name}",
+                *ours,
+            )
+
+    count = f"{dense.queries:,.0f} queries, {dense.recall:.1f} % by the dense network"
+    heads = ("weights left in the encoder", "truncated SVD", "best of three other formulas")
+    return f"Points of recall@1 more than dense ({count}):\n\n" + _table(
+        rows(), *heads, "`compress`", "`compress`, trained on"
+    )
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "finding": _finding,
     "curves": _curves,
@@ -215,4 +241,5 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "rules": _rules,
     "one layer at a time": _alone,
     "shrunk": _shrunk,
+    "your network": _your_network,
 }

@@ -54,6 +54,7 @@ SMALL = {
         "narrow_rank": "4",
         "everything": "true",
     },
+    "10_your_network": {"texts": "4", "pairs": "6", "shares": "[0.6]"},
     "09_explorer": {"seeds": "2", "epochs": "2"},
 }
 
@@ -62,11 +63,15 @@ def test_every_notebook_has_a_small_case():
     assert sorted(SMALL) == sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 
 
+# One has no images.
+IMAGES: dict[str, dict[str, str]] = {"10_your_network": {}}
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_small_case(name, tmp_path, mnist):
     (outcome,) = runner.run(
         [name],
-        {"train_images": "640", "progress": "false", **SMALL[name]},
+        {"progress": "false", **IMAGES.get(name, {"train_images": "640"}), **SMALL[name]},
         out=tmp_path / "runs",
         figures=tmp_path / "figures",
         folder=FOLDER,

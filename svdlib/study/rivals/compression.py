@@ -1,0 +1,117 @@
+"""Other formulas for the factors of a layer of a trained network, to compare with: in a few lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from svdlib.layers.calibrate import input_sums
+from svdlib.layers.factorize import shrunk
+from svdlib.layers.kinds import Matrix, evaluating, hooked, matrix, matrix_layers
+from svdlib.objective import Batch
+
+
+@dataclass(frozen=True)
+class Product:
+    """Factors of all ranks: the leading columns and rows of two matrices (m, k) and (k, n)."""
+
+    left: Tensor
+    right: Tensor
+
+    def at(self, rank: int) -> tuple[Tensor, Tensor, None]:
+        """Those of one rank; the bias stays."""
+        return self.left[:, :rank], self.right[:rank], None
+
+
+def svd_llm(model: nn.Module, ranks: Mapping[str, int], data: Sequence[Batch]) -> nn.Module:
+    """SVD-LLM's data whitening (Wang et al. 2024, section 3.1): the SVD of W S, X Xᵀ = S Sᵀ.
+
+    >>> _ = torch.manual_seed(0)
+    >>> svd_llm(nn.Sequential(nn.Linear(30, 20)), {"0": 2}, [torch.rand(64, 30)])[0].rank
+    2
+    """
+    layers = {name: matrix_layers(model)[name] for name in ranks}
+    sums = input_sums(model, layers, data, None, None)
+
+    def found(name: str, W: Tensor) -> Product:
+        C = torch.as_tensor(sums[name].square) / sums[name].count
+        more = 1e-10 * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device)
+        S = torch.linalg.cholesky(C + more)
+        U, s, Vh = torch.linalg.svd(W @ S, full_matrices=False)
+        return Product(U * s, torch.linalg.solve_triangular(S.mT, Vh.mT, upper=True).mT)
+
+    return _made(model, ranks, found)
+
+
+def asvd(
+    model: nn.Module, ranks: Mapping[str, int], data: Sequence[Batch], alpha: float = 0.5
+) -> nn.Module:
+    """ASVD (Yuan et al. 2023, section 3.2): the SVD of W D, D the inputs' mean sizes to the α.
+
+    >>> _ = torch.manual_seed(0)
+    >>> asvd(nn.Sequential(nn.Linear(30, 20)), {"0": 2}, [torch.rand(64, 30)])[0].rank
+    2
+    """
+    layers = {name: matrix_layers(model)[name] for name in ranks}
+    sizes: dict[str, Tensor | float] = {}
+
+    def note(name: str, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].flatten(0, -2).double()
+        sizes[name] = sizes.get(name, 0.0) + x.abs().sum(0)
+
+    with torch.no_grad(), evaluating(model), hooked(layers, before=note):
+        for batch in data:
+            model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+    def found(name: str, W: Tensor) -> Product:
+        size = torch.as_tensor(sizes[name])
+        D = (size / size.mean()).clamp(min=1e-6) ** alpha
+        U, s, Vh = torch.linalg.svd(W * D, full_matrices=False)
+        return Product(U * s, Vh / D)
+
+    return _made(model, ranks, found)
+
+
+def fisher(
+    model: nn.Module,
+    ranks: Mapping[str, int],
+    data: Iterable[Batch],
+    loss: Callable[[nn.Module, Batch], Tensor],
+) -> nn.Module:
+    """FWSVD (Hsu et al. 2022, section 3.2): the SVD of D W, D the roots of each row's Fisher sum.
+
+    >>> _ = torch.manual_seed(0)
+    >>> model, x = nn.Sequential(nn.Linear(30, 20)), torch.rand(64, 30)
+    >>> fisher(model, {"0": 2}, [x], lambda model, x: model(x).square().mean())[0].rank
+    2
+    """
+    weights = {name: matrix_layers(model)[name].weight for name in ranks}
+    sums = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in weights.items()}
+    with torch.enable_grad(), evaluating(model):
+        for batch in data:
+            gradients = torch.autograd.grad(loss(model, batch), list(weights.values()))
+            for name, gradient in zip(weights, gradients, strict=True):
+                sums[name] += gradient.double().square()
+
+    def found(name: str, W: Tensor) -> Product:
+        D = sums[name].sum(1).sqrt()
+        D = (D / D.mean()).clamp(min=1e-6).unsqueeze(1)
+        U, s, Vh = torch.linalg.svd(D * W, full_matrices=False)
+        return Product(U * s / D, Vh)
+
+    return _made(model, ranks, found)
+
+
+def _made(
+    model: nn.Module, ranks: Mapping[str, int], found: Callable[[str, Tensor], Product]
+) -> nn.Module:
+    """The model with these factors."""
+
+    def fits(_: nn.Module, layers: Mapping[str, Matrix]) -> Iterator[tuple[str, Product]]:
+        for name, layer in layers.items():
+            yield name, found(name, matrix(layer).double())
+
+    return shrunk(model, ranks, fits)
