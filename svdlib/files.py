@@ -1,9 +1,12 @@
-"""Folders that several processes write to: one at a time."""
+"""Files that are there whole or not at all, and folders that several processes write to."""
 
 from __future__ import annotations
 
 import os
+import platform
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,3 +49,57 @@ def alone(folder: Path) -> Iterator[bool]:
         yield held
     finally:
         os.close(handle)
+
+
+# How a folder's name begins that a process of this machine has not finished; then comes which.
+UNFINISHED = f".svdlib-{platform.node()}-"
+
+
+def unfinished() -> str:
+    """How the name of this process's own begins."""
+    return f"{UNFINISHED}{os.getpid()}-{_birth(os.getpid())}-"
+
+
+def tidy(place: Path) -> None:
+    """Remove the unfinished folders of processes that are no more: what kills left behind."""
+    for folder in place.glob(f"{UNFINISHED}*"):
+        process, birth, *_ = [*folder.name.removeprefix(UNFINISHED).split("-"), ""]
+        if process.isdigit() and _birth(int(process)) != birth:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _birth(process: int) -> str:
+    """When it began, in ticks since the machine did; "0" where that isn't told, "" if it is no more.
+
+    A number alone would not do: others get it when its process has ended.
+    """
+    told = Path(f"/proc/{process}/stat")
+    if told.parent.parent.is_dir():
+        try:
+            state, *rest = told.read_text(errors="replace").rpartition(")")[2].split()
+        except OSError:
+            return ""
+        return "" if state in "ZX" else rest[18]
+    try:
+        if os.name == "posix":
+            os.kill(process, 0)
+    except ProcessLookupError:
+        return ""
+    except OSError:
+        pass
+    return "0"
+
+
+def put(path: Path, text: str) -> None:
+    """Write a file whole or not at all; the one that is there stays until then.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     put(Path(folder, "a"), "whole")
+    ...     os.listdir(folder)
+    ['a']
+    """
+    path = path.resolve()
+    tidy(path.parent)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=unfinished()) as part:
+        Path(part, path.name).write_text(text)
+        Path(part, path.name).replace(path)
