@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from distributed import Client, KilledWorker, as_completed
+from distributed import Client, KilledWorker
 from tqdm.auto import tqdm
 
 from svdlib import clock, files
@@ -262,15 +262,13 @@ def refresh(names: Sequence[str] = (), folder: Path = NOTEBOOKS) -> list[Outcome
 
     Progress bars are left out, so that a stored notebook shows results alone.
     """
-    notebooks = {str(path): path for path in find(names, folder)}
+    notebooks = find(names, folder)
 
     def outcomes(client: Client) -> Iterator[Outcome]:
-        futures = [
-            client.submit(refreshed, path.read_text(), str(path.parent.resolve()), key=name)
-            for name, path in notebooks.items()
-        ]
-        for future in as_completed(futures):
-            path = notebooks[future.key]
+        for path in notebooks:  # one after the other: a killed worker takes one along
+            future = client.submit(
+                refreshed, path.read_text(), str(path.parent.resolve()), pure=False
+            )
             try:
                 text, error, seconds = future.result()
             except KilledWorker:

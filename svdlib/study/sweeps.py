@@ -45,6 +45,9 @@ VERSION = version("svdlib")
 # A run that took its worker or its kernel along has this many tries in all.
 TRIES = 3
 
+# Kernels of a worker that is stopped take less (seconds).
+PATIENCE = 20
+
 # No result depends on these.
 ASIDE = {"figures", "progress"}
 
@@ -264,13 +267,15 @@ def _cluster(jobs: int, environment: Mapping[str, str]) -> LocalCluster:
 
 
 def _kill(cluster: LocalCluster) -> None:
-    """End its workers and their kernels, which live in sessions that no signal reaches."""
+    """End its workers; their kernels then end by `svdlib.study.execute.guarded`, and are waited for."""
     for nanny in list(cluster.workers.values()):
         nanny.close_gracefully()  # so that it starts no other
         if nanny.process and nanny.process.pid:
             with contextlib.suppress(psutil.NoSuchProcess):
                 worker = psutil.Process(nanny.process.pid)
-                _end(*worker.children(recursive=True), worker)
+                below = worker.children(recursive=True)
+                worker.kill()
+                _end(*psutil.wait_procs(below, timeout=PATIENCE)[1])
 
 
 def _end(*processes: psutil.Process) -> None:
