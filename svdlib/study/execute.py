@@ -124,6 +124,10 @@ if place:
 """
 
 
+# Those of this process, by number.
+guards: set[int] = set()
+
+
 @contextlib.contextmanager
 def guarded(place: str = "") -> Iterator[None]:
     """What is started inside ends with the block, or with this process, however that ends.
@@ -140,6 +144,7 @@ def guarded(place: str = "") -> Iterator[None]:
         stderr=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C is not for it
     )
+    guards.add(guard.pid)
     before = os.environ.get("SVDLIB_RUN")
     os.environ["SVDLIB_RUN"] = mark
     try:
@@ -150,6 +155,7 @@ def guarded(place: str = "") -> Iterator[None]:
         else:
             os.environ["SVDLIB_RUN"] = before
         guard.communicate()
+        guards.discard(guard.pid)
 
 
 def machine() -> dict[str, object]:

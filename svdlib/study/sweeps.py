@@ -37,7 +37,7 @@ from distributed.comm import CommClosedError
 import svdlib
 from svdlib import clock, files
 from svdlib.study import inputs
-from svdlib.study.execute import Done, cores, execute
+from svdlib.study.execute import Done, cores, execute, guards
 from svdlib.study.parameters import Values, combinations, declared, defaults
 
 VERSION = version("svdlib")
@@ -293,7 +293,7 @@ def _stop(client: Client, futures: Iterable[Future]) -> None:
 
 
 def _end_children() -> None:
-    _end(*psutil.Process().children(recursive=True))
+    _end(*(each for each in psutil.Process().children(recursive=True) if each.pid not in guards))
 
 
 @contextlib.contextmanager
