@@ -101,5 +101,5 @@ def put(path: Path, text: str) -> None:
     path = path.resolve()
     tidy(path.parent)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=unfinished()) as part:
-        Path(part, path.name).write_text(text)
+        Path(part, path.name).write_text(text, encoding="utf-8")
         Path(part, path.name).replace(path)

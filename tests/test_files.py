@@ -41,7 +41,7 @@ def test_a_file_is_put_whole_or_not_at_all(tmp_path, monkeypatch):
     files.put(link, "by a link")
     assert link.is_symlink() and path.read_text() == "by a link"
 
-    def half(place, text):
+    def half(place, text, encoding):
         place.write_bytes(text[:1].encode())
         raise OSError("full")
 

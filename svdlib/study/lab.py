@@ -63,7 +63,7 @@ def copies(folder: Path = NOTEBOOKS, lab: Path = LAB) -> list[str]:
                     )
                 continue
             if not copy.exists() or was != now:
-                files.put(copy, notebook.read_text())
+                files.put(copy, notebook.read_text("utf-8"))
             copied[notebook.name] = now
         files.put(record, json.dumps(copied, indent=1))
         for beside in ("runs", "figures"):

@@ -267,7 +267,7 @@ def refresh(names: Sequence[str] = (), folder: Path = NOTEBOOKS) -> list[Outcome
     def outcomes(client: Client) -> Iterator[Outcome]:
         for path in notebooks:  # one after the other: a killed worker takes one along
             future = client.submit(
-                refreshed, path.read_text(), str(path.parent.resolve()), pure=False
+                refreshed, path.read_text("utf-8"), str(path.parent.resolve()), pure=False
             )
             try:
                 text, error, seconds = future.result()
