@@ -82,11 +82,15 @@ def run(
     """
     notebooks = find(names, folder)
     runs = sweeps.plan(notebooks, given or {}, over, here=scheduler is None)
+    study = {
+        each.place
+        for each in runs
+        if each.own and each.notebook.parent.resolve() == folder.resolve()
+    }
     published = {
         each.place: figures or FIGURES
         for each in runs
-        if not over
-        and (figures or (each.own and each.notebook.parent.resolve() == folder.resolve()))
+        if not over and (figures or each.place in study)
     }
     if jobs is not None and scheduler is not None:
         raise ValueError("--jobs is for this machine, --scheduler for others; give one of them")
@@ -97,12 +101,11 @@ def run(
     if any(out.resolve() == notebook.parent.resolve() for notebook in notebooks):
         raise ValueError(f"{out} holds the notebooks themselves; choose another --out")
     if figures and figures.resolve() == FIGURES.resolve():
-        for each in runs:
-            if each.place in published and not each.own:
-                raise ValueError(
-                    f"{figures} is for the notebooks' own parameters, and {each.notebook.stem} is "
-                    "given others; give another --figures, or none to have them beside the results"
-                )
+        for place in published.keys() - study:
+            raise ValueError(
+                f"{figures} is for the study's notebooks at their own parameters, not for {place}; "
+                "give another --figures, or none to have them beside the results"
+            )
     left = runs if fresh else sweeps.missing(runs, out)
     if progress or dry_run:
         for name, others in sweeps.lacking(notebooks, (*(given or {}), *dict(over))).items():

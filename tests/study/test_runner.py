@@ -75,6 +75,7 @@ def test_success_puts_figures_in_place(folder, scheduler):
         ["-p", "seeds", "3", "--figures", "figures"],
         ["-p", "seeds", "3", "--figures", "elsewhere/../figures"],
         ["-p", "seeds", "3", "--figures", "link"],
+        ["elsewhere/good.ipynb", "--figures", "figures"],
     ],
 )
 def test_only_a_notebook_s_own_parameters_change_the_study_s_figures(
@@ -92,7 +93,7 @@ def test_only_a_notebook_s_own_parameters_change_the_study_s_figures(
     assert len(list(Path("figures").iterdir())) == 1
     told = capsys.readouterr()
     if "--figures" in arguments:
-        assert status == 2 and "is for the notebooks' own parameters, and good is" in told.err
+        assert status == 2 and "is for the study's notebooks at their own parameters" in told.err
     else:
         assert status == 0 and "figures beside the executed notebook: good" in told.out
         assert list(Path("runs").glob("good/*/MNIST.csv"))
