@@ -1,6 +1,6 @@
 # make study:      set up, fetch MNIST, execute every notebook, rebuild figures/
 # make test:       set up, then every test (code, notebooks, style, types)
-# make lab:       set up, then open the notebooks in JupyterLab
+# make lab:       set up, then open copies of the notebooks in JupyterLab
 # make explore:   set up, then serve the explorer as an app without code
 # make site:       set up, then the study as pages to read in a browser: docs/_build/html/index.html
 # make evidence:   set up, then measure what is too dear for a notebook (results/*.toml), over an hour
@@ -50,8 +50,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Opens copies, in lab/; ARGS are JupyterLab's options, such as ARGS="--port 9999".
 lab: setup
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/python -m svdlib lab $(ARGS)
 
 # Loopback only, and behind a token, which the printed address carries.
 explore: setup

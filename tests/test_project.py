@@ -66,7 +66,7 @@ runpy.run_module("svdlib", run_name="__main__")
 
 # From the ground up: a wing imports those before it in this list, and what stands beside none.
 FLOORS = (
-    "checks", "clock", "threads", "data", "objective", "linalg", "layers", "ensemble", "ranks", "study",
+    "checks", "clock", "files", "threads", "data", "objective", "linalg", "layers", "ensemble", "ranks", "study",
 )  # fmt: skip
 
 
@@ -123,3 +123,21 @@ def test_texts_point_at_files_that_are_there(path):
 def test_every_figure_is_in_the_gallery():
     shown = set(re.findall(r"figures/(\w+).png", (ROOT / "docs/gallery.md").read_text()))
     assert shown == {path.stem for path in (ROOT / "figures").glob("*.png")}
+
+
+# A user's own code speaks there, in its own traceback.
+SHOWN = {"svdlib/objective.py"}
+
+
+def test_an_error_shows_no_inner_one_above_it():
+    """What is raised where another error is handled says all that matters, ``from None``."""
+    found = set()
+    for path in sorted((ROOT / "svdlib").rglob("*.py")):
+        for handler in ast.walk(ast.parse(path.read_text())):
+            if isinstance(handler, ast.ExceptHandler):
+                for node in ast.walk(handler):
+                    if isinstance(node, ast.Raise) and node.exc is not None:
+                        none = isinstance(node.cause, ast.Constant) and node.cause.value is None
+                        if not none:
+                            found.add(path.relative_to(ROOT).as_posix())
+    assert found == SHOWN

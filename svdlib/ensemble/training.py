@@ -171,12 +171,12 @@ def train(
                         nets.truncate_(tail)
                         for part in parts:
                             part.begin(nets)
-                except torch.linalg.LinAlgError as error:
+                except torch.linalg.LinAlgError:
                     _check_losses(losses, epoch)
                     raise FloatingPointError(
                         f"the weights of some network are beyond all bounds in epoch {epoch}: "
                         "no SVD of them converges; a smaller learning rate may help"
-                    ) from error
+                    ) from None
                 seconds = clock.now(data.device) - start
                 train_loss = losses.double().sum(0) / len(images)
                 measured = {

@@ -21,6 +21,7 @@ from svdlib.layers.kinds import (
     duplicate,
     evaluating,
     low_rank_layers,
+    matrix,
     matrix_layers,
     replace_module,
     take_no_fused_way,
@@ -53,7 +54,7 @@ def save_factorized(model: nn.Module, path: str | Path) -> None:
     told = {"svdlib": json.dumps({"format": FORMAT, "ranks": ranks})}
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".part-") as part:
         save_model(model, f"{part}/tensors", metadata=told)
-        os.replace(f"{part}/tensors", path)
+        _put(Path(part, "tensors"), path)
 
 
 @threads.making()
@@ -84,9 +85,13 @@ def load_factorized(model: nn.Module, path: str | Path) -> nn.Module:
     ranks = _read_ranks(path)
     loaded = unpack_(duplicate(model), ranks)
     known = matrix_layers(loaded)
-    for name in ranks:
+    for name, rank in ranks.items():
         if name not in known:
             raise ValueError(f"{path} factorizes layer {name!r}, which the model does not have")
+        if rank > (most := min(matrix(known[name]).shape[-2:])):
+            raise ValueError(
+                f"{path} has layer {name!r} at rank {rank}, but in the model its rank is {most} at most"
+            )
     for name, thin in thin_twins({name: known[name] for name in ranks}, ranks).items():
         loaded = replace_module(loaded, known[name], thin)
     take_no_fused_way(loaded)
@@ -97,7 +102,7 @@ def load_factorized(model: nn.Module, path: str | Path) -> nn.Module:
                 raise RuntimeError(f"{name} is {types[name]} in the model, not {tensor.dtype}")
         load_model(loaded, path, device=str(next(loaded.parameters()).device))
     except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{path} does not fit the model: {error}") from error
+        raise ValueError(f"{path} does not fit the model: {error}") from None
     return loaded
 
 
@@ -134,7 +139,7 @@ def export_onnx(
         import onnxruntime
         import onnxscript  # noqa: F401 - torch.onnx.export needs it
     except ImportError as error:
-        raise ImportError(f"{error}; pip install 'svdlib[onnx]'") from error
+        raise ImportError(f"{error}; pip install 'svdlib[onnx]'") from None
     path = _place(path)
     with torch.no_grad(), evaluating(model):
         expected = prepared(model, copied(batch), call)()
@@ -173,7 +178,7 @@ def export_onnx(
                 f"onnxruntime's outputs differ by {off:.2g} where the largest is "
                 f"{wanted.abs().max().item():.2g}"
             )
-        os.replace(file, path)
+        _put(Path(file), path)
 
 
 class _OfTensors(nn.Module):
@@ -221,12 +226,20 @@ def _place(path: str | Path) -> Path:
     return place
 
 
+def _put(file: Path, path: Path) -> None:
+    """Move a file to its place, with the mode that files of this user have."""
+    usual = file.with_name("usual")
+    usual.touch()
+    file.chmod(usual.stat().st_mode)
+    os.replace(file, path)
+
+
 def _read_ranks(file: Path) -> dict[str, int]:
     try:
         with safe_open(file, "pt") as tensors:
             told = tensors.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"{file} does not fit the model: {error}") from error
+        raise ValueError(f"{file} does not fit the model: {error}") from None
     if "svdlib" not in told:
         raise ValueError(f"{file} tells no ranks; save_factorized writes them into the file")
     try:
@@ -237,5 +250,5 @@ def _read_ranks(file: Path) -> dict[str, int]:
             name: checks.positive_int(rank, f"the rank of layer {name!r}")
             for name, rank in content["ranks"].items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} has no table of ranks: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file} has no table of ranks: {error}") from None

@@ -23,7 +23,7 @@ def front(joint: pd.DataFrame, cost: str = "parameters") -> pd.DataFrame:
         within one standard error, their own.
 
     Raises:
-        ValueError: a table that `joint_profile` didn't make, an unknown cost.
+        ValueError: a table that `joint_profile` didn't make, NaN losses, an unknown cost.
 
     >>> joint = pd.DataFrame({"loss": [3.0, 1.0, 1.1, 2.0], "se": 0.2, "parameters": [1, 2, 2, 3]})
     >>> front(joint)[["loss", "parameters", "excess"]].round(2).values.tolist()
@@ -32,6 +32,8 @@ def front(joint: pd.DataFrame, cost: str = "parameters") -> pd.DataFrame:
     checks.one_of(cost, ("parameters", "multiply_adds"), "cost")
     if lacking := {"loss", "se", cost} - set(joint):
         raise ValueError(f"the table lacks {', '.join(sorted(lacking))}; see joint_profile")
+    if not np.isfinite(joint[["loss", "se"]].to_numpy(float)).all():
+        raise ValueError("the table has NaN or infinite losses")
     ordered = joint.sort_values([cost, "loss"], kind="stable")
     least = ordered.loss.cummin()
     first = ordered.loss < least.shift(fill_value=math.inf)
@@ -43,14 +45,19 @@ def layers_of(joint: pd.DataFrame) -> list[str]:
     """The columns of ranks: those that stand before the loss.
 
     Raises:
-        ValueError: a table that `joint_profile` didn't make.
+        ValueError: a table that `joint_profile` didn't make, NaN losses, ranks that come twice.
     """
     needed = ["loss", "increase", "se", "parameters"]
     if lacking := [name for name in needed if name not in joint]:
         raise ValueError(f"the table lacks {', '.join(lacking)}; see joint_profile")
     if not np.isfinite(joint[["loss", "increase"]].to_numpy()).all():
         raise ValueError("the table has NaN or infinite losses")
-    return [str(name) for name in joint.columns[: joint.columns.get_loc("loss")]]
+    layers = [str(name) for name in joint.columns[: joint.columns.get_loc("loss")]]
+    if joint.duplicated(layers).any():
+        raise ValueError(
+            "the table has a combination of ranks more than once; give one network's at a time"
+        )
+    return layers
 
 
 def optimal(joint: pd.DataFrame, parameters: int | None, increase: float | None) -> dict[str, int]:
@@ -76,7 +83,7 @@ def walk(joint: pd.DataFrame, parameters: int, rising: bool) -> dict[str, int]:
     layers = layers_of(joint)
     grids = [sorted(joint[name].unique()) for name in layers]
     shape = tuple(map(len, grids))
-    if len(joint) != math.prod(shape) or joint.duplicated(layers).any():
+    if len(joint) != math.prod(shape):
         raise ValueError("a search in steps needs every combination of the table's ranks, once")
     ordered = joint.sort_values(layers)
     loss = ordered.loss.to_numpy().reshape(shape)

@@ -82,7 +82,8 @@ def reveal_ranks(
         parameters, increase: the budget, exactly one of them.
 
     Raises:
-        ValueError: an unknown rule, a profile that lacks columns, layers or ranks, NaN losses, a
+        ValueError: an unknown rule, a profile that lacks columns, layers or ranks, or has NaN
+            losses or singular values, or a rank twice, as several networks' together have; a
             missing, negative or unused tolerance, contradicting or unmeetable budgets.
 
     >>> profile = pd.DataFrame({
@@ -256,6 +257,15 @@ def _check_profile(profile: pd.DataFrame) -> None:
         raise ValueError("the profile has no layer")
     if not np.isfinite(profile[["loss", "increase", "se"]].to_numpy(float)).all():
         raise ValueError("the profile has NaN or infinite losses")
+    if not np.isfinite(profile.sigma[profile["rank"] > 0].to_numpy(float)).all():
+        raise ValueError("the profile has NaN or infinite singular values, sigma")
+    twice = profile[profile.duplicated(["layer", "rank"])]
+    if len(twice):
+        layer, rank = twice[["layer", "rank"]].iloc[0]
+        raise ValueError(
+            f"the profile has rank {rank} of layer {layer!r} more than once; give one network's "
+            "profile at a time"
+        )
 
 
 def _budget(

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from svdlib import files
+
 if TYPE_CHECKING:  # would bring Jupyter along
     from svdlib.study.parameters import Values
 
@@ -180,7 +182,7 @@ def _sweep(path: Path) -> Sweep:
     try:
         read = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeError) as error:
-        raise ValueError(f"{path} is no TOML: {error}") from error
+        raise ValueError(f"{path} is no TOML: {error}") from None
     kinds = {"notebook": str, "table": str, "columns": list, "parameters": dict, "over": dict}
     for key, value in read.items():
         if key not in kinds or not isinstance(value, kinds[key]):
@@ -223,6 +225,4 @@ def write(sweep: Sweep, places: Sequence[Path], folder: Path = RESULTS) -> None:
         for each in runs
     ).sort_values(over, kind="stable")
     for name, content in ((sweep.name, table[sweep.columns]), (f"{sweep.name}.runs", told)):
-        part = folder / f".{name}.part"
-        content.to_csv(part, index=False, float_format="%.5g")
-        part.replace(folder / f"{name}.csv")
+        files.put(folder / f"{name}.csv", content.to_csv(index=False, float_format="%.5g"))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
-import shutil
+import subprocess
+import sys
 import tempfile
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -14,11 +17,10 @@ from pathlib import Path
 
 import nbformat
 import papermill
-import psutil
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
-from svdlib import clock
+from svdlib import clock, files
 
 # Of a kernel: its own messages, such as that it was interrupted, are not the notebook's.
 QUIET = ["--log-level=CRITICAL"]
@@ -57,18 +59,18 @@ def execute(text: str, name: str, parameters: Mapping[str, object], home: str | 
     start, about = clock.now(), {}
     try:
         about = machine()
-        files, error, final = _executed(text, name, parameters, home)
+        left, error, final = _executed(text, name, parameters, home)
     except OSError as failure:  # no room for temporary files, say
-        files, error, final = {}, f"{type(failure).__name__}: {failure}", False
-    return Done(clock.now() - start, about, files, error, final)
+        left, error, final = {}, f"{type(failure).__name__}: {failure}", False
+    return Done(clock.now() - start, about, left, error, final)
 
 
 def _executed(
     text: str, name: str, parameters: Mapping[str, object], home: str | None
 ) -> tuple[dict[str, bytes], str | None, bool]:
     """The files that it leaves, and `Done`'s error and final."""
-    tidy(Path(tempfile.gettempdir()))
-    with tempfile.TemporaryDirectory(prefix=unfinished()) as place:
+    files.tidy(Path(tempfile.gettempdir()))
+    with tempfile.TemporaryDirectory(prefix=files.unfinished()) as place, guarded(place):
         source, output = Path(place, "source.ipynb"), Path(place, f"{name}.ipynb")
         figures = Path(place, "figures")
         figures.mkdir()
@@ -95,25 +97,65 @@ def _executed(
         except Exception as failure:  # noqa: BLE001 - a full disk, no kernel: named, others go on
             error, final = f"{type(failure).__name__}: {failure}", False
         written = [*figures.iterdir(), *([output] if output.is_file() else [])]
-        files = {path.name: path.read_bytes() for path in written if path.is_file()}
-    return files, error, final
+        left = {path.name: path.read_bytes() for path in written if path.is_file()}
+    return left, error, final
 
 
-# How a folder's name begins that a process of this machine has not finished; its number follows.
-UNFINISHED = f".svdlib-{platform.node()}-"
+# Waits for the end of its input; then kills what has the mark, and removes a folder.
+GUARD = """
+import shutil, sys, time
+sys.stdin.buffer.read()
+import psutil
+mark, place = sys.argv[1:]
+found, end = True, time.monotonic() + 60
+while found and time.monotonic() < end:
+    found = False
+    for process in psutil.process_iter(["environ", "status"]):
+        if (process.info["environ"] or {}).get("SVDLIB_RUN") == mark:
+            if process.info["status"] != psutil.STATUS_ZOMBIE:
+                found = True
+                try:
+                    process.kill()
+                except psutil.Error:
+                    pass
+    time.sleep(0.05 * found)
+if place:
+    shutil.rmtree(place, ignore_errors=True)
+"""
 
 
-def unfinished() -> str:
-    """How the name of this process's own begins."""
-    return f"{UNFINISHED}{os.getpid()}-"
+# Those of this process, by number.
+guards: set[int] = set()
 
 
-def tidy(place: Path) -> None:
-    """Remove the unfinished folders of processes that are no more: what kills left behind."""
-    for folder in place.glob(f"{UNFINISHED}*"):
-        process = folder.name.removeprefix(UNFINISHED).split("-")[0]
-        if process.isdigit() and not psutil.pid_exists(int(process)):
-            shutil.rmtree(folder, ignore_errors=True)
+@contextlib.contextmanager
+def guarded(place: str = "") -> Iterator[None]:
+    """What is started inside ends with the block, or with this process, however that ends.
+
+    A process of its own waits for either, by a pipe that then closes. Then it kills all that
+    inherited the block's mark in the environment, kernels and what these started, and removes the
+    folder ``place``.
+    """
+    mark = uuid.uuid4().hex
+    guard = subprocess.Popen(
+        [sys.executable, "-c", GUARD, mark, place],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C is not for it
+    )
+    guards.add(guard.pid)
+    before = os.environ.get("SVDLIB_RUN")
+    os.environ["SVDLIB_RUN"] = mark
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["SVDLIB_RUN"]
+        else:
+            os.environ["SVDLIB_RUN"] = before
+        guard.communicate()
+        guards.discard(guard.pid)
 
 
 def machine() -> dict[str, object]:
@@ -184,7 +226,8 @@ def refreshed(text: str, home: str) -> tuple[str, str | None, float]:
         resources={"metadata": {"path": home}},
     )
     try:
-        client.execute()
+        with guarded():
+            client.execute()
     except CellExecutionError as failure:
         number = sum(cell.get("execution_count") is not None for cell in content.cells)
         error = f"cell {number}: {failure.ename}: {failure.evalue}"

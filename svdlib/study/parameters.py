@@ -99,10 +99,11 @@ def _cell(notebook: Path) -> ast.Module:
         KeyError,
         TypeError,
         UnicodeError,
-    ) as error:
-        raise ValueError(f"{notebook} is not a Jupyter notebook") from error
+        RecursionError,
+    ):
+        raise ValueError(f"{notebook} is not a Jupyter notebook") from None
     except (nbformat.ValidationError, SyntaxError) as error:
-        raise ValueError(f"{notebook}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{notebook}: {str(error).splitlines()[0]}") from None
 
 
 def _kinds(annotation: ast.expr) -> set[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from svdlib import files
 from svdlib.study import evidence
 from svdlib.study.statistics import interval, paired, placed, prediction, told
 
@@ -36,7 +37,7 @@ def render(text: str) -> str:
 
 def write(path: Path = ROOT / "README.md") -> None:
     """Write the README's numbers anew."""
-    path.write_text(render(path.read_text()))
+    files.put(path, render(path.read_text()))
 
 
 @cache

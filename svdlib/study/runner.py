@@ -5,23 +5,26 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import os
 import shutil
 import signal
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from distributed import Client, KilledWorker, as_completed
+from distributed import Client, KilledWorker
 from tqdm.auto import tqdm
 
-from svdlib import clock
-from svdlib.study import evidence, readme, sweeps
-from svdlib.study.execute import cores, refreshed, tidy
+from svdlib import clock, files
+from svdlib.study import evidence, lab, readme, sweeps
+from svdlib.study.execute import cores, refreshed
 from svdlib.study.parameters import NOTEBOOKS, Values, find
 from svdlib.study.sweeps import Outcome, Run
+
+# The study's own: of the committed notebooks at their own parameters.
+FIGURES = Path("figures")
 
 # Where there is no terminal, a line so often (seconds).
 LINE = 60
@@ -41,7 +44,7 @@ def run(
     jobs: int | None = None,
     scheduler: str | None = None,
     out: Path = Path("runs"),
-    figures: Path = Path("figures"),
+    figures: Path | None = None,
     folder: Path = NOTEBOOKS,
     fresh: bool = False,
     dry_run: bool = False,
@@ -49,26 +52,28 @@ def run(
 ) -> list[Outcome]:
     """Execute notebooks, each with every combination of parameters; a failure stops no other.
 
-    Each run has a folder of its own under ``out``; what is there already is not run again. The
-    figures of a notebook are put into ``figures`` where it succeeds and ``over`` is empty.
+    Each run has a folder of its own under ``out``, with its figures; what is there already is not
+    run again. Where ``over`` is empty, the folder's notebooks at their own parameters also put
+    their figures into ``figures/``, each notebook all of them or none.
 
     Args:
         names: notebooks; all of the folder's by default.
-        given: parameters for all runs, as text.
+        given: parameters for all notebooks that have them, as text.
         over: parameters with several values each, see `combinations`.
         jobs: runs at a time on this machine, which share its cores; one by default.
         scheduler: the address of a Dask scheduler, whose workers do it instead.
+        figures: another folder, for the figures of all notebooks, whatever their parameters.
         fresh: run again what is there.
         dry_run: only tell what would run.
 
     Returns:
-        an outcome each, those that were there included, by place.
+        an outcome each, those that were there included, by place, with where its figures are.
 
     Raises:
         ValueError: an unknown notebook or parameter, a value of another type in any combination,
             jobs below 1, beyond the cores or beside a scheduler, an ``out`` that holds the
-            notebooks, a folder that can't be written, a scheduler that does not answer, workers
-            with other versions.
+            notebooks, the study's figures for other parameters, a folder that can't be written, a
+            scheduler that does not answer, workers with other versions.
         ConnectionError: the scheduler is lost on the way, or no worker of this machine can be kept.
         OSError: results can't be written: a full disk, say.
         KeyboardInterrupt: Ctrl-C, after the kernels that were started are stopped.
@@ -76,7 +81,17 @@ def run(
     Whatever stops it, the runs that were done are kept, and the same call does the rest.
     """
     notebooks = find(names, folder)
-    runs = sweeps.plan(notebooks, given or {}, over)
+    runs = sweeps.plan(notebooks, given or {}, over, here=scheduler is None)
+    study = {
+        each.place
+        for each in runs
+        if each.own and each.notebook.parent.resolve() == folder.resolve()
+    }
+    published = {
+        each.place: figures or FIGURES
+        for each in runs
+        if not over and (figures or each.place in study)
+    }
     if jobs is not None and scheduler is not None:
         raise ValueError("--jobs is for this machine, --scheduler for others; give one of them")
     if scheduler == "":
@@ -85,15 +100,25 @@ def run(
         raise ValueError(f"jobs must be at least 1 and at most the {cores()} cores, not {jobs}")
     if any(out.resolve() == notebook.parent.resolve() for notebook in notebooks):
         raise ValueError(f"{out} holds the notebooks themselves; choose another --out")
+    if figures and figures.resolve() == FIGURES.resolve():
+        for place in published.keys() - study:
+            raise ValueError(
+                f"{figures} is for the study's notebooks at their own parameters, not for {place}; "
+                "give another --figures, or none to have them beside the results"
+            )
     left = runs if fresh else sweeps.missing(runs, out)
     if progress or dry_run:
+        for name, others in sweeps.lacking(notebooks, (*(given or {}), *dict(over))).items():
+            if others:
+                print(f"{name} is no parameter of {', '.join(others)}", file=sys.stderr)
         _tell(runs, left, dry_run)
     if dry_run:
         return []
-    for place in (out, figures):
+    for place in {out, *published.values()}:
         _check_writable(place)
+        files.tidy(place)
     for notebook in notebooks:
-        tidy(out / notebook.stem)
+        files.tidy(out / notebook.stem)
     todo = {each.place for each in left}
     outcomes = [
         Outcome(each.notebook.stem, out / each.place, 0.0)
@@ -107,10 +132,12 @@ def run(
             patience = math.inf if scheduler else PATIENCE
             with contextlib.closing(sweeps.complete(client, left, out, patience)) as done:
                 outcomes += _shown(done, len(left), progress)
-    if not over:
-        for outcome in outcomes:
-            if outcome.error is None:
-                _put_in_place(outcome.output, figures)
+    for number, outcome in enumerate(outcomes):
+        if outcome.error is None:
+            target = published.get(outcome.output.relative_to(out))
+            if target:
+                _put_in_place(outcome.output, target)
+            outcomes[number] = replace(outcome, figures=target or outcome.output)
     return sorted(outcomes, key=lambda outcome: str(outcome.output))
 
 
@@ -198,11 +225,30 @@ def _shown(
 
 
 def _put_in_place(place: Path, figures: Path) -> None:
-    """Copy a run's pictures and tables, each whole or not at all."""
-    for path in sorted(place.iterdir()):
-        if path.suffix not in (".ipynb", ".json"):
-            shutil.copyfile(path, figures / f".{path.name}")
-            os.replace(figures / f".{path.name}", figures / path.name)
+    """Copy a run's pictures and tables, all of them or none, with the folder to itself."""
+    with (
+        files.alone(figures),
+        tempfile.TemporaryDirectory(dir=figures, prefix=files.unfinished()) as stage,
+    ):
+        new, old = Path(stage, "new"), Path(stage, "old")
+        new.mkdir()
+        old.mkdir()
+        names = [path.name for path in place.iterdir() if path.suffix not in (".ipynb", ".json")]
+        for name in names:
+            shutil.copyfile(place / name, new / name)
+            if (figures / name).exists():
+                shutil.copy2(figures / name, old / name)
+        begun = []
+        try:
+            for name in names:
+                begun.append(name)
+                (new / name).replace(figures / name)
+        except BaseException:
+            for name in begun:
+                (figures / name).unlink(missing_ok=True)
+                if (old / name).exists():
+                    (old / name).replace(figures / name)
+            raise
 
 
 def _check_writable(place: Path) -> None:
@@ -211,7 +257,7 @@ def _check_writable(place: Path) -> None:
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
-        raise ValueError(f"can't write to the folder {place}: {error.strerror}") from error
+        raise ValueError(f"can't write to the folder {place}: {error.strerror}") from None
 
 
 def refresh(names: Sequence[str] = (), folder: Path = NOTEBOOKS) -> list[Outcome]:
@@ -219,22 +265,19 @@ def refresh(names: Sequence[str] = (), folder: Path = NOTEBOOKS) -> list[Outcome
 
     Progress bars are left out, so that a stored notebook shows results alone.
     """
-    notebooks = {str(path): path for path in find(names, folder)}
+    notebooks = find(names, folder)
 
     def outcomes(client: Client) -> Iterator[Outcome]:
-        futures = [
-            client.submit(refreshed, path.read_text(), str(path.parent.resolve()), key=name)
-            for name, path in notebooks.items()
-        ]
-        for future in as_completed(futures):
-            path = notebooks[future.key]
+        for path in notebooks:  # one after the other: a killed worker takes one along
+            future = client.submit(
+                refreshed, path.read_text("utf-8"), str(path.parent.resolve()), pure=False
+            )
             try:
                 text, error, seconds = future.result()
             except KilledWorker:
                 text, error, seconds = "", "its worker was killed", 0.0
             if error is None:
-                path.with_suffix(".part").write_text(text)
-                os.replace(path.with_suffix(".part"), path)
+                files.put(path, text)
             yield Outcome(path.stem, path, seconds, error)
 
     with sweeps.local(1) as client:
@@ -260,12 +303,23 @@ def report(outcomes: Sequence[Outcome]) -> str:
             lines.append(f"    {outcome.error}")
     if len(listed) < len(outcomes):
         lines.append(f"{len(outcomes) - len(listed)} runs ok")
+    elsewhere: dict[Path, list[str]] = {}
+    for each in outcomes:
+        if each.figures and each.figures != each.output:
+            elsewhere.setdefault(each.figures, []).append(each.name)
+    lines += [f"figures in {place}: {', '.join(names)}" for place, names in elsewhere.items()]
+    beside = dict.fromkeys(each.name for each in outcomes if each.figures == each.output)
+    if beside:
+        lines.append(f"figures beside the executed notebook: {', '.join(beside)}")
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line, ``python -m svdlib``; returns the exit status."""
-    rest, given, over = _parameters(sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["lab"]:  # all else is JupyterLab's
+        return lab.main(arguments[1:])
+    rest, given, over = _parameters(arguments)
     parser = _parser()
     options = vars(parser.parse_args(rest))
     command = options.pop("command")
@@ -336,11 +390,16 @@ def _parser() -> argparse.ArgumentParser:
     pair = argparse.SUPPRESS
     runner.add_argument("-p", "--parameter", nargs=2, default=pair, metavar=("NAME", "VALUE"))
     runner.add_argument("--over", nargs=2, default=pair, metavar=("NAME", "1,2,3|0:100:10"))
-    runner.add_argument("--figures", type=Path, default=Path("figures"), help="figures (figures)")
+    runner.add_argument(
+        "--figures",
+        type=Path,
+        help="folder for the figures (figures at a notebook's own parameters, else beside it)",
+    )
     swept = commands.add_parser("sweep", help="measure what is in results/", parents=[many])
     swept.add_argument("names", nargs="*", metavar="NAME", help="of results/NAME.toml; all")
     again = commands.add_parser("refresh", help="execute notebooks in place, for committing")
     again.add_argument("names", nargs="*", metavar="NOTEBOOK", help="01_baseline …; all")
+    commands.add_parser("lab", help="open copies of the notebooks in JupyterLab, with its options")
     commands.add_parser("readme", help="write the README's numbers from results/")
     gather = commands.add_parser(
         "collect", help="one CSV of a table of all runs of a notebook", parents=[out]

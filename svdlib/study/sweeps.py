@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -11,8 +12,8 @@ import os
 import platform
 import re
 import shutil
-import tempfile
 import time
+import uuid
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -34,14 +35,18 @@ from distributed import (
 from distributed.comm import CommClosedError
 
 import svdlib
-from svdlib import clock
-from svdlib.study.execute import Done, cores, execute, unfinished
-from svdlib.study.parameters import Values, combinations, defaults
+from svdlib import clock, files
+from svdlib.study import inputs
+from svdlib.study.execute import Done, cores, execute, guards
+from svdlib.study.parameters import Values, combinations, declared, defaults
 
 VERSION = version("svdlib")
 
 # A run that took its worker or its kernel along has this many tries in all.
 TRIES = 3
+
+# Kernels of a worker that is stopped take less (seconds).
+PATIENCE = 20
 
 # No result depends on these.
 ASIDE = {"figures", "progress"}
@@ -56,6 +61,7 @@ class Run:
         text: its code and prose without outputs, as JSON: what travels to a worker.
         parameters: those given.
         everything: these and the notebook's own, as far as results depend on them.
+        own: whether these are the notebook's own alone.
         place: the folder of its results, ``NOTEBOOK/NAME=VALUE,…-HASH``.
     """
 
@@ -63,17 +69,20 @@ class Run:
     text: str
     parameters: dict[str, object]
     everything: dict[str, object]
+    own: bool
     place: Path
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run: where its results are, seconds, and the error if it failed."""
+    """What became of a run: where its results are, seconds, the error if it failed, and where its
+    figures were put, if anywhere else."""
 
     name: str
     output: Path
     seconds: float
     error: str | None = None
+    figures: Path | None = None
 
 
 class Misfit(Exception):
@@ -84,22 +93,36 @@ class Misfit(Exception):
 
 
 def plan(
-    notebooks: Sequence[Path], given: Mapping[str, str], over: Sequence[tuple[str, Values]] = ()
+    notebooks: Sequence[Path],
+    given: Mapping[str, str],
+    over: Sequence[tuple[str, Values]] = (),
+    *,
+    here: bool = True,
 ) -> list[Run]:
-    """Every run asked for: each notebook with each combination of parameters.
+    """Every run asked for: each notebook with each combination of the parameters that it has.
+
+    Args:
+        here: whether they are run on this machine, so that the device must be one of its own.
 
     Raises:
-        ValueError: as `combinations`, for any of them; a parameter ``figures``, which is set here.
+        ValueError: as `combinations`, for any of them; a parameter that no notebook has; what a
+            notebook with `inputs.check` would refuse; ``figures``, which is set here.
     """
     if "figures" in {*given, *dict(over)}:
         raise ValueError("each run has a folder for its figures; give --figures for the last step")
+    lacking(notebooks, (*given, *dict(over)))
     runs: dict[Path, Run] = {}
     for notebook in notebooks:
-        own = defaults(notebook)
+        own, known = defaults(notebook), declared(notebook)
         text = _bare(notebook)
         sources = _sources(text)
         quiet = {"progress": False} if own.get("progress") is True else {}  # nobody watches bars
-        for parameters in combinations(notebook, given, over):
+        checks = "inputs.check(" in text
+        for parameters in combinations(
+            notebook,
+            {name: value for name, value in given.items() if name in known},
+            [(name, values) for name, values in over if name in known],
+        ):
             everything = {**own, **parameters}
             for name in ASIDE & everything.keys():
                 del everything[name]
@@ -108,9 +131,38 @@ def plan(
                 for name, value in parameters.items()
                 if name in everything and (name not in own or own[name] != value)
             }
+            if checks:
+                _check(notebook.stem, everything, device=here and "device" in changed)
             place = Path(notebook.stem, _name(sources, changed, everything))
-            runs[place] = Run(notebook, text, {**quiet, **parameters}, everything, place)
+            given_to = {**quiet, **parameters}
+            runs[place] = Run(notebook, text, given_to, everything, not changed, place)
     return list(runs.values())
+
+
+def lacking(notebooks: Sequence[Path], names: Sequence[str]) -> dict[str, list[str]]:
+    """For each of these parameters, the notebooks that don't have it.
+
+    Raises:
+        ValueError: one that none of them has.
+    """
+    known = {notebook.stem: declared(notebook) for notebook in notebooks}
+    found = {}
+    for name in names:
+        found[name] = [notebook for notebook, has in known.items() if name not in has]
+        if len(found[name]) == len(known):
+            which = f"{found[name][0]} has no" if len(known) == 1 else "no notebook has a"
+            listed = ", ".join(dict.fromkeys(itertools.chain(*known.values()))) or "none"
+            raise ValueError(f"{which} parameter {name!r}; known: {listed}")
+    return found
+
+
+def _check(notebook: str, everything: Mapping[str, object], device: bool) -> None:
+    try:
+        inputs.check(
+            {name: value for name, value in everything.items() if device or name != "device"}
+        )
+    except ValueError as error:
+        raise ValueError(f"{notebook}: {error}") from None
 
 
 def _bare(notebook: Path) -> str:
@@ -208,20 +260,22 @@ def _cluster(jobs: int, environment: Mapping[str, str]) -> LocalCluster:
             silence_logs=logging.CRITICAL,
             env=environment,
         )
-    except RuntimeError as error:
+    except RuntimeError:
         raise ChildProcessError(
             "a worker ended while it started; the same command completes what is missing"
-        ) from error
+        ) from None
 
 
 def _kill(cluster: LocalCluster) -> None:
-    """End its workers and their kernels, which live in sessions that no signal reaches."""
+    """End its workers; their kernels then end by `svdlib.study.execute.guarded`, and are waited for."""
     for nanny in list(cluster.workers.values()):
         nanny.close_gracefully()  # so that it starts no other
         if nanny.process and nanny.process.pid:
             with contextlib.suppress(psutil.NoSuchProcess):
                 worker = psutil.Process(nanny.process.pid)
-                _end(*worker.children(recursive=True), worker)
+                below = worker.children(recursive=True)
+                worker.kill()
+                _end(*psutil.wait_procs(below, timeout=PATIENCE)[1])
 
 
 def _end(*processes: psutil.Process) -> None:
@@ -239,7 +293,7 @@ def _stop(client: Client, futures: Iterable[Future]) -> None:
 
 
 def _end_children() -> None:
-    _end(*psutil.Process().children(recursive=True))
+    _end(*(each for each in psutil.Process().children(recursive=True) if each.pid not in guards))
 
 
 @contextlib.contextmanager
@@ -254,15 +308,15 @@ def connected(address: str) -> Iterator[Client]:
     """
     try:
         client = Client(address, timeout=10)
-    except Exception as error:  # a bad address, a port that speaks something else, no certificate
+    except Exception as error:  # noqa: BLE001 - a bad address, another protocol, no certificate
         raise ValueError(
             f"no scheduler answers at {address!r} within 10 s ({type(error).__name__}: {error})"
-        ) from error
+        ) from None
     with client:
         try:
             theirs = client.run_on_scheduler(fit)
-        except Exception as error:  # it has no svdlib, or one of old
-            raise ValueError(f"the scheduler can't import this svdlib: {error}") from error
+        except Exception as error:  # noqa: BLE001 - it has no svdlib, or one of old
+            raise ValueError(f"the scheduler can't import this svdlib: {error}") from None
         found = {"(the scheduler)": theirs, **client.run(fit, on_error="return")}
         for worker, theirs in found.items():
             if theirs != fit():
@@ -354,10 +408,10 @@ def complete(
                         done.error += f" ({number} tries)"
                     yield keep(run, done, out)
             yield len(under_way)
-    except (CancelledError, CommClosedError) as error:
+    except (CancelledError, CommClosedError):
         raise ConnectionError(
             "the scheduler is lost; the same command completes what is missing"
-        ) from error
+        ) from None
     except BaseException:
         with contextlib.suppress(Exception):
             _stop(client, under_way)
@@ -382,8 +436,8 @@ def _result(future: Future) -> Done:
         return Done(0.0, {}, error="its worker was killed", final=False)
     except CancelledError:
         raise
-    except Exception as error:  # a run's own errors come back as its result
-        raise ValueError(f"a worker can't run notebooks of this client: {error}") from error
+    except Exception as error:  # noqa: BLE001 - a run's own errors come back as its result
+        raise ValueError(f"a worker can't run notebooks of this client: {error}") from None
     finally:
         future.release()
     return done
@@ -409,13 +463,13 @@ def keep(run: Run, done: Done, out: Path) -> Outcome:
         **({"error": done.error} if done.error else {}),
     }
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=target.parent, prefix=unfinished()))
+    part = target.with_name(f"{files.unfinished()}{uuid.uuid4().hex}")
+    part.mkdir()
     old = part.with_name(f"{part.name}-old")
     try:
         for name, content in done.files.items():
             (part / name).write_bytes(content)
         (part / "run.json").write_text(json.dumps(about, indent=1, default=repr) + "\n")
-        part.chmod(0o755)
         with contextlib.suppress(FileNotFoundError):
             target.rename(old)
         try:

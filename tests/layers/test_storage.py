@@ -1,4 +1,6 @@
+import importlib.util
 import os
+import stat
 from types import SimpleNamespace
 
 import pytest
@@ -68,6 +70,11 @@ def test_damaged_or_missing_files(model, saved):
         '{"format": 2}',
         '{"format": 3, "ranks": {}}',
         '{"format": 2, "ranks": 3}',
+        '{"format": 2, "ranks": {"0": 0}}',
+        '{"format": 2, "ranks": {"0": 1e9}}',
+        '{"format": 2, "ranks": {"0": ' + "9" * 5000 + "}}",
+        "[" * 100_000,
+        '{"format": 2, "ranks": ' + '{"0": ' * 100_000,
     ):
         save_file(tensors, saved, metadata={"svdlib": text})
         with pytest.raises(ValueError, match="has no table of ranks"):
@@ -82,6 +89,30 @@ def test_damaged_or_missing_files(model, saved):
         saved.write_bytes(damaged)
         with pytest.raises(ValueError, match="does not fit the model"):
             svdlib.load_factorized(model, saved)
+
+
+@pytest.mark.parametrize("rank", [10, 2_000_000])
+def test_a_rank_beyond_the_layer_is_refused_before_anything_is_made(saved, rank, monkeypatch):
+    save_file(
+        load_file(saved), saved, metadata={"svdlib": f'{{"format": 2, "ranks": {{"3": {rank}}}}}'}
+    )
+    monkeypatch.setattr("svdlib.layers.storage.thin_twins", None)
+    model = nn.Sequential(nn.Linear(30, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Linear(20, 9))
+    with pytest.raises(ValueError, match=rf"layer '3' at rank {rank}, but .* is 9 at most"):
+        svdlib.load_factorized(model, saved)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_files_have_the_mode_that_the_user_s_files_have(model, tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        svdlib.save_factorized(model, tmp_path / "small.safetensors")
+        if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnxscript"):
+            svdlib.export_onnx(model.eval(), torch.rand(3, 30), tmp_path / "small.onnx")
+    finally:
+        os.umask(before)
+    for path in tmp_path.iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask, path
 
 
 def test_a_failed_save_leaves_what_was_there(model, saved, monkeypatch):

@@ -253,6 +253,13 @@ def test_the_optimum_and_the_walks(data):
         svdlib.reveal_ranks(joint, "optimal", tolerance=0.1, parameters=100)
     with pytest.raises(ValueError, match="the table lacks increase, se, parameters"):
         svdlib.reveal_ranks(joint[["0", "2", "4", "loss"]], "optimal", parameters=99)
+    for rule in ("optimal", "removal", "gain"):
+        with pytest.raises(ValueError, match="more than once; give one network's at a time"):
+            svdlib.reveal_ranks(
+                pd.concat([joint, joint.assign(loss=joint.loss + 1)]), rule, parameters=1000
+            )
+    with pytest.raises(ValueError, match="NaN or infinite losses"):
+        svdlib.front(joint.assign(loss=float("nan")))
 
 
 def test_equal_logits_go_to_the_first_class_as_by_argmax():

@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 
 import numpy as np
@@ -7,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import svdlib
+from svdlib.ranks.rules import ONE_LAYER
 
 
 def profile(losses, se=0.1, sigma=None, layer="a", shape=(None, 50)):
@@ -155,6 +157,9 @@ def test_bad_input():
     refused("lacks se, sigma", table=good.drop(columns=["se", "sigma"]))
     refused("has no layer", table=good[:0])
     refused("NaN or infinite losses", table=profile([3, np.nan, 1]))
+    for rule in ("one-se", "stable-rank", "gavish-donoho"):
+        for sigma in (np.nan, np.inf):
+            refused("NaN or infinite singular values", profile([3, 2, 1], sigma=[sigma, 1]), rule)
     refused("needs a tolerance", rule="marginal")
     refused("must be at least 0, not -1", rule="marginal", tolerance=-1)
     refused("at least 0 and below 1", rule="energy", tolerance=1.0)
@@ -210,3 +215,14 @@ def test_layers_of_one_weight_are_counted_once_and_get_one_rank(rule, more):
         assert found == {**expected, "c": expected["a"]}
     only = twin.assign(shared="a")
     assert svdlib.reveal_ranks(only, "one-se") == {"c": svdlib.reveal_ranks(alone, "one-se")["a"]}
+
+
+@pytest.mark.parametrize("rule", [*ONE_LAYER, "budget", "level"])
+def test_profiles_of_several_networks_are_refused_together(rule):
+    """By every rule: of four profiles it would choose a rank that none of them has."""
+    networks = [profile([3, 2, 1.5 + seed, 1]).assign(seed=seed) for seed in range(4)]
+    with pytest.raises(ValueError, match="rank 0 of layer 'a' more than once; give one network's"):
+        svdlib.reveal_ranks(pd.concat(networks, ignore_index=True), rule)
+    for network in networks:  # a rule may ask for more, but finds no fault with the table
+        with contextlib.suppress(ValueError):
+            assert svdlib.reveal_ranks(network, rule)

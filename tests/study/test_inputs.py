@@ -6,6 +6,7 @@ import nbformat
 import pytest
 
 from svdlib.study import runner
+from svdlib.study.execute import execute
 from svdlib.study.inputs import RULES, check
 from svdlib.study.parameters import defaults, find
 
@@ -64,14 +65,13 @@ def test_what_no_notebook_could_use_is_refused_in_one_sentence(given, message):
     assert caught.value.__suppress_context__ and caught.value.__cause__ is None
 
 
-def test_the_notebook_stops_at_the_cell_that_reads_its_parameters(tmp_path):
-    (outcome,) = runner.run(
-        ["03_truncsvd"], {"rank": "20"}, out=tmp_path, folder=FOLDER, figures=tmp_path,
-        progress=False,
-    )  # fmt: skip
-    assert outcome.error == (
-        "cell 3: ValueError: rank must be at most 14, below the full rank of the first layer, not 20"
-    )
+def test_the_notebook_stops_at_the_cell_that_reads_its_parameters_and_the_command_before(tmp_path):
+    told = "rank must be at most 14, below the full rank of the first layer, not 20"
+    text = (FOLDER / "03_truncsvd.ipynb").read_text()
+    assert execute(text, "a", {"rank": 20}, None).error == f"cell 3: ValueError: {told}"
+    with pytest.raises(ValueError, match=f"^03_truncsvd: {told}$"):
+        runner.run(["03_truncsvd"], {"rank": "20"}, out=tmp_path, folder=FOLDER)
+    assert not list(tmp_path.iterdir()), "nothing is begun"
 
 
 @pytest.mark.parametrize("path", find(folder=FOLDER), ids=lambda path: path.stem)

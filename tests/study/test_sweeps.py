@@ -15,7 +15,7 @@ from distributed import Client
 from faults import kills
 from nbformat.v4 import new_code_cell, new_notebook
 
-from svdlib.study import collect, execute, runner, sweeps
+from svdlib.study import collect, runner, sweeps
 from svdlib.study.execute import Done, cores
 
 PARAMETERS = """
@@ -182,15 +182,6 @@ def test_a_full_disk_stops_with_what_is_there_whole(folder, scheduler, monkeypat
     assert "No space left on device" in capsys.readouterr().err
     assert (kept.output / "a.ipynb").read_bytes() == b"old"
     assert [path.name for path in Path("runs/a").iterdir()] == [kept.output.name]
-
-
-def test_what_a_killed_client_left_half_written_goes(tmp_path):
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    for process in (ended.pid, os.getpid()):
-        (tmp_path / f"{execute.UNFINISHED}{process}-x").mkdir(parents=True)
-    execute.tidy(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [f"{execute.unfinished()}x"]
 
 
 def test_only_loopback_listens(scheduler):

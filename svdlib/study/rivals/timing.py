@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -35,8 +36,9 @@ def product_rate(device: torch.device, repeats: int = 5) -> float:
 
 @contextmanager
 def busy_core() -> Iterator[None]:
-    """Another process that takes all it can get of one core."""
-    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    """Another process that takes all it can get of one core, as long as this one lives."""
+    work = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): pass"
+    other = subprocess.Popen([sys.executable, "-c", work, str(os.getpid())])
     try:
         yield
     finally:
