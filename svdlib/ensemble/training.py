@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from svdlib import checks, clock, threads
 from svdlib.data import Data, with_ones
@@ -71,7 +71,7 @@ def train(
         seed: of the order, the dropout and the randomized projections.
         watch: called some ten times a second, and after each epoch, with the rows so far. What
             it raises stops the training.
-        progress: show a progress bar.
+        progress: show a progress bar, which says what is trained.
 
     Returns:
         one row a network and epoch: network, seed, method, rank, every, epoch (from 1),
@@ -141,7 +141,11 @@ def train(
     # A second between refreshes: in a notebook each is some messages, and a reader that looks at
     # them only when the cell has ended, as nbval does, loses those beyond a thousand.
     bar = tqdm(
-        total=epochs * steps, disable=not progress, unit="step", desc="training", mininterval=1.0
+        total=epochs * steps,
+        disable=not progress,
+        unit="step",
+        desc=f"{_in_words(nets, choices)}, {epochs} epochs",
+        mininterval=1.0,
     )
 
     def tick() -> None:
@@ -193,6 +197,17 @@ def train(
         stopped.history = pd.DataFrame(rows)  # type: ignore[attr-defined]
         raise
     return pd.DataFrame(rows)
+
+
+def _in_words(nets: MLPEnsemble, choices: Sequence[Projection | None]) -> str:
+    """What a bar says of a training: how many networks, and what projects them."""
+    kind = "factorized network" if nets.factorized else "network"
+    told = f"{len(nets)} {kind}{'s' if len(nets) > 1 else ''}"
+    kinds = list(dict.fromkeys(choices))
+    if len(kinds) > 1:
+        return f"{told}, {len(kinds)} ways"
+    [only] = kinds
+    return told if only is None else f"{told}, {only.method} of rank {only.rank} every {only.every}"
 
 
 def _order(images: int, generator: torch.Generator) -> Tensor:

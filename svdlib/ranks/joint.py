@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from svdlib import checks, threads
 from svdlib.layers.kinds import is_tied, obstacle, stored

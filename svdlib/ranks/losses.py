@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from svdlib import checks, threads
 from svdlib.layers.kinds import Matrix, as_weight, choose, evaluating, hooked, warn_of

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from svdlib import checks
 from svdlib.layers.kinds import (
@@ -133,7 +133,7 @@ def loss_profile(
         full, _ = full_losses(model, x, y, memory, habit)
         tables = []
         shared: dict[Tensor, pd.DataFrame] = {}
-        for name in tqdm(chosen, disable=not progress, desc="profile", unit="layer"):
+        for name in chosen:
             weight = chosen[name].weight
             if weight in shared:  # the same numbers, and so the same rank by any rule of one layer
                 rows, columns = matrix(chosen[name]).shape[-2:]

@@ -78,4 +78,4 @@ def test_the_notebook_stops_at_the_cell_that_reads_its_parameters(tmp_path):
 def test_every_notebook_checks_before_it_loads_anything(path):
     cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
     source = cells[1].source
-    assert source.index("inputs.check(globals())") < source.index("svdlib.load(")
+    assert source.index("inputs.check(globals()") < source.index("svdlib.load(")

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from svdlib import clock, threads
 from svdlib.data import Data, with_ones
