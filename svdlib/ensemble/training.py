@@ -144,7 +144,7 @@ def train(
         total=epochs * steps,
         disable=not progress,
         unit="step",
-        desc=f"{_in_words(nets, choices)}, {epochs} epochs",
+        desc=_in_words(nets, choices, epochs),
         mininterval=1.0,
     )
 
@@ -199,15 +199,16 @@ def train(
     return pd.DataFrame(rows)
 
 
-def _in_words(nets: MLPEnsemble, choices: Sequence[Projection | None]) -> str:
-    """What a bar says of a training: how many networks, and what projects them."""
+def _in_words(nets: MLPEnsemble, choices: Sequence[Projection | None], epochs: int) -> str:
+    """What a bar says of a training: ``8 networks, rsvd of rank 10 every step, 10 epochs``."""
     kind = "factorized network" if nets.factorized else "network"
-    told = f"{len(nets)} {kind}{'s' if len(nets) > 1 else ''}"
-    kinds = list(dict.fromkeys(choices))
+    words = [f"{len(nets)} {kind}{'s' if len(nets) > 1 else ''}"]
+    kinds = set(choices)
     if len(kinds) > 1:
-        return f"{told}, {len(kinds)} ways"
-    [only] = kinds
-    return told if only is None else f"{told}, {only.method} of rank {only.rank} every {only.every}"
+        words.append(f"{len(kinds)} ways")
+    elif only := choices[0]:
+        words.append(f"{only.method} of rank {only.rank} every {only.every}")
+    return ", ".join([*words, f"{epochs} epoch{'s' if epochs > 1 else ''}"])
 
 
 def _order(images: int, generator: torch.Generator) -> Tensor:

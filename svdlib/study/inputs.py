@@ -83,7 +83,7 @@ def _list(name: str, value: object) -> list[object]:
 
 def _whole_list(name: str, value: object) -> None:
     for entry in _list(name, value):
-        checks.positive_int(entry, f"each of {name}")
+        checks.positive_int(entry, f"each of {name}", least=2 if name == "oversamples" else 1)
 
 
 def _widths(name: str, value: object) -> None:
@@ -163,7 +163,7 @@ Widths = Sequence[int]
 def _at_most(name: str, value: int, most: int, why: str, blamed: str) -> None:
     """Refuse a larger value; where 1 is too large already, what it is held against is to blame."""
     if most < 1:
-        raise ValueError(f"{blamed} leaves no {name}, which must be at most {most}, {why}")
+        raise ValueError(f"{blamed} is too small: {name} must be at most {most}, {why}")
     if value > most:
         raise ValueError(f"{name} must be at most {most}, {why}, not {value}")
 
@@ -175,7 +175,7 @@ def _below(rank: int, sizes: Widths) -> None:
 
 def _up_to_full(ranks: Sequence[int], sizes: Widths) -> None:
     most = max(map(min, pairwise(sizes)))
-    _at_most("each of ranks", max(ranks), most, "the largest full rank of a layer", "sizes")
+    _at_most("each of ranks", max(ranks), most, "the full rank of the widest layer", "sizes")
 
 
 def _paying(name: str, ranks: Sequence[int], widths: Widths, of: str) -> None:

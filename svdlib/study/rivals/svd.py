@@ -119,7 +119,7 @@ def svd_race(
                 # Short ones again and again: a shared machine disturbs them most.
                 taken = clock.median(run, max(repeats, round(0.1 / taken)), warmup=0)
             # SciPy's have negative strides.
-            U, S, Vh = (torch.as_tensor(np.ascontiguousarray(part)) for part in factors)
+            U, S, Vh = (torch.as_tensor(np.asarray(part).copy()) for part in factors)
             error = torch.linalg.matrix_norm(A - (U * S) @ Vh).item()
             rows.append({**case, "way": way, "seconds": taken, "error": error})
     table = pd.DataFrame(rows)
