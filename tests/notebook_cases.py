@@ -54,6 +54,15 @@ SMALL = {
     "09_explorer": {"seeds": "2", "epochs": "2"},
 }
 
+
+def network(random: Random) -> list[int]:
+    return [784, *(random.randint(1, 40) for _ in range(random.randint(1, 3))), 10]
+
+
+def some(random: Random, low: int, high: int, count: int = 0) -> list[int]:
+    return random.sample(range(low, high + 1), count or random.randint(1, 3))
+
+
 # How a parameter is drawn, by its name; those that are not here keep their small value.
 DRAWS = {
     **dict.fromkeys(("seeds", "paper_seeds", "deviation_seeds", "sweep_seeds"), lambda r: r.randint(1, 3)),
@@ -77,14 +86,6 @@ DRAWS = {
     **dict.fromkeys(("validation", "wide_images", "bench_images"), lambda r: r.choice([1, 50])),
     "train_images": lambda r: r.choice([100, 640]),
 }  # fmt: skip
-
-
-def network(random: Random) -> list[int]:
-    return [784, *(random.randint(1, 40) for _ in range(random.randint(1, 3))), 10]
-
-
-def some(random: Random, low: int, high: int, count: int = 0) -> list[int]:
-    return random.sample(range(low, high + 1), count or random.randint(1, 3))
 
 
 def small(path: Path) -> dict[str, object]:
