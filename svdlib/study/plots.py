@@ -196,8 +196,12 @@ def _line(axis: Axes, part: pd.DataFrame, x: str, method: str) -> None:
 
 
 def confusion(counts: pd.DataFrame, title: str = "") -> Figure:
-    """A confusion matrix: rows are true classes, columns predicted ones, entries per cent."""
+    """A confusion matrix: rows are true classes, columns predicted ones, entries per cent.
+
+    Classes that are never predicted have their columns too.
+    """
     figure, axis = plt.subplots(figsize=(5.4, 4.4))
+    counts = counts.reindex(columns=counts.index, fill_value=0)
     share = 100 * counts.div(counts.sum(axis=1), axis=0)
     sns.heatmap(
         share,
