@@ -25,5 +25,10 @@ def test_small_case(name, tmp_path, mnist):
         progress=False,
     )
     assert outcome.error is None
+    [copy] = (tmp_path / "runs").rglob(f"{name}.ipynb")
+    saved = copy.read_text()
+    # A widget is an error in a notebook that is opened again; but the explorer's come with stills.
+    assert ("widget-view" in saved) == (name == "09_explorer")
+    assert ("3 networks, 2 epochs: 100%" in saved) == (SMALL[name].get("progress") == "true")
     drawn = sorted(path.name for path in (tmp_path / "figures").glob(f"{name[:2]}_*"))
     assert drawn and any(figure.endswith(".png") for figure in drawn)
