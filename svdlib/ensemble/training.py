@@ -12,9 +12,9 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from svdlib import checks, clock, threads
+from svdlib.bars import bar
 from svdlib.data import Data, with_ones
 from svdlib.ensemble.networks import MLPEnsemble
 from svdlib.ensemble.parts import Batches, Part, shares
@@ -140,22 +140,22 @@ def train(
     stop, usual = Event(), torch.get_num_threads()
     # A second between refreshes: in a notebook each is some messages, and a reader that looks at
     # them only when the cell has ended, as nbval does, loses those beyond a thousand.
-    bar = tqdm(
+    shown = bar(
         total=epochs * steps,
-        disable=not progress,
+        progress=progress,
         unit="step",
         desc=_in_words(nets, choices, epochs),
         mininterval=1.0,
     )
 
     def tick() -> None:
-        bar.update(sum(part.done for part in parts) // len(parts) - bar.n)
+        shown.update(sum(part.done for part in parts) // len(parts) - shown.n)
         if watch:
             watch(rows)
 
     try:
         with (
-            bar,
+            shown,
             threads.inside(max(1, usual // len(parts)) if large else 1),
             # A new thread learns of torch's setting only when it asks.
             ThreadPoolExecutor(min(usual, len(parts)), initializer=torch.get_num_threads) as pool,

@@ -10,9 +10,9 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from svdlib import checks
+from svdlib.bars import bar
 from svdlib.layers.kinds import (
     CONVOLUTIONS,
     Matrix,
@@ -349,7 +349,7 @@ class _Sweep:
         """The rows of `loss_profile` for these ranks, in rising order."""
         moments = Moments.zeros(len(ranks), self.x.device)
         starts = range(0, len(self.x), self.images)
-        for start in tqdm(starts, disable=not progress, desc=f"layer {self.name}", leave=False):
+        for start in bar(starts, progress=progress, desc=f"layer {self.name}", leave=False):
             part = slice(start, start + self.images)
             for at, logits in self.logits(part, ranks):
                 moments.add(at, logits, self.y[part], self.full[part])

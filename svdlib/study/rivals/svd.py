@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from svdlib import clock
+from svdlib.bars import bar
 from svdlib.linalg.svd import OVERSAMPLE, POWER_ITERS, randomized_svd, truncated_svd
 from svdlib.study.statistics import interval
 
@@ -107,7 +107,7 @@ def svd_race(
     rows = []
     generator = torch.Generator().manual_seed(0)
     cases = [(shape, rank) for shape in shapes for rank in ranks]
-    for (m, n), rank in tqdm(cases, disable=not progress, unit="case", desc="race"):
+    for (m, n), rank in bar(cases, progress=progress, unit="case", desc="race"):
         A = slow_decay(m, n, generator)
         case = {"shape": f"{m}×{n}", "rank": rank}
         bound = clock.median(partial(products, A, rank + OVERSAMPLE, POWER_ITERS), 3 * repeats)
