@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -33,8 +33,11 @@ SHAPES = ("shapes", "race_shapes")
 SWITCHES = ("progress", "everything")
 
 
-def check(namespace: Mapping[str, object], every_rank: bool = False) -> None:
+def check(namespace: dict[str, object], every_rank: bool = False) -> None:
     """Refuse parameters that no notebook could use, with one sentence, before anything is done.
+
+    Which names are parameters is noted at the first call, as ``_parameters``: when all cells are
+    run again, the later ones have used names that are parameters of other notebooks.
 
     Args:
         namespace: a notebook's ``globals()``; names that are no parameters are left alone.
@@ -51,12 +54,13 @@ def check(namespace: Mapping[str, object], every_rank: bool = False) -> None:
     """
     __tracebackhide__ = True  # Jupyter then shows the cell and the sentence
     try:
-        for name, rule in RULES.items():
-            if name in namespace:
-                rule(name, namespace[name])
+        own = namespace.setdefault("_parameters", [name for name in RULES if name in namespace])
+        given = {name: namespace[name] for name in own}  # type: ignore[attr-defined]
+        for name, value in given.items():
+            RULES[name](name, value)
         for names, fit in FITS.items():
-            if all(name in namespace for name in names):
-                fit(*(namespace[name] for name in names))
+            if given.keys() >= set(names):
+                fit(*(given[name] for name in names))
         if every_rank:
             _combinations(namespace["sizes"])  # type: ignore[arg-type]
     except ValueError as error:

@@ -93,6 +93,16 @@ def test_what_no_notebook_could_use_is_refused_in_one_sentence(parameters, messa
     assert caught.value.__suppress_context__ and caught.value.__cause__ is None
 
 
+def test_all_cells_can_be_run_again_though_they_use_names_of_other_notebooks_parameters():
+    space: dict[str, object] = {"seeds": 4}
+    check(space)
+    space |= {"counts": pd.DataFrame(), "ranks": [[0]], "sizes": None}
+    check(space)
+    space["seeds"] = 0
+    with pytest.raises(ValueError, match="seeds must be at least 1"):
+        check(space)
+
+
 def test_every_combination_of_ranks_is_measured_only_of_small_networks():
     check({"sizes": [784, 15, 15, 10]}, every_rank=True)
     check({"sizes": [784, 60, 60, 10]})
