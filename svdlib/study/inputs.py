@@ -18,8 +18,9 @@ PIXELS, CLASSES = 784, 10
 # Larger whole numbers are a slip of the keyboard, and too large for a seed.
 LARGEST = 10**12
 
-# Whole numbers from 0 on; all others begin at 1.
+# Whole numbers from 0 on; all others begin at 1, or where less than two say nothing.
 FROM_ZERO = ("first_seed", "oversample", "power_iters")
+FROM_TWO = ("draws", "oversamples")
 WHOLE = (
     *("seeds", "paper_seeds", "deviation_seeds", "sweep_seeds", "graded", "projected"),
     *("epochs", "paper_epochs", "paper_more", "finetune", "wide_epochs"),
@@ -67,8 +68,12 @@ def check(namespace: dict[str, object], every_rank: bool = False) -> None:
         raise ValueError(str(error)) from None
 
 
+def _least(name: str) -> int:
+    return 0 if name in FROM_ZERO else 2 if name in FROM_TWO else 1
+
+
 def _whole(name: str, value: object) -> None:
-    number = checks.positive_int(value, name, least=0 if name in FROM_ZERO else 1)
+    number = checks.positive_int(value, name, _least(name))
     if number > LARGEST:
         raise ValueError(f"{name} must be at most {LARGEST:,}, not {number:,}")
 
@@ -87,7 +92,7 @@ def _list(name: str, value: object) -> list[object]:
 
 def _whole_list(name: str, value: object) -> None:
     for entry in _list(name, value):
-        checks.positive_int(entry, f"each of {name}", least=2 if name == "oversamples" else 1)
+        checks.positive_int(entry, f"each of {name}", _least(name))
 
 
 def _widths(name: str, value: object) -> None:

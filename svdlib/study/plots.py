@@ -36,9 +36,11 @@ LABELS = {"stock": "stock", "rsvd": "rSVD", "truncsvd": "truncSVD"}
 
 
 def style() -> None:
-    """Use the project's style for the figures and tables that follow: no sentence is cut."""
+    """Use the project's style for the figures and tables that follow: no sentence or row is cut."""
     plt.style.use(STYLE)
-    pd.set_option("display.max_colwidth", None)
+    pd.set_option(
+        "display.max_colwidth", None, "display.max_columns", None, "display.max_rows", 500
+    )
 
 
 def save(figure: Figure | None, name: str, data: pd.DataFrame, folder: str | Path) -> None:

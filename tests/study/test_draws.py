@@ -43,6 +43,7 @@ def few_images(mnist, monkeypatch):
     data = mnist.head(640, 300)
     monkeypatch.setattr(svdlib, "load", lambda name, device="auto": data)
     monkeypatch.setattr("svdlib.layers.cost.latency", lambda *_: 1.0)
+    monkeypatch.setattr("svdlib.study.rivals.training.TURN", 0.0)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -62,7 +63,7 @@ def test_what_is_not_refused_runs(path, few_images, tmp_path, monkeypatch):
     while refusal(sources[1], given):
         given = drawn(own, random)
     space: dict[str, object] = {}
-    with mpl.rc_context(), pd.option_context("display.max_colwidth", 50), warnings.catch_warnings():
+    with mpl.rc_context(), pd.option_context("display.max_rows", 60), warnings.catch_warnings():
         try:
             for number, source in enumerate(sources):
                 if number == 1:

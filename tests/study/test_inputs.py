@@ -36,6 +36,7 @@ def test_every_parameter_has_a_rule_and_its_own_value_keeps_it(path):
         ({"rank": 0}, "rank must be at least 1, not 0"),
         ({"seeds": "4"}, "seeds must be a whole number of at least 1, not '4'"),
         ({"epochs": 0}, "epochs must be at least 1"),
+        ({"draws": 1}, "draws must be at least 2"),
         ({"epochs": True}, "epochs must be a whole number"),
         ({"epochs": 2.0}, "epochs must be a whole number"),
         ({"first_seed": -1}, "first_seed must be at least 0"),

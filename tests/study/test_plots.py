@@ -11,7 +11,7 @@ from svdlib.study import plots as figures
 @pytest.fixture(autouse=True)
 def style():
     mpl.use("Agg")
-    with mpl.rc_context():
+    with mpl.rc_context(), pd.option_context("display.max_rows", 60, "display.max_columns", 20):
         figures.style()
         yield
     plt.close("all")
@@ -64,6 +64,12 @@ def error_axes(table):
         figures.compression(sizes),
     ]
     return [figure.axes[0] for figure in drawn]
+
+
+def test_no_table_is_cut():
+    long = pd.DataFrame({f"column {i}": ["a sentence" * 20] * 100 for i in range(30)})
+    for shown in (repr(long), long._repr_html_()):
+        assert "..." not in shown and shown.count("a sentence" * 20) == 3000
 
 
 def test_error_axes_end_at_a_hundred():
