@@ -66,7 +66,7 @@ runpy.run_module("svdlib", run_name="__main__")
 
 # From the ground up: a wing imports those before it in this list, and what stands beside none.
 FLOORS = (
-    "checks", "clock", "files", "threads", "data", "objective", "linalg", "layers", "ensemble", "ranks", "study",
+    "bars", "checks", "clock", "files", "threads", "data", "objective", "linalg", "layers", "ensemble", "ranks", "compress", "study",
 )  # fmt: skip
 
 

@@ -12,9 +12,9 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from svdlib import checks, clock, threads
+from svdlib.bars import bar
 from svdlib.data import Data, with_ones
 from svdlib.ensemble.networks import MLPEnsemble
 from svdlib.ensemble.parts import Batches, Part, shares
@@ -71,7 +71,7 @@ def train(
         seed: of the order, the dropout and the randomized projections.
         watch: called some ten times a second, and after each epoch, with the rows so far. What
             it raises stops the training.
-        progress: show a progress bar.
+        progress: show a progress bar, which says what is trained.
 
     Returns:
         one row a network and epoch: network, seed, method, rank, every, epoch (from 1),
@@ -140,18 +140,22 @@ def train(
     stop, usual = Event(), torch.get_num_threads()
     # A second between refreshes: in a notebook each is some messages, and a reader that looks at
     # them only when the cell has ended, as nbval does, loses those beyond a thousand.
-    bar = tqdm(
-        total=epochs * steps, disable=not progress, unit="step", desc="training", mininterval=1.0
+    shown = bar(
+        total=epochs * steps,
+        progress=progress,
+        unit="step",
+        desc=_in_words(nets, choices, epochs),
+        mininterval=1.0,
     )
 
     def tick() -> None:
-        bar.update(sum(part.done for part in parts) // len(parts) - bar.n)
+        shown.update(sum(part.done for part in parts) // len(parts) - shown.n)
         if watch:
             watch(rows)
 
     try:
         with (
-            bar,
+            shown,
             threads.inside(max(1, usual // len(parts)) if large else 1),
             # A new thread learns of torch's setting only when it asks.
             ThreadPoolExecutor(min(usual, len(parts)), initializer=torch.get_num_threads) as pool,
@@ -193,6 +197,18 @@ def train(
         stopped.history = pd.DataFrame(rows)  # type: ignore[attr-defined]
         raise
     return pd.DataFrame(rows)
+
+
+def _in_words(nets: MLPEnsemble, choices: Sequence[Projection | None], epochs: int) -> str:
+    """What a bar says of a training: ``8 networks, rsvd of rank 10 every step, 10 epochs``."""
+    kind = "factorized network" if nets.factorized else "network"
+    words = [f"{len(nets)} {kind}{'s' if len(nets) > 1 else ''}"]
+    kinds = set(choices)
+    if len(kinds) > 1:
+        words.append(f"{len(kinds)} ways")
+    elif only := choices[0]:
+        words.append(f"{only.method} of rank {only.rank} every {only.every}")
+    return ", ".join([*words, f"{epochs} epoch{'s' if epochs > 1 else ''}"])
 
 
 def _order(images: int, generator: torch.Generator) -> Tensor:

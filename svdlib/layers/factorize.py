@@ -9,9 +9,9 @@ from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from svdlib import checks, threads
+from svdlib.bars import bar
 from svdlib.layers.attention import pack_, unpack_
 from svdlib.layers.calibrate import Fit, Mask, call_order, fit, input_sums, paired_sums
 from svdlib.layers.kinds import (
@@ -257,7 +257,7 @@ def shown(steps: Iterable[Step], progress: bool, what: str) -> Iterable[Step]:
     >>> list(shown([1, 2], False, "numbers"))
     [1, 2]
     """
-    return tqdm(steps, desc=what, disable=not progress, delay=3, leave=False)
+    return bar(steps, progress=progress, desc=what, delay=3, leave=False)
 
 
 READ = "the model reads its weight without calling it, which would multiply the factors each time"

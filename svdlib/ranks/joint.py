@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from svdlib import checks, threads
+from svdlib.bars import bar
 from svdlib.layers.kinds import is_tied, obstacle, stored
 from svdlib.objective import Batch, Batches, at_home, looked_at, told
 from svdlib.ranks.losses import CACHED, Moments, check_data, full_losses, habits, measuring
@@ -103,16 +103,16 @@ def joint_profile(
         number = len(data[0]) * trees if isinstance(data, tuple) else None
         done: list[int] = []
         stop = Event()
-        bar = tqdm(
+        shown = bar(
             total=number,
-            disable=not progress,
+            progress=progress,
             desc="joint profile",
             unit="image",
             unit_scale=True,
         )
         moments: Moments | None = None
         fulls: list[Tensor] = []
-        with bar, ThreadPoolExecutor(min(usual, SHARES)) as pool:
+        with shown, ThreadPoolExecutor(min(usual, SHARES)) as pool:
             for batch in looked_at(data):
                 x, y = _labelled(batch if isinstance(data, tuple) else at_home(model, batch))
                 check_data(x, y)
@@ -126,7 +126,7 @@ def joint_profile(
                     pool,
                     partial(_moments, links, images, done, stop),
                     parts,
-                    lambda: bar.update(sum(done) - bar.n),
+                    lambda: shown.update(sum(done) - shown.n),
                     stop,
                 )
                 here = sum(found[1:], found[0])

@@ -11,9 +11,9 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from svdlib import checks, threads
+from svdlib.bars import bar
 from svdlib.layers.kinds import Matrix, as_weight, choose, evaluating, hooked, ties, warn_of
 from svdlib.objective import (
     Batch,
@@ -166,7 +166,7 @@ class Task:
         moments, seen = None, 0
         number_of = len(self.data) if hasattr(self.data, "__len__") and self.size is None else None
         batches = cut(self.data, self.size)
-        for batch in tqdm(batches, disable=not progress, total=number_of, desc="batches"):
+        for batch in bar(batches, progress=progress, total=number_of, desc="batches"):
             full, right = self.judge(model, batch)
             if not bool(full.isfinite().all()):
                 raise ValueError("the model gives NaN or infinite losses on these data")

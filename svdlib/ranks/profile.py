@@ -11,9 +11,9 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from svdlib import checks
+from svdlib.bars import bar
 from svdlib.layers.factorize import opened
 from svdlib.layers.kinds import (
     CONVOLUTIONS,
@@ -140,7 +140,7 @@ def loss_profile(
         full, _ = full_losses(model, x, y, memory, habit)
         tables = []
         shared: dict[Tensor, pd.DataFrame] = {}
-        for name in tqdm(chosen, disable=not progress, desc="profile", unit="layer"):
+        for name in chosen:
             weight = chosen[name].weight
             if weight in shared:  # the same numbers, and so the same rank by any rule of one layer
                 rows, columns = matrix(chosen[name]).shape[-2:]
@@ -357,7 +357,7 @@ class _Sweep:
         """The rows of `loss_profile` for these ranks, in rising order."""
         moments = Moments.zeros(len(ranks), self.x.device)
         starts = range(0, len(self.x), self.images)
-        for start in tqdm(starts, disable=not progress, desc=f"layer {self.name}", leave=False):
+        for start in bar(starts, progress=progress, desc=f"layer {self.name}", leave=False):
             part = slice(start, start + self.images)
             for at, logits in self.logits(part, ranks):
                 moments.add(at, logits, self.y[part], self.full[part])

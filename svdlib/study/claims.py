@@ -15,7 +15,8 @@ def claims_table(claims: Mapping[str, tuple[object, object]]) -> pd.DataFrame:
 
     Args:
         claims: {sentence: (measured, holds)}. What was measured may be a mean with its interval
-            (as `svdlib.study.statistics.interval` gives it), a number, or a text.
+            (as `svdlib.study.statistics.interval` gives it), a number, or a text. Of a single
+            run, which has no interval, it is unknown whether the claim holds.
 
     >>> from svdlib.study.statistics import interval
     >>> lost = interval([0.5, 0.7])
@@ -23,9 +24,14 @@ def claims_table(claims: Mapping[str, tuple[object, object]]) -> pd.DataFrame:
     [['costs under a point', '0.60 [-0.67, 1.87]', True]]
     """
     rows = [
-        (sentence, _told(measured), bool(holds)) for sentence, (measured, holds) in claims.items()
+        (sentence, _told(measured), "unknown" if _is_single(measured) else bool(holds))
+        for sentence, (measured, holds) in claims.items()
     ]
     return pd.DataFrame(rows, columns=["claim", "measured", "holds"])
+
+
+def _is_single(measured: object) -> bool:
+    return isinstance(measured, pd.Series) and bool(measured[["low", "high"]].isna().any())
 
 
 def _told(measured: object) -> str:

@@ -200,12 +200,14 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def _kept(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
-    """Outputs without warnings and widgets; of a widget that has a still picture, this."""
+    """Outputs without warnings, bars and widgets; of a widget that has a still picture, this."""
     kept = []
     for output in outputs:
         data = output.get("data", {})
         widget = data.pop(WIDGET, None)
-        if output.get("name") != "stderr" and (widget is None or set(data) > {"text/plain"}):
+        if output.get("name") == "stderr" or output.get("metadata", {}).get("progress"):
+            continue
+        if widget is None or set(data) > {"text/plain"}:
             kept.append(output)
     return kept
 

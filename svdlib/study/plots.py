@@ -36,9 +36,11 @@ LABELS = {"stock": "stock", "rsvd": "rSVD", "truncsvd": "truncSVD"}
 
 
 def style() -> None:
-    """Use the project's style for the figures and tables that follow: no sentence is cut."""
+    """Use the project's style for the figures and tables that follow: no sentence or row is cut."""
     plt.style.use(STYLE)
-    pd.set_option("display.max_colwidth", None)
+    pd.set_option(
+        "display.max_colwidth", None, "display.max_columns", None, "display.max_rows", 500
+    )
 
 
 def save(figure: Figure | None, name: str, data: pd.DataFrame, folder: str | Path) -> None:
@@ -67,8 +69,10 @@ def learning_curves(history: pd.DataFrame, title: str = "") -> Figure:
         _runs(axis, history, value)
         _bands(axis, history, "epoch", value)
         axis.set(xlabel="epoch", ylabel=label, yscale="log")
+        if value == "test_error":
+            to_hundred(axis)
         plain(axis.yaxis)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        whole(axis.xaxis)
     axes[0].legend()
     figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
     return figure
@@ -89,6 +93,7 @@ def against_stock(history: pd.DataFrame, title: str = "") -> Figure:
     _runs(left, stock, "test_error")
     _bands(left, stock, "epoch", "test_error")
     left.set(xlabel="epoch", ylabel="test error (%)", title="stock", yscale="log")
+    to_hundred(left)
     plain(left.yaxis)
     added = pd.concat(
         paired(part, "test_error", against="stock").assign(epoch=epoch)
@@ -103,7 +108,7 @@ def against_stock(history: pd.DataFrame, title: str = "") -> Figure:
     right.set(xlabel="epoch", ylabel="points of test error", title="added to it")
     right.legend()
     for axis in (left, right):
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        whole(axis.xaxis)
     figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
     return figure
 
@@ -121,6 +126,16 @@ def plain(axis: Axis) -> None:
     axis.set_major_locator(LogLocator(subs=steps))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())
+
+
+def whole(axis: Axis) -> None:
+    """Whole numbers alone on an axis, of a single epoch too."""
+    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def to_hundred(axis: Axes) -> None:
+    """No axis of errors, in per cent, goes beyond 100."""
+    axis.set_ylim(top=min(axis.get_ylim()[1], 100))
 
 
 def _runs(axis: Axes, table: pd.DataFrame, value: str) -> None:
@@ -183,8 +198,12 @@ def _line(axis: Axes, part: pd.DataFrame, x: str, method: str) -> None:
 
 
 def confusion(counts: pd.DataFrame, title: str = "") -> Figure:
-    """A confusion matrix: rows are true classes, columns predicted ones, entries per cent."""
+    """A confusion matrix: rows are true classes, columns predicted ones, entries per cent.
+
+    Classes that are never predicted have their columns too.
+    """
     figure, axis = plt.subplots(figsize=(5.4, 4.4))
+    counts = counts.reindex(columns=counts.index, fill_value=0)
     share = 100 * counts.div(counts.sum(axis=1), axis=0)
     sns.heatmap(
         share,
@@ -296,6 +315,7 @@ def error_by_rank(table: pd.DataFrame, reference: Sequence[float], title: str = 
     axis.axhline(stock["mean"], color=COLORS["stock"], linestyle="--", label="stock, full rank")
     axis.set(xlabel="rank of every weight matrix", ylabel="test error (%)", title=title)
     axis.set(yscale="log", xlim=(0.5, table["rank"].max() + 0.5))
+    to_hundred(axis)
     plain(axis.yaxis)
     axis.set_xticks(sorted(table["rank"].unique()))
     axis.legend()
@@ -381,6 +401,7 @@ def front(grades: pd.DataFrame, full: tuple[int, float], title: str = "") -> Fig
         bar.lines[0].set(label=row["rule"], markersize=7)
     left.plot(*full, "*", color="k", markersize=12, label="full network")
     left.set(yscale="log", xlabel="parameters", ylabel="test error (%)")
+    to_hundred(left)
     left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.yaxis.set_major_formatter("{x:g}")
     left.minorticks_off()
@@ -416,7 +437,7 @@ def joint_map(joint: pd.DataFrame, layers: Sequence[str], title: str = "") -> Fi
     whole = joint[joint[list(layers[2:])].eq(joint[list(layers[2:])].max()).all(axis=1)]
     error = (100 - whole.pivot(index=layers[1], columns=layers[0], values="accuracy"))[::-1]
     figure, axis = plt.subplots(figsize=(0.42 * error.shape[1] + 1.2, 0.28 * len(error) + 1.2))
-    norm = LogNorm(error.min().min(), 90)
+    norm = LogNorm(min(max(error.min().min(), 0.1), 45), 90)
     sns.heatmap(
         error, annot=True, fmt=".0f", cmap="viridis_r", norm=norm, cbar=False, ax=axis,
         annot_kws={"size": 8},
@@ -595,6 +616,7 @@ def compression(
         axis.plot(published[size], 100 - published.accuracy, "x", color="0.35", label=named)
     label = {"weights": "weights (biases not counted)"}.get(size, size)
     axis.set(xscale="log", yscale="log", xlabel=label, ylabel="test error (%)", title=title)
+    to_hundred(axis)
     for scale in (axis.xaxis, axis.yaxis):
         plain(scale)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")

@@ -48,16 +48,17 @@ def prediction(values: Sequence[float] | np.ndarray | pd.Series, level: float = 
 
 
 def told(summary: Mapping[str, float] | pd.Series, digits: int = 2) -> str:
-    """A mean with its interval as text.
+    """A mean with its interval as text; the mean alone where there is no interval.
 
-    >>> told(interval([1.0, 2.0, 3.0]))
-    '2.00 [-0.48, 4.48]'
+    >>> told(interval([1.0, 2.0, 3.0])), told(interval([1.0]))
+    ('2.00 [-0.48, 4.48]', '1.00')
     """
     # Zero is added so that nothing reads −0.00.
     mean, low, high = (
-        f"{round(summary[key], digits) + 0.0:.{digits}f}" for key in ("mean", "low", "high")
+        "" if np.isnan(summary[key]) else f"{round(summary[key], digits) + 0.0:.{digits}f}"
+        for key in ("mean", "low", "high")
     )
-    return f"{mean} [{low}, {high}]"
+    return f"{mean} [{low}, {high}]" if low and high else mean
 
 
 def summarize(table: pd.DataFrame, value: str, by: Sequence[str]) -> pd.DataFrame:
@@ -111,7 +112,8 @@ def placed(
 
     Returns:
         a row a group and value: n, mean, low, high (`prediction`), single, below (the share of
-        the runs under it, per cent), inside. Without single runs, no row.
+        the runs under it, per cent), inside. No row without single runs, nor where the many are
+        fewer than two, which say nothing of where another would fall.
 
     >>> runs = pd.DataFrame({"method": "a", "error": range(100)})
     >>> single = pd.DataFrame({"method": ["a"], "error": [98.5]})
@@ -121,7 +123,7 @@ def placed(
     rows = []
     for one in single.to_dict("records"):
         own = runs[(runs[list(by)] == [one[name] for name in by]).all(axis=1)]
-        for value in values:
+        for value in values if len(own) > 1 else ():
             among = prediction(own[value])
             rows.append(
                 {

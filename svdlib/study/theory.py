@@ -75,6 +75,11 @@ def check_sketches(rank: int, oversamples: Sequence[int], side: int) -> None:
     if min(oversamples, default=0) < 2:
         raise ValueError(f"the bounds need oversamples of 2 or more, not {list(oversamples)}")
     largest = side - max(oversamples) - 1
+    if largest < 2:
+        raise ValueError(
+            f"matrices with a side of {side} are sketched at ranks from 2 on with oversamples up "
+            f"to {max(side - 3, 0)}, not {max(oversamples)}"
+        )
     if not 2 <= rank <= largest:
         raise ValueError(
             f"matrices with a side of {side} and up to {max(oversamples)} oversamples are sketched "

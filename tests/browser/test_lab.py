@@ -151,6 +151,14 @@ def test_every_cell_runs_and_shows_what_is_meant(lab, page, name):
         assert shown[1:] == page_row(page, shown[0])
 
 
+def test_a_bar_is_there_when_the_notebook_is_opened_again(lab, page):
+    run_all(page, lab, "01_baseline")
+    page.evaluate("window.jupyterapp.commands.execute('docmanager:save').then(() => 1)")
+    page.goto(f"{lab}/lab/tree/01_baseline.ipynb?reset")
+    page.get_by_text("2 networks, 2 epochs: 100%").wait_for(timeout=60_000)
+    assert page.get_by_text("Error displaying widget").count() == 0
+
+
 def page_row(page, ranks):
     """The library's own row for the ranks on the page, from the page's kernel."""
     code = f"row = cuts.at({list(ast.literal_eval(ranks))}); print('%d|%.2f %%|%.4f' % (row.parameters, 100 - row.accuracy, row.loss))"

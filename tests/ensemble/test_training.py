@@ -467,3 +467,18 @@ def test_blocks_of_seeds_put_together_are_one_run_of_all(blobs, sizes, every):
     torch.testing.assert_close(first, whole[:2], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(last, whole[[4, 5, 2, 3]], rtol=1e-9, atol=1e-9)
     assert not torch.allclose(whole[0], whole[1]), "no projection took place"
+
+
+@pytest.mark.parametrize(
+    ("projection", "words"),
+    [
+        (None, "2 networks, 1 epoch:"),
+        (Projection("rsvd", 2, "step"), "2 networks, rsvd of rank 2 every step, 1 epoch:"),
+        ([None, Projection("rsvd", 2, "step")], "2 networks, 2 ways, 1 epoch:"),
+    ],
+)
+def test_the_bar_says_what_is_trained(blobs, projection, words, capsys):
+    nets = svdlib.MLPEnsemble((12, 5, 3), seeds=(0, 1), device="cpu")
+    svdlib.train(nets, blobs, epochs=1, projection=projection)
+    bar = capsys.readouterr().err.split("\r")[-1]
+    assert bar.startswith(words) and "100%" in bar

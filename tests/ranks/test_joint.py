@@ -131,7 +131,7 @@ def test_a_sequential_that_does_more_than_its_steps_is_refused(data):
 
 def test_an_interrupt_leaves_the_model_as_it_was(data, monkeypatch):
     model, threads = perceptron(7, 5, 3).train(), torch.get_num_threads()
-    monkeypatch.setattr("svdlib.ranks.joint.tqdm.update", interrupt := Interrupt())
+    monkeypatch.setattr("tqdm.std.tqdm.update", interrupt := Interrupt())
     with pytest.raises(KeyboardInterrupt):
         svdlib.joint_profile(model, *data, progress=False)
     assert interrupt.called and model.training and torch.get_num_threads() == threads

@@ -17,6 +17,12 @@ def test_a_row_a_claim_with_what_was_measured():
     assert table.holds.tolist() == [True, False, True] and table.holds.dtype == bool
 
 
+def test_of_a_single_run_nothing_is_known():
+    table = claims_table({"costs little": (interval([0.5]), False), "costs": (interval([1, 2]), 1)})
+    assert table.values.tolist()[0] == ["costs little", "0.50", "unknown"]
+    assert table.holds.tolist()[1] is True
+
+
 def test_a_claim_needs_both_parts():
     with pytest.raises(TypeError):
         claims_table({"nothing measured": True})

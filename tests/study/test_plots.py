@@ -1,4 +1,5 @@
 import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,9 +11,10 @@ from svdlib.study import plots as figures
 @pytest.fixture(autouse=True)
 def style():
     mpl.use("Agg")
-    with mpl.rc_context():
+    with mpl.rc_context(), pd.option_context("display.max_rows", 60, "display.max_columns", 20):
         figures.style()
         yield
+    plt.close("all")
 
 
 def history(methods=("stock", "rsvd"), networks=3, epochs=2) -> pd.DataFrame:
@@ -46,6 +48,60 @@ def test_what_is_added_to_stock_is_paired_by_seed():
     np.testing.assert_allclose(line.get_ydata(), expected)
     low, high = figure.axes[1].get_ylim()
     assert low <= expected.min() and high >= expected.max()
+
+
+def error_axes(table):
+    """Every axis of test errors by epoch, rank or size, drawn of errors near 100 %."""
+    ranks = table.assign(rank=table.epoch, share=[np.nan, 0.5] * (len(table) // 2))
+    rules = ["optimal", "optimal", "budget", "budget"] * (len(table) // 4)
+    grades = ranks.assign(rule=rules, parameters=9, error=ranks.test_error, regret=0.1)
+    sizes = pd.DataFrame({"form": "a", "parameters": [9, 99], "mean": 3.0, "low": -9.0, "high": 15})
+    drawn = [
+        figures.learning_curves(table),
+        figures.against_stock(table),
+        figures.error_by_rank(ranks, [97.0]),
+        figures.front(grades, (9, 97.0)),
+        figures.compression(sizes),
+    ]
+    return [figure.axes[0] for figure in drawn]
+
+
+def test_no_table_is_cut():
+    long = pd.DataFrame({f"column {i}": ["a sentence" * 20] * 100 for i in range(30)})
+    for shown in (repr(long), long._repr_html_()):
+        assert "..." not in shown and shown.count("a sentence" * 20) == 3000
+
+
+def test_error_axes_end_at_a_hundred():
+    table = history(epochs=2)
+    table["test_error"] = 96 + table.test_error
+    axes = error_axes(table)
+    assert len(axes) == 5
+    for axis in axes:
+        assert axis.get_ylabel() == "test error (%)" and axis.get_ylim()[1] <= 100
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 10])
+def test_epochs_are_whole_numbers(epochs):
+    for draw in (figures.learning_curves, figures.against_stock):
+        figure = draw(history(epochs=epochs))
+        figure.canvas.draw()
+        for axis in figure.axes:
+            low, high = axis.get_xlim()
+            ticks = [tick for tick in axis.get_xticks() if low <= tick <= high]
+            assert ticks and all(tick == int(tick) for tick in ticks)
+
+
+@pytest.mark.parametrize("accuracy", [[0.0, 1, 2, 3], [97.0, 98, 99, 100], [10.0, 20, 30, 90]])
+def test_a_map_of_errors_takes_the_best_and_the_worst_networks(accuracy):
+    joint = pd.DataFrame({"0": [0, 0, 1, 1], "2": [0, 1, 0, 1], "accuracy": accuracy})
+    figures.joint_map(joint, ["0", "2"]).canvas.draw()
+
+
+def test_a_confusion_matrix_keeps_classes_that_are_never_predicted():
+    figure = figures.confusion(pd.crosstab(pd.Series([0, 1, 2]), pd.Series([0, 0, 2])))
+    [axis] = figure.axes
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["0", "1", "2"]
 
 
 def test_a_method_has_one_colour_everywhere():

@@ -15,7 +15,6 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
@@ -196,7 +195,9 @@ def curves_picture(runs: Sequence[pd.DataFrame], epochs: int) -> bytes:
                 _curve(axes[1], part, "test_loss", color, str(run))
         for axis, label in zip(axes, ("test error (%)", "test loss"), strict=True):
             axis.set(xlabel="epoch", ylabel=label, yscale="log", xlim=(0.8, epochs + 0.2))
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            plots.whole(axis.xaxis)
+            if axis.lines and label == "test error (%)":
+                plots.to_hundred(axis)
             if axis.lines:
                 plots.plain(axis.yaxis)
         if axes[0].lines:

@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from svdlib import clock
+from svdlib.bars import bar
 from svdlib.linalg.svd import OVERSAMPLE, POWER_ITERS, randomized_svd, truncated_svd
 from svdlib.study.statistics import interval
 
@@ -107,7 +107,7 @@ def svd_race(
     rows = []
     generator = torch.Generator().manual_seed(0)
     cases = [(shape, rank) for shape in shapes for rank in ranks]
-    for (m, n), rank in tqdm(cases, disable=not progress, unit="case"):
+    for (m, n), rank in bar(cases, progress=progress, unit="case", desc="race"):
         A = slow_decay(m, n, generator)
         case = {"shape": f"{m}×{n}", "rank": rank}
         bound = clock.median(partial(products, A, rank + OVERSAMPLE, POWER_ITERS), 3 * repeats)
@@ -119,7 +119,7 @@ def svd_race(
                 # Short ones again and again: a shared machine disturbs them most.
                 taken = clock.median(run, max(repeats, round(0.1 / taken)), warmup=0)
             # SciPy's have negative strides.
-            U, S, Vh = (torch.as_tensor(np.ascontiguousarray(part)) for part in factors)
+            U, S, Vh = (torch.as_tensor(np.asarray(part).copy()) for part in factors)
             error = torch.linalg.matrix_norm(A - (U * S) @ Vh).item()
             rows.append({**case, "way": way, "seconds": taken, "error": error})
     table = pd.DataFrame(rows)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pandas as pd
+import psutil
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -44,6 +45,39 @@ def busy_core() -> Iterator[None]:
     finally:
         other.kill()
         other.wait()
+
+
+# What others may take of a core without being noticed: an idle JupyterLab and its browser do.
+QUIET = 0.15
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """Say afterwards, in a printed sentence, whether what was timed inside was alone.
+
+    Times measured beside other work are no results. What others took is the processor time of
+    all processes less this one's and its children's, over the seconds that went by: in cores.
+    """
+    before = _spent()
+    yield
+    wall, everyone, own = (after - start for after, start in zip(_spent(), before, strict=True))
+    cores, others = psutil.cpu_count() or 1, max(everyone - own, 0.0) / wall
+    if everyone < own / 2:  # as in some sandboxes
+        print("This system doesn't tell what other processes do: were these times measured alone?")
+    elif others > QUIET:
+        print(
+            f"Not alone: other processes took {others:.1f} of {cores} cores while this was timed. "
+            "These times are no results; measure again on a quiet machine."
+        )
+    else:
+        print(f"Timed alone: other processes took under {QUIET} of {cores} cores.")
+
+
+def _spent() -> tuple[float, float, float]:
+    """Seconds: of the clock, of all processors at work, and of this process and its children."""
+    busy, told = ("user", "nice", "system", "irq", "softirq", "steal"), psutil.cpu_times()
+    everyone = sum(getattr(told, name, 0.0) for name in busy)
+    return clock.now(), everyone, sum(os.times()[:4])
 
 
 class _Stopwatch(TorchDispatchMode):

@@ -17,9 +17,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
-from tqdm.auto import tqdm
 
 from svdlib import clock, threads
+from svdlib.bars import bar
 from svdlib.data import Data, with_ones
 from svdlib.ensemble.networks import MLPEnsemble, perceptron
 from svdlib.ensemble.parts import Batches, Part
@@ -264,7 +264,7 @@ def race(entrants: Entrants, repeats: int = 5, progress: bool = True) -> pd.Data
         the turn's epochs).
     """
     rows = []
-    for number in tqdm(range(1 + repeats), disable=not progress, unit="round", desc="race"):
+    for number in bar(range(1 + repeats), progress=progress, unit="round", desc="race"):
         for (name, way, networks), epoch in entrants.items():
             start = clock.now()
             taken = [epoch()]
