@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from svdlib import checks, clock, threads
+from svdlib.bars import bar
 from svdlib.layers.calibrate import Fit, Mask, fit, input_sums
 from svdlib.layers.cost import WHOLE, cost, measured
 from svdlib.layers.factorize import (
@@ -55,6 +55,9 @@ if TYPE_CHECKING:
 
 # The ranks of a layer at which its loss is measured; between them it is drawn straight.
 GRID = 10
+
+# What the output's whole error counts for beside the largest rise of the loss.
+LITTLE = 1e-3
 
 # Halvings of the interval in which the smallest network within an increase is looked for.
 HALVINGS = 7
@@ -110,6 +113,7 @@ class Compressed:
 
 
 @threads.making()
+@torch.random.fork_rng(devices=[])  # a DataLoader draws random numbers
 def compress(
     model: nn.Module,
     x: Batches,
@@ -134,8 +138,8 @@ def compress(
     """A smaller copy of a network, its layers factorized at ranks that share a budget.
 
     1. How sensitive each layer is to its rank: the loss that it adds alone (`loss_profile`) where
-       that is measured within ``seconds``, else the share of its output's variance that it
-       loses on the calibration inputs, by the eigenvalues of W C Wᵀ.
+       that is measured within ``seconds``, else, or where the loss does not rise, the share of
+       its output's variance that it loses on the calibration inputs, by the eigenvalues of W C Wᵀ.
     2. Ranks of the least total under the budget, see `allocate`.
     3. Factors that are fitted on the calibration inputs, see `factorize`.
     4. The loss of the result, paired with the network's own on the same data.
@@ -147,7 +151,8 @@ def compress(
         model: any module; it is not changed.
         x, y, objective, accuracy: data and losses, as in `loss_profile`, looked at several times.
         parameters, multiply_adds: what the result may have at most, as a share of the whole
-            model's, between 0 and 1; it comes as near as whole ranks allow.
+            model's, between 0 and 1; it comes as near as whole ranks allow. For multiply_adds
+            embeddings, and layers that share a weight with one, stay as they are.
         increase: the loss that may be added at most: the smallest network that is found to
             add no more on these data. Every step is measured.
         calibration, call, mask, sequential: see `factorize`; by default the inputs in ``x``.
@@ -173,10 +178,11 @@ def compress(
     """
     kind, budget = _budget(parameters=parameters, multiply_adds=multiply_adds, increase=increase)
     checks.positive_int(multiple_of, "multiple_of")
+    seconds = checks.number(seconds, "seconds")
     if low_rank_layers(model):
         raise ValueError("the model has factorized layers already; give svdlib.merge(model)")
     data = x if y is None else (x, y)
-    inputs = (x if y is not None else data) if calibration is None else calibration
+    inputs = x if calibration is None else calibration
     for each in (data, inputs):
         refuse_once(each, "compress")
     names = _named(model, include, exclude)
@@ -185,18 +191,17 @@ def compress(
         one_pass = _seconds(model, task)
     few, dense = first_batch(cut(inputs, BATCH)), apart(duplicate(model))
     layers = _able(dense, names, inputs, call)
-    with torch.random.fork_rng(devices=[]):
-        fits = _fits(dense, layers, inputs, call, mask, progress)
+    fits = _fits(dense, layers, inputs, call, mask, progress)
     layers = {name: layer for name, layer in layers.items() if name in fits}
 
     with measuring(model):
         work = measured(apart(model), few, call)
     worth = work["multiply_adds" if kind == "multiply_adds" else "parameters"].astype(float)
     estimate = one_pass * (GRID + 1) * len(layers)
-    if estimate <= checks.number(seconds, "seconds"):
-        errors = _losses(model, task, layers, f"profile, about {estimate:.0f} s", progress)
-    else:
-        errors = {name: _lost(layers[name], fits[name]) for name in layers}
+    errors = {name: _lost(layers[name], fits[name]) for name in layers}
+    if estimate <= seconds:
+        rises = _losses(model, task, layers, f"profile, about {estimate:.0f} s", progress)
+        errors = _either(rises, errors)
     plan = _plan(layers, errors, worth, multiple_of)
 
     def made(ranks: Mapping[str, int]) -> nn.Module:
@@ -205,16 +210,18 @@ def compress(
         fitting: Fits = partial(_found, fits)
         if sequential:
             fitting = partial(one_after_another, inputs, call, mask, dense, progress)
-        return shrunk(model, ranks, fitting, depth=5)
+        return shrunk(model, ranks, fitting, depth=6)
 
-    if kind == "increase":
-        spent = _smallest(model, task, plan, lambda most: made(plan.ranks(most)), budget, progress)
-    else:
+    told = f"{kind}={budget:g}"
+    while True:
         spent = budget * plan.total
-    small = made(ranks := plan.ranks(spent, f"{kind}={budget:g}"))
-    while faster and (slow := _slower(small, few, call)):
-        plan = plan.without(slow)
-        small = made(ranks := plan.ranks(spent, f"{kind}={budget:g} with faster=True"))
+        if kind == "increase":
+            spent = _smallest(model, task, plan, made, budget, progress)
+        small = made(ranks := plan.ranks(spent, told))
+        slow = _slower(small, few, call) if faster else []
+        if not slow:
+            break
+        plan, told = plan.without(slow), f"{kind}={budget:g} with faster=True"
     single = one_pass * len(ranks) <= seconds
     return Compressed(small, ranks, _report(model, small, few, call, task, single, progress))
 
@@ -239,16 +246,14 @@ def _budget(**budgets: float | None) -> tuple[str, float]:
 def _named(model: nn.Module, include: Iterable[str] | None, exclude: Iterable[str]) -> list[str]:
     """The layers that these names and patterns leave."""
     names = list(whole_layers(model))
-    for patterns in (include, exclude):
-        for pattern in [] if patterns is None else patterns:
-            if isinstance(patterns, str) or not any(fnmatchcase(name, pattern) for name in names):
-                told = patterns if isinstance(patterns, str) else pattern
-                raise ValueError(
-                    f"include and exclude are lists of layers or patterns; {told!r} fits none of "
-                    f"{', '.join(names)}"
-                )
-    wanted = ["*"] if include is None else list(include)
-    barred = list(exclude)
+    wanted = ["*"] if include is None else checks.several(include, "include", '["encoder.*"]')
+    barred = checks.several(exclude, "exclude", '["encoder.*"]')
+    for pattern in (*wanted, *barred) if names else ():
+        fits = isinstance(pattern, str) and any(fnmatchcase(name, pattern) for name in names)
+        if not fits:
+            raise ValueError(
+                f"include and exclude name layers; {pattern!r} fits none of {', '.join(names)}"
+            )
     return [
         name
         for name in names
@@ -263,9 +268,6 @@ def _able(
     """Those of the layers that can be factorized; the others are named in a warning."""
     found, left = choose(dense, None, "compress", twin=True)
     layers = cast(dict[str, Matrix], found)  # none is factorized
-    for group in ties(matrix_layers(dense)):
-        if not set(group) <= set(names):
-            left |= {name: "its weight is shared with a layer that is left" for name in group}
     thin = apart(duplicate(dense))
     for name, layer in matrix_layers(thin).items():
         if name in layers and name in names and name not in left:
@@ -275,7 +277,11 @@ def _able(
             thin = replace_module(thin, layer, twin)
     take_no_fused_way(thin)
     left |= dict.fromkeys(weights_read(thin, next(cut(inputs, BATCH)), call), READ)
-    warn_of({name: why for name, why in left.items() if name in names}, depth=4)
+    for group in ties(matrix_layers(dense)):
+        if not set(group) <= set(names) - left.keys():
+            others = [name for name in group if name not in left]
+            left |= dict.fromkeys(others, "its weight is shared with a layer that is left")
+    warn_of({name: why for name, why in left.items() if name in names}, depth=5)
     able = {name: layers[name] for name in names if name in layers and name not in left}
     if not able:
         raise ValueError("the model has no layer that could be factorized, of those asked for")
@@ -298,7 +304,7 @@ def _fits(
     unseen = [name for name in alone if name not in sums]
     if unseen and len(unseen) == len(layers):
         raise ValueError(f"calibration reaches no layer, such as {unseen[0]!r}")
-    warn_of(dict.fromkeys(unseen, "calibration does not reach it"), depth=4)
+    warn_of(dict.fromkeys(unseen, "calibration does not reach it"), depth=5)
     found: dict[str, Fit | None] = {}
     for name in shown(list(layers), progress, "eigenvectors"):
         if name in sums or name in tied:
@@ -335,7 +341,7 @@ def _losses(
 ) -> dict[str, np.ndarray]:
     """What the loss rises by at each rank of each layer alone, measured at some of them."""
     errors = {}
-    for name, layer in tqdm(layers.items(), desc=told, disable=not progress, leave=False):
+    for name, layer in bar(layers.items(), progress=progress, desc=told, leave=False):
         m, n = matrix(layer).shape[-2:]
         grid = np.unique(np.linspace(1, max(1, (m * n - 1) // (m + n)), GRID).round().astype(int))
         table = loss_profile(
@@ -351,6 +357,15 @@ def _losses(
         ranks, rises = [*table["rank"], full], [*table["increase"], 0.0]
         errors[name] = np.interp(np.arange(full + 1), ranks, rises)
     return errors
+
+
+def _either(
+    rises: Mapping[str, np.ndarray], lost: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """What the loss rises by; where a higher rank makes it no better, the output's error decides."""
+    falling = {name: np.minimum.accumulate(rise).clip(min=0) for name, rise in rises.items()}
+    share = LITTLE * (max(each.max() for each in falling.values()) or 1.0)
+    return {name: each + share * lost[name] for name, each in falling.items()}
 
 
 @dataclass(frozen=True)
@@ -433,15 +448,15 @@ def _smallest(
     model: nn.Module,
     task: Task,
     plan: _Plan,
-    made: Callable[[float], nn.Module],
+    made: Callable[[Mapping[str, int]], nn.Module],
     increase: float,
     progress: bool,
 ) -> float:
     """The smallest cost of a network found to add no more loss, by halving the interval."""
     low, high = plan.least, plan.total
-    for step in tqdm(range(1 + HALVINGS), "budgets", disable=not progress, leave=False):
+    for step in bar(range(1 + HALVINGS), progress=progress, desc="budgets", leave=False):
         middle = (low + high) / 2 if step else low
-        if _increase(model, made(middle), task) <= increase:
+        if _increase(model, made(plan.ranks(middle)), task) <= increase:
             high = middle
         else:
             low = middle
@@ -483,8 +498,10 @@ def _report(
     losses = pd.DataFrame(
         {"loss_added": means["increase"][1:], "se": means["se"][1:]}, index=[*names, WHOLE]
     )
-    if not math.isfinite(means["increase"][-1]):
-        raise ValueError(f"ranks {dict(thin)} give NaN or infinite losses on these data")
+    for name, loss in zip(losses.index, losses.loss_added, strict=True):
+        if not math.isfinite(loss):
+            ranks = {each: thin[each].rank for each in (thin if name == WHOLE else [name])}
+            raise ValueError(f"ranks {ranks} give NaN or infinite losses on these data")
     shapes = {name: matrix(layer).shape[-2:] for name, layer in whole_layers(model).items()}
     sides = pd.DataFrame(shapes, index=["rows", "columns"]).T
     table = cost(small, few, call=call, repeats=REPEATS).set_index("layer")

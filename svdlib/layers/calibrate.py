@@ -29,9 +29,9 @@ Mask = Callable[[Batch], Tensor]
 # Vectors that are multiplied at a time: enough for a fast product, few enough for any memory.
 BLOCK = 4096
 
-# What is added to the covariance's diagonal, in shares of its trace, so that it has a root; and
-# where the covariance is inverted, so that its least eigenvalues, which are noise, are not.
-JITTER, RIDGE = 1e-12, 1e-5
+# What is added to the diagonal of a covariance that is inverted, in shares of its trace, so that its
+# least eigenvalues, which are noise, are not.
+RIDGE = 1e-5
 
 
 @dataclass
@@ -115,10 +115,10 @@ def is_centred(layer: Matrix) -> bool:
 def fit(layer: Matrix, sums: Sums) -> Fit:
     """All best approximations of a layer on inputs of these sums, see `Fit`.
 
-    The eigenvectors are those of the smaller of GGᵀ and GᵀG, where G = M L and C = L Lᵀ.
-
-    Raises:
-        ValueError: sums that are NaN or infinite.
+    The eigenvectors are found on the smaller side. Where W = Q R is higher than wide, those of
+    W C Wᵀ are Q times those of R C Rᵀ, without a root of C, which a rank-deficient C may not have
+    to rounding. Where layers before are cut, and C is inverted, they are those of GGᵀ or GᵀG,
+    G = M L and C = L Lᵀ.
 
     >>> layer, x = nn.Linear(4, 3, bias=False), torch.eye(4)
     >>> found = fit(layer, Sums(4, x.sum(0).double(), (x.mT @ x).double()))
@@ -136,16 +136,16 @@ def fit(layer: Matrix, sums: Sums) -> Fit:
         other = None if other is None else other - _outer(before, mean)
     shift = (W @ before.unsqueeze(-1)).squeeze(-1) if centred else None
     m, n = W.shape[-2:]
-    if isinstance(layer, nn.Embedding) or (m <= n and other is None):
-        M, product = W, (W * C if isinstance(layer, nn.Embedding) else W @ C) @ W.mT
-        energies, left = torch.linalg.eigh(product)
+    if other is None:
+        M = W
+        Q, R = torch.linalg.qr(W) if m > n else (None, W)
+        RC = R * C if isinstance(layer, nn.Embedding) else R @ C
+        energies, left = torch.linalg.eigh(RC @ R.mT)
+        left = left if Q is None else Q @ left
     else:
-        L = _root(C, JITTER if other is None else RIDGE)
-        if other is None:
-            M, G = W, W @ L
-        else:
-            G = torch.linalg.solve_triangular(L, (W @ other).mT, upper=False).mT
-            M = torch.linalg.solve_triangular(L.mT, G.mT, upper=True).mT
+        L = _root(C)
+        G = torch.linalg.solve_triangular(L, (W @ other).mT, upper=False).mT
+        M = torch.linalg.solve_triangular(L.mT, G.mT, upper=True).mT
         energies, left = torch.linalg.eigh(G @ G.mT if m <= n else G.mT @ G)
         if m > n:
             left = torch.linalg.qr(G @ left.flip(-1)).Q.flip(-1)
@@ -157,10 +157,10 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
     return a.unsqueeze(-1) * b.unsqueeze(-2)
 
 
-def _root(C: Tensor, share: float) -> Tensor:
-    """L with L Lᵀ = C and so much more on the diagonal."""
+def _root(C: Tensor) -> Tensor:
+    """L with L Lᵀ = C and `RIDGE` more on the diagonal."""
     trace = C.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    more = torch.where(trace > 0, share * trace, torch.ones_like(trace))
+    more = torch.where(trace > 0, RIDGE * trace, torch.ones_like(trace))
     return torch.linalg.cholesky(C + more * torch.eye(C.shape[-1], dtype=C.dtype, device=C.device))
 
 
@@ -172,7 +172,7 @@ def input_sums(
     call: Call | None,
     mask: Mask | None,
 ) -> dict[str, Sums]:
-    """`Sums` of what each layer is called with, in one pass; of those that are called.
+    """`Sums` of what each layer is called with, in one pass; of those that get any vector.
 
     No input is kept. Layers that are called with the same tensor, one after the other, such as
     q, k and v, have it multiplied once.
@@ -183,6 +183,7 @@ def input_sums(
     """
     sums: dict[str, Sums] = {}
     keep: Tensor | None = None
+    masked: list[bool] = []
     latest: list[tuple[Any, ...]] = []
 
     def note(name: str, inputs: tuple[Tensor, ...]) -> None:
@@ -191,6 +192,7 @@ def input_sums(
         if not (latest and latest[0][0] is x and latest[0][1] == what):
             latest[:] = [(x, what, _summed(layer, x, keep))]
         sums.setdefault(name, Sums()).add(*latest[0][2])
+        masked.append(_is_masked(layer, x, keep))
 
     with evaluating(model), hooked(layers, before=note):
         for batch in batches:
@@ -199,9 +201,10 @@ def input_sums(
             keep = _kept(batch, mask)
             prepared(model, batch, call)()
             latest.clear()
+    _check_mask(mask, keep, masked)
     for name, each in sums.items():
         _check_sums(each, name)
-    return sums
+    return {name: each for name, each in sums.items() if each.count}
 
 
 def _check(batch: Batch) -> None:
@@ -210,7 +213,17 @@ def _check(batch: Batch) -> None:
 
 
 def _check_sums(sums: Sums, name: str) -> None:
-    checks.finite(torch.as_tensor(sums.square), f"what calibration gives to layer {name!r}")
+    for value in (sums.square, sums.cross):
+        checks.finite(torch.as_tensor(value), f"what calibration gives to layer {name!r}")
+
+
+def _check_mask(mask: Mask | None, keep: Tensor | None, masked: Sequence[bool]) -> None:
+    """Refuse a caller's mask that is of no use for any call of a layer."""
+    if mask is not None and keep is not None and masked and not any(masked):
+        raise ValueError(
+            f"mask gives places {tuple(keep.shape)}, and no layer has such inputs, "
+            f"{(*keep.shape, 'features')}"
+        )
 
 
 def _version(x: Tensor) -> int:
@@ -223,6 +236,8 @@ def _kind(layer: Matrix) -> tuple[object, ...]:
     window = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
     if isinstance(layer, CONVOLUTIONS):
         return (type(layer), *(getattr(layer, name) for name in window))
+    if isinstance(layer, nn.Embedding):
+        return (type(layer), layer.num_embeddings)
     return (type(layer), layer.groups if isinstance(layer, TRANSPOSED) else 1)
 
 
@@ -238,12 +253,19 @@ def _kept(batch: Batch, mask: Mask | None) -> Tensor | None:
     return found != 0 if isinstance(found, Tensor) and found.ndim == 2 else None
 
 
+def _is_masked(layer: Matrix, x: Tensor, keep: Tensor | None) -> bool:
+    """Whether the places that are kept are those of the layer's inputs."""
+    if keep is None or isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED)):
+        return False
+    places = x.shape if isinstance(layer, nn.Embedding) else x.shape[:-1]
+    return places[: keep.ndim] == keep.shape
+
+
 def _vectors(layer: Matrix, x: Tensor, keep: Tensor | None) -> Iterator[Tensor]:
     """What the layer's matrix is applied to, in float64, some thousand vectors at a time."""
-    is_window = isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED))
-    if keep is not None and not is_window and x.shape[: keep.ndim] == keep.shape:
+    if keep is not None and _is_masked(layer, x, keep):
         x = x[keep.to(x.device)]
-    if is_window:
+    if isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED)):
         x = x if x.ndim == layer.weight.ndim else x[None]
         one = len(rows(layer, x[:1]))
         for some in x.split(max(1, BLOCK // max(one, 1))):
@@ -271,35 +293,64 @@ def _summed(layer: Matrix, x: Tensor, keep: Tensor | None) -> tuple[int, Tensor,
     return count, total, square
 
 
+@torch.no_grad()
 def call_order(
-    model: nn.Module, layers: Mapping[str, Matrix], batch: Batch, call: Call | None
+    model: nn.Module,
+    layers: Mapping[str, Matrix],
+    batches: Iterable[Batch],
+    call: Call | None,
+    mask: Mask | None = None,
 ) -> tuple[list[list[str]], set[str]]:
-    """The layers in the order of their first call, those with one input together; and those
-    that are called once.
+    """The layers in the order of their first call, and those that are called once in a call.
+
+    Of the latter, those with one input, one after the other, stand together. Batches are looked
+    at until each layer was called.
 
     >>> model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
-    >>> call_order(model, {"0": model[0], "2": model[2]}, torch.rand(2, 3), None)[0]
+    >>> call_order(model, {"0": model[0], "2": model[2]}, [torch.rand(2, 3)], None)[0]
     [['0'], ['2']]
     """
-    groups: list[list[str]] = []
-    times: dict[str, int] = {}
-    latest: list[tuple[Any, ...]] = []
+    first: list[str] = []
+    earlier: set[str] = set()  # in batches before
+    called: list[str] = []  # in this batch
+    latest: list[tuple[Tensor, tuple[Any, ...]]] = []
+    several: set[str] = set()
+    together: dict[str, str] = {}  # with the layer before it
+    masked: list[bool] = []
+    keep: Tensor | None = None
 
     def note(name: str, inputs: tuple[Tensor, ...]) -> None:
         x, what = inputs[0], (_version(inputs[0]), _kind(layers[name]))
-        times[name] = times.get(name, 0) + 1
-        same = bool(latest) and latest[0][0] is x and latest[0][1] == what
+        if name in called:
+            several.add(name)
+        elif name not in first:
+            first.append(name)
+            same = bool(latest) and latest[0][0] is x and latest[0][1] == what
+            if same and called[-1] not in earlier:
+                together[name] = called[-1]
+        called.append(name)
         latest[:] = [(x, what)]
-        if times[name] > 1:
-            return
-        if same and groups:
+        masked.append(_is_masked(layers[name], x, keep))
+
+    with evaluating(model), hooked(layers, before=note):
+        for batch in batches:
+            batch = at_home(model, batch)
+            keep = _kept(batch, mask)
+            prepared(model, batch, call)()
+            called.clear()
+            latest.clear()
+            if len(first) == len(layers):
+                break
+            earlier = set(first)
+    _check_mask(mask, keep, masked)
+    groups: list[list[str]] = []
+    for name in first:
+        mate = together.get(name)
+        if mate is not None and groups[-1][-1] == mate and not several & {name, mate}:
             groups[-1].append(name)
         else:
             groups.append([name])
-
-    with torch.no_grad(), evaluating(model), hooked(layers, before=note):
-        prepared(model, at_home(model, batch), call)()
-    return groups, {name for name, number in times.items() if number == 1}
+    return groups, set(first) - several
 
 
 class _Reached(Exception):
@@ -351,7 +402,7 @@ def paired_sums(
                 a, b = cut.movedim(0, -2), whole.movedim(0, -2)
                 sums.add(len(cut), cut.sum(0), a.mT @ a, whole.sum(0), b.mT @ a)
     _check_sums(sums, first)
-    return dict.fromkeys(names, sums)
+    return dict.fromkeys(names, sums) if sums.count else {}
 
 
 def _inputs(

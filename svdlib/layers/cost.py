@@ -154,7 +154,7 @@ class _Products(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         left, right = (args[place] for place in PRODUCTS[operation])
         names = [self.owner(t) for t in (left, right)]
-        name = names[1] or names[0]
+        name = names[0] if names[1] is None else names[1]
         if name is None:
             return result
         if operation == "convolution":

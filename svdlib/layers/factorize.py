@@ -243,11 +243,11 @@ def one_after_another(
     layers: Mapping[str, Matrix],
 ) -> Iterator[tuple[str, Fit]]:
     """Fits in the order of the calls, each on the inputs that those cut before it leave."""
-    order, once = call_order(model, layers, next(cut(calibration, BATCH)), call)
+    order, once = call_order(model, layers, cut(calibration, BATCH), call, mask)
     for names in shown(order, progress, "layers"):
         alone = once.issuperset(names)
         sums = paired_sums(dense, model, names, cut(calibration, BATCH), call, mask, alone)
-        for name in names:
+        for name in sums:
             yield name, fit(layers[name], sums[name])
 
 

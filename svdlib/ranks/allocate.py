@@ -41,7 +41,7 @@ def choices(
     falling = np.minimum.accumulate(errors)[ranks]
     return Choices(
         np.append(ranks, min(m, n)),
-        np.append(ranks * (m + n) / (m * n) * whole, whole),
+        np.append(ranks * (m + n) * (whole / (m * n)), whole),
         np.append(falling, 0.0).clip(min=0),
     )
 

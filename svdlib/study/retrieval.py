@@ -8,10 +8,10 @@ import inspect
 import pkgutil
 import random
 import re
-import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -90,23 +90,27 @@ def docstrings(packages: Iterable[str], number: int | None = None) -> list[tuple
 def _docs(package: str) -> set[str]:
     """All docstrings that a package's modules show, and that are its own."""
     docs = set()
+    for module in _modules(package):
+        for member, value in list(vars(module).items()):
+            doc = getattr(value, "__doc__", None)
+            own = str(getattr(value, "__module__", None) or package).startswith(package)
+            if own and callable(value) and isinstance(doc, str) and not member.startswith("_"):
+                docs.add(inspect.cleandoc(doc))
+    return docs
+
+
+def _modules(name: str) -> Iterator[ModuleType]:
+    """A module and those in it, without those `ASIDE` and those that need what isn't installed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        root = importlib.import_module(package)
-        walk = pkgutil.walk_packages(root.__path__, f"{package}.", onerror=lambda name: None)
-        names = [part.name for part in walk if "test" not in part.name]
-        for name in [package, *(name for name in names if not ASIDE.search(name))]:
-            try:
-                module = sys.modules.get(name) or importlib.import_module(name)
-                members = vars(module).items()
-            except (ImportError, AttributeError, RuntimeError, OSError):
-                continue  # it needs what is not installed
-            for member, value in members:
-                doc = getattr(value, "__doc__", None)
-                own = str(getattr(value, "__module__", None) or package).startswith(package)
-                if own and callable(value) and isinstance(doc, str) and not member.startswith("_"):
-                    docs.add(inspect.cleandoc(doc))
-    return docs
+        try:
+            module = importlib.import_module(name)
+        except (ImportError, AttributeError, RuntimeError, OSError):
+            return
+    yield module
+    for part in pkgutil.iter_modules(getattr(module, "__path__", ()), f"{name}."):
+        if not ASIDE.search(part.name) and "test" not in part.name:
+            yield from _modules(part.name)
 
 
 def _parted(doc: str) -> tuple[str, str] | None:

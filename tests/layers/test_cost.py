@@ -31,6 +31,15 @@ def test_stride_and_other_layers_count_once():
     assert model.training and not model[0]._forward_hooks
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(40, 30), nn.Linear(40, 30, bias=False)])
+def test_a_layer_by_itself(layer):
+    """Its name is empty."""
+    for model, work in ((layer, 5 * 40 * 30), (svdlib.factorize(layer, 3), 5 * 3 * 70)):
+        table = svdlib.cost(model, torch.rand(5, 40), repeats=1)
+        assert table.multiply_adds.tolist() == [work, work]
+        assert table.dense_multiply_adds.tolist() == [5 * 40 * 30] * 2
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="the inputs are empty"):
         svdlib.cost(nn.Linear(3, 2), torch.rand(0, 3))

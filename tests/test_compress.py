@@ -1,0 +1,555 @@
+"""A network made smaller in one call: the budget kept, the report true, the caller's left alone."""
+
+import copy
+import importlib
+import math
+import warnings
+from itertools import pairwise
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import svdlib
+from svdlib.layers.kinds import low_rank_layers
+
+module = importlib.import_module("svdlib.compress")  # svdlib.compress is the function
+
+QUICK = {"progress": False}
+
+
+@pytest.fixture(autouse=True)
+def one_timed_run(monkeypatch):
+    """Seconds are of no interest here."""
+    monkeypatch.setattr(module, "REPEATS", 1)
+
+
+def perceptron(*sizes, seed=0):
+    """Features that matter less and less, so that there are ranks to choose."""
+    torch.manual_seed(seed)
+    layers = [nn.Linear(n, m) for n, m in pairwise(sizes)]
+    for layer in layers:
+        n = layer.in_features
+        layer.weight.data *= 3 * torch.linspace(1, 0.1, n)
+    parts = [part for layer in layers for part in (layer, nn.ReLU())][:-1]
+    return nn.Sequential(*parts)
+
+
+def small_task(seed=0, n=200):
+    """A network of two layers, inputs, and its own answers as labels: any cut makes it worse."""
+    model = perceptron(40, 30, 20, seed=seed)
+    return model, *answers(model, torch.randn(n, 40, generator=torch.Generator().manual_seed(1)))
+
+
+def answers(model, x):
+    with torch.no_grad():
+        return x, model.eval()(x).argmax(-1)
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def share(result, what="parameters"):
+    whole = result.report.iloc[-1]
+    return whole[what] / whole[f"dense_{what}"]
+
+
+def mean_loss(model, x, y):
+    with torch.no_grad():
+        return F.cross_entropy(model.eval()(x), y, reduction="none").double().mean().item()
+
+
+def added(model, small, x, y):
+    return mean_loss(small, x, y) - mean_loss(model, x, y)
+
+
+def test_budgets_are_met_within_one_per_cent_and_never_passed():
+    model = perceptron(160, 140, 120, 90)
+    x, y = answers(model, torch.randn(150, 160))
+    for budget in (0.2, 0.5, 0.8):
+        for seconds in (0, math.inf):
+            result = svdlib.compress(model, x, y, parameters=budget, seconds=seconds, **QUICK)
+            assert budget - 0.01 < count(result.model) / count(model) <= budget
+            assert share(result) == count(result.model) / count(model)
+        result = svdlib.compress(model, x, y, multiply_adds=budget, seconds=0, **QUICK)
+        assert budget - 0.01 < share(result, "multiply_adds") <= budget
+
+
+def test_the_budget_is_spent_also_where_no_rank_changes_the_loss():
+    """Labels that the network knows nothing of: cut, it is no worse."""
+    torch.manual_seed(0)
+    model = perceptron(100, 80, 60)
+    x, y = torch.rand(64, 100), torch.arange(64) % 60
+    result = svdlib.compress(model, x, y, parameters=0.5, **QUICK)
+    assert 0.48 < share(result) <= 0.5
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_an_increase_is_not_passed_and_more_of_it_leaves_less(sequential):
+    model, x, y = small_task()
+    sizes = []
+    for increase in (0.02, 0.2, 1000):
+        more = {"increase": increase, "sequential": sequential, "seconds": 0}
+        result = svdlib.compress(model, x, y, **more, **QUICK)
+        assert added(model, result.model, x, y) <= increase + 1e-6
+        sizes.append(count(result.model))
+    assert sizes[0] > sizes[1] > sizes[2] == 70 + 50 + 50  # rank one, and the biases
+    none = svdlib.compress(model, x, y, increase=0, seconds=0, **QUICK)
+    assert added(model, none.model, x, y) <= 1e-6
+
+
+@pytest.mark.parametrize("more", [{}, {"sequential": True}, {"seconds": 0}])
+def test_the_report_is_what_cost_and_the_losses_say(more):
+    model, x, y = small_task()
+    result = svdlib.compress(model, x, y, parameters=0.5, **more, **QUICK)
+    table = result.report.set_index("layer")
+    assert table.index.tolist() == ["0", "2", "whole model"]
+    expected = svdlib.cost(result.model, x[:128], repeats=1).set_index("layer")
+    for name in ("rank", "parameters", "bytes", "multiply_adds"):
+        np.testing.assert_array_equal(table[name], expected[name])
+        if name != "rank":
+            np.testing.assert_array_equal(table[f"dense_{name}"], expected[f"dense_{name}"])
+    assert (table[["seconds", "dense_seconds"]] > 0).all(axis=None)
+    assert table.loc["0", ["rows", "columns"]].tolist() == [30, 40]
+    assert result.ranks == {
+        name: layer.rank for name, layer in low_rank_layers(result.model).items()
+    }
+    whole = table.loc["whole model"]
+    assert whole.loss_added == pytest.approx(added(model, result.model, x, y), abs=1e-6)
+    with torch.no_grad():
+        paired = F.cross_entropy(result.model(x), y, reduction="none") - F.cross_entropy(
+            model(x), y, reduction="none"
+        )
+    assert whole.se == pytest.approx(paired.double().std().item() / len(x) ** 0.5, rel=1e-4)
+    if more.get("seconds") == 0:
+        assert table.loss_added[["0", "2"]].isna().all()
+        return
+    for name in result.ranks:  # each layer alone, as it is in the result
+        one = copy.deepcopy(model)
+        one[int(name)] = result.model[int(name)]
+        assert table.loss_added[name] == pytest.approx(added(model, one, x, y), abs=1e-6)
+
+
+def test_told_in_a_sentence_and_a_picture():
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    model, x, y = small_task()
+    result = svdlib.compress(model, x, y, parameters=0.9, include=["0"], **QUICK)
+    said = str(result)
+    assert said.startswith(f"{share(result):.1%} of 1,850 parameters, ")
+    assert f"loss {result.report.loss_added.iloc[-1]:+.3g} ± " in said
+    ax = result.plot()
+    assert [text.get_text() for text in ax.texts] == ["dense", f"rank {result.ranks['0']}"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["2", "0"]
+    assert "1,850 parameters" in ax.get_title()
+    _, other = plt.subplots()
+    assert result.plot(other) is other
+    plt.close("all")
+
+
+def test_layers_by_name_or_pattern():
+    model = nn.Sequential()
+    model.body = perceptron(40, 40, 40)
+    model.head = nn.Linear(40, 20)
+    x, y = answers(model, torch.randn(60, 40))
+
+    def cut(**more):
+        return set(svdlib.compress(model, x, y, parameters=0.75, seconds=0, **more, **QUICK).ranks)
+
+    assert cut(include=["body.*"]) == {"body.0", "body.2"}
+    assert cut(exclude=["*.0"]) <= {"body.2", "head"}
+    assert cut(include=["body.*"], exclude=("body.0",)) <= {"body.2"}
+    assert cut(include=(name for name in ["body.?", "head"])) <= {"body.0", "body.2", "head"}
+
+
+def test_ranks_are_multiples():
+    model, x, y = small_task()
+    result = svdlib.compress(model, x, y, parameters=0.6, multiple_of=4, **QUICK)
+    assert result.ranks and all(rank % 4 == 0 for rank in result.ranks.values())
+    assert share(result) <= 0.6
+    with pytest.raises(ValueError, match="no layer of those asked for gets cheaper at any rank"):
+        svdlib.compress(model, x, y, parameters=0.6, multiple_of=18, **QUICK)
+
+
+@pytest.fixture
+def slow_first(monkeypatch):
+    """By this clock the factors of layer 0 take twice as long as it did, others half as long."""
+    real = module.cost
+
+    def cost(*args, **more):
+        table = real(*args, **more)
+        table["dense_seconds"] = 1.0
+        table["seconds"] = np.where(table.layer == "0", 2.0, 0.5)
+        return table
+
+    monkeypatch.setattr(module, "cost", cost)
+
+
+def test_layers_stay_dense_where_factors_are_not_faster(slow_first):
+    model, x, y = small_task()
+    usual = svdlib.compress(model, x, y, parameters=0.8, **QUICK)
+    assert "0" in usual.ranks
+    result = svdlib.compress(model, x, y, parameters=0.8, faster=True, **QUICK)
+    assert result.ranks.keys() == {"2"}
+    assert share(result) <= 0.8
+    for increase in (0.05, 0.5):  # ranks for the others are looked for again
+        result = svdlib.compress(model, x, y, increase=increase, faster=True, **QUICK)
+        assert "0" not in result.ranks and added(model, result.model, x, y) <= increase + 1e-6
+    with pytest.raises(ValueError, match=r"parameters=0.3 with faster=True can't be met: .* 0.7"):
+        svdlib.compress(model, x, y, parameters=0.3, faster=True, **QUICK)
+
+
+def test_sensitivities_are_measured_where_that_is_affordable():
+    """A layer whose output nothing depends on may be cut for nothing: only the loss tells."""
+
+    class Ignores(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.ignored, self.used = nn.Linear(40, 30), nn.Linear(40, 30)
+
+        def forward(self, x):
+            return 3 * self.used(x) + 1e-6 * self.ignored(x)
+
+    model = Ignores()
+    x, y = answers(model, torch.randn(100, 40))
+    measured = svdlib.compress(model, x, y, parameters=0.6, **QUICK)
+    guessed = svdlib.compress(model, x, y, parameters=0.6, seconds=0, **QUICK)
+    assert measured.ranks["ignored"] < 4 < guessed.ranks["ignored"]
+    assert "used" not in measured.ranks or measured.ranks["used"] > guessed.ranks["used"]
+
+
+def test_sequential_or_not_factors_are_those_of_factorize():
+    model, x, y = small_task()
+    for sequential in (False, True):
+        more = {"sequential": sequential, **QUICK}
+        result = svdlib.compress(model, x, y, parameters=0.5, **more)
+        expected = svdlib.factorize(model, result.ranks, calibration=x, **more)
+        torch.testing.assert_close(result.model.state_dict(), expected.state_dict())
+    other = torch.randn(99, 40)
+    result = svdlib.compress(model, x, y, parameters=0.5, calibration=other, **QUICK)
+    expected = svdlib.factorize(model, result.ranks, calibration=other)
+    torch.testing.assert_close(result.model.state_dict(), expected.state_dict())
+
+
+class Tied(nn.Module):
+    """A language model of an embedding and its output layer, which share a weight."""
+
+    def __init__(self, called=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.inner = nn.Embedding(60, 40), nn.Linear(40, 40)
+        self.head = nn.Linear(40, 60)
+        self.head.weight = self.embed.weight
+        self.called = called
+
+    def forward(self, ids):
+        h = torch.tanh(self.inner(self.embed(ids)))
+        return self.head(h) if self.called else F.linear(h, self.head.weight)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_shared_weights_count_once_and_stay_shared(sequential):
+    model, ids = Tied(), torch.randint(60, (50, 7), generator=torch.Generator().manual_seed(2))
+    for seconds in (0, 60):
+        result = svdlib.compress(
+            model, ids, objective=svdlib.next_token_losses, parameters=0.5, seconds=seconds,
+            sequential=sequential, **QUICK,
+        )  # fmt: skip
+        assert 0.45 < count(result.model) / count(model) <= 0.5
+        assert result.ranks["embed"] == result.ranks["head"]
+        assert result.model.embed[0].weight is result.model.head[1].weight
+    work = svdlib.compress(
+        model, ids, objective=svdlib.next_token_losses, multiply_adds=0.8, **QUICK
+    )
+    assert work.ranks.keys() == {"inner"} and share(work, "multiply_adds") <= 0.8
+    with pytest.warns(UserWarning, match="'embed' .its weight is shared with a layer that is left"):
+        one = svdlib.compress(
+            model,
+            ids,
+            objective=svdlib.next_token_losses,
+            parameters=0.8,
+            exclude=["head"],
+            **QUICK,
+        )
+    assert one.ranks.keys() == {"inner"}
+
+
+def test_a_shared_weight_that_is_read_without_its_layer_is_left_everywhere():
+    model, ids = Tied(called=False), torch.randint(60, (50, 7))
+    with pytest.warns(UserWarning, match="'head' .the model reads its weight.*'embed' .its weight"):
+        result = svdlib.compress(
+            model, ids, objective=svdlib.next_token_losses, parameters=0.8, **QUICK
+        )
+    assert result.ranks.keys() == {"inner"}
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(32, 20)
+
+    def forward(self, x):
+        return 5 * self.head(self.encoder(x).mean(1))
+
+
+def images():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU(),
+        nn.Conv2d(24, 32, 3, stride=2, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(288, 20),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [(Encoder, (6, 32)), (images, (3, 8, 8))],
+    ids=["transformer", "convolutions"],
+)
+@pytest.mark.parametrize("budget", ["parameters", "multiply_adds"])
+@pytest.mark.parametrize("sequential", [False, True])
+def test_networks_of_other_kinds(make, shape, budget, sequential):
+    model = make()
+    x, y = answers(model, torch.randn(60, *shape))
+    model.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = svdlib.compress(
+            model, x, y, **{budget: 0.6}, sequential=sequential, seconds=0, **QUICK
+        )
+    assert 0.55 < share(result, budget) <= 0.6
+    assert share(result) == count(result.model) / count(model)
+    loss = result.report.set_index("layer").loss_added["whole model"]
+    assert loss == pytest.approx(added(model, result.model, x, y), abs=1e-5)
+
+
+def test_a_bare_layer():
+    torch.manual_seed(0)
+    layer = nn.Linear(40, 30)
+    x, y = answers(layer, torch.randn(60, 40))
+    for budget in ({"parameters": 0.5}, {"multiply_adds": 0.5}):
+        result = svdlib.compress(layer, x, y, **budget, **QUICK)
+        assert isinstance(result.model, svdlib.LowRank) and share(result, *budget) <= 0.5
+
+
+def test_data_of_every_kind():
+    model, x, y = small_task()
+    expected = svdlib.compress(model, x, y, parameters=0.5, **QUICK)
+    batches = list(zip(x.split(50), y.split(50), strict=True))
+    named = [{"input": a, "labels": b} for a, b in batches]
+    loader = DataLoader(TensorDataset(x, y), batch_size=50, shuffle=True)
+
+    def objective(model, batch):
+        return F.cross_entropy(model(batch["input"]), batch["labels"], reduction="none")
+
+    for data, more in (
+        ((x, y), {}),
+        (batches, {}),
+        (loader, {}),
+        (named, {}),
+        (named, {"objective": objective}),
+        ({"input": x, "labels": y}, {"objective": objective}),
+    ):
+        result = svdlib.compress(model, data, parameters=0.5, **more, **QUICK)
+        assert result.ranks == expected.ranks
+        found, whole = (each.report.iloc[-1].loss_added for each in (result, expected))
+        assert found == pytest.approx(whole, abs=1e-4)
+    other = [{"x": a, "labels": b} for a, b in batches]
+    result = svdlib.compress(
+        model, other, parameters=0.5,
+        objective=lambda model, batch: objective(model, {**batch, "input": batch["x"]}),
+        call=lambda model, batch: model(batch["x"]), **QUICK,
+    )  # fmt: skip
+    assert result.ranks == expected.ranks
+
+
+def test_a_mask_reaches_calibration():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(30, 30), nn.Tanh(), nn.Linear(30, 20))
+    x = torch.randn(40, 6, 30)
+    keep = torch.arange(6) < torch.randint(1, 6, (40, 1))
+    padded = torch.where(keep[..., None], x, 9.0)
+
+    def objective(model, batch):
+        return model(batch).square().mean((1, 2))
+
+    more = {"objective": objective, "parameters": 0.5, "seconds": 0, **QUICK}
+    for sequential in (False, True):
+        result = svdlib.compress(
+            model, padded, **more, sequential=sequential, mask=lambda batch: batch[..., 0] != 9
+        )
+        expected = svdlib.factorize(
+            model, result.ranks, calibration=x[keep], sequential=sequential, progress=False
+        )
+        torch.testing.assert_close(
+            result.model.state_dict(), expected.state_dict(), rtol=1e-3, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("more", [{}, {"sequential": True, "seconds": 0}, {"faster": True}])
+def test_nothing_of_the_caller_s_changes(more, slow_first):
+    model, x, y = small_task()
+    model.train()[2].eval()
+    model[2].weight.requires_grad_(False)
+    before, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+    given = x.clone()
+    loader = DataLoader(TensorDataset(x, y), batch_size=64, shuffle=True)
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    result = svdlib.compress(model, loader, parameters=0.8, **more, **QUICK)
+    assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
+    assert torch.equal(x, given) and torch.is_grad_enabled()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [m.training for m in model.modules()] == modes
+    for each in (model, result.model):
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in each.modules())
+    own = {p.data_ptr() for p in model.parameters()}
+    assert not own & {p.data_ptr() for p in result.model.parameters()}
+    assert [p.requires_grad for p in model.parameters()] == [True, True, False, True]
+    assert result.model.training and not result.model[2].training
+    result.model(x).sum().backward()  # it can be trained on
+
+
+MODEL, X, Y = small_task()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({}, "give one budget of parameters, multiply_adds, increase, not none"),
+        ({"parameters": 0.5, "increase": 1}, "not parameters and increase"),
+        ({"parameters": 1.0}, "parameters must be a share of the whole model's, between 0 and 1"),
+        ({"parameters": 0}, "between 0 and 1, not 0"),
+        ({"multiply_adds": -2}, "multiply_adds must be a share .*, not -2"),
+        ({"parameters": float("nan")}, "between 0 and 1, not nan"),
+        ({"parameters": "half"}, "parameters must be a number, not 'half'"),
+        ({"increase": -1}, "increase must be a loss that may be added, at least 0, not -1"),
+        ({"increase": float("nan")}, "at least 0, not nan"),
+        ({"parameters": 0.01}, r"parameters=0.01 can't be met: .* 0\.0919 of the whole model"),
+        ({"multiply_adds": 0.05}, r"multiply_adds=0.05 can't be met: .* 0\.0667 of the whole"),
+        ({"parameters": 0.5, "include": "0"}, r"include must be several, .* not '0'"),
+        ({"parameters": 0.5, "exclude": "0"}, r"exclude must be several, .* not '0'"),
+        ({"parameters": 0.5, "include": ["body.*"]}, r"'body\.\*' fits none of 0, 2"),
+        ({"parameters": 0.5, "exclude": ["5"]}, "'5' fits none of 0, 2"),
+        ({"parameters": 0.5, "include": [0]}, "0 fits none of 0, 2"),
+        ({"parameters": 0.5, "include": 3}, "include must be several, .* not 3"),
+        ({"parameters": True}, "parameters must be a number, not True"),
+        ({"parameters": 0.5, "exclude": ["*"]}, "no layer that could be factorized, of those"),
+        ({"parameters": 0.5, "multiple_of": 0}, "multiple_of must be at least 1, not 0"),
+        ({"parameters": 0.5, "seconds": "long"}, "seconds must be a number, not 'long'"),
+        ({"parameters": 0.5, "objective": 3}, "objective must be a function"),
+        ({"parameters": 0.5, "calibration": torch.rand(0, 40)}, "the data are empty"),
+        ({"parameters": 0.5, "calibration": torch.rand(5, 9)}, r"does not take float32 \(5, 9\)"),
+        ({"parameters": 0.5, "calibration": torch.full((5, 40), torch.nan)}, "calibration has NaN"),
+        ({"parameters": 0.5, "calibration": iter([X])}, "compress looks at the data several times"),
+        ({"parameters": 0.5, "mask": lambda batch: batch[:3, 0]}, r"mask gives places \(3,\)"),
+    ],
+)
+def test_bad_input(more, message):
+    before = copy.deepcopy(MODEL.state_dict())
+    with pytest.raises(ValueError, match=message):
+        svdlib.compress(MODEL, X, Y, **more, **QUICK)
+    assert all(torch.equal(value, before[name]) for name, value in MODEL.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (torch.rand(5, 9), r"a batch is \(inputs …, targets\)"),
+        ((torch.rand(5, 9), Y[:5]), r"the model does not take float32 \(\d, 9\)"),
+        ((X, Y[:5]), r"200 inputs need labels of shape \(200,\), not \(5,\)"),
+        ([{"wrong": X, "labels": Y}], "the model does not take {wrong: float32"),
+        ([{1, 2}], "a batch is .*not set"),
+        ("text", "data must be a tensor"),
+        ([], "the data are empty"),
+        ((part for part in [(X, Y)]), "compress looks at the data several times"),
+        ((torch.full((5, 40), torch.nan), Y[:5]), "the model gives NaN or infinite losses"),
+    ],
+)
+def test_data_that_do_not_fit(data, message):
+    with pytest.raises(ValueError, match=message):
+        svdlib.compress(MODEL, data, parameters=0.5, **QUICK)
+
+
+def test_objectives_that_do_not_fit():
+    def mean(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    with pytest.raises(ValueError, match="objective gives one number, a mean perhaps"):
+        svdlib.compress(MODEL, (X, Y), objective=mean, parameters=0.5, **QUICK)
+
+    def brittle(model, batch):
+        z = model(batch[0])
+        low = torch.linalg.matrix_rank(model[2].weight) < 12
+        return z.square().mean(1) * (torch.nan if low else 1)
+
+    more = {"objective": brittle, "parameters": 0.5, **QUICK}
+    with pytest.raises(ValueError, match="layer '2' at rank 1 gives NaN or infinite losses"):
+        svdlib.compress(MODEL, (X, Y), **more)
+    with pytest.raises(ValueError, match=r"ranks {'0': \d+, '2': \d+} give NaN or infinite losses"):
+        svdlib.compress(MODEL, (X, Y), seconds=0, **more)
+
+
+def test_models_that_do_not_fit():
+    small = svdlib.factorize(MODEL, {"0": 5})
+    with pytest.raises(ValueError, match=r"factorized layers already; give svdlib\.merge"):
+        svdlib.compress(small, X, Y, parameters=0.5, **QUICK)
+    with pytest.raises(ValueError, match=r"no nn\.Linear, convolution or nn\.Embedding"):
+        svdlib.compress(nn.Tanh(), X, Y, parameters=0.5, **QUICK)
+    tiny = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="no layer of those asked for gets cheaper at any rank"):
+        svdlib.compress(tiny, torch.rand(9, 2), Y[:9] % 2, parameters=0.9, **QUICK)
+
+
+class Idle(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.used, self.spare = nn.Linear(40, 20), nn.Linear(20, 20)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+def test_calibration_that_reaches_no_layer_or_some_only():
+    model = Idle()
+    with pytest.warns(UserWarning, match="'spare' .calibration does not reach it") as caught:
+        result = svdlib.compress(model, X, Y, parameters=0.8, **QUICK)
+    assert [each.filename for each in caught] == [__file__]  # it is told where the call is
+    assert result.ranks.keys() == {"used"} and share(result) <= 0.8
+    assert torch.equal(result.model.spare.weight, model.spare.weight)
+    with pytest.raises(ValueError, match="calibration reaches no layer, such as 'spare'"):
+        svdlib.compress(model, X, Y, parameters=0.8, include=["spare"], **QUICK)
+
+
+def test_layers_that_can_not_be_replaced_are_left_with_a_warning():
+    model, x, y = small_task()
+    model[0].register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="'0' .its hooks would be lost") as caught:
+        result = svdlib.compress(model, x, y, parameters=0.8, **QUICK)
+    assert [each.filename for each in caught] == [__file__]
+    assert result.ranks.keys() == {"2"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nobody asked for it
+        svdlib.compress(model, x, y, parameters=0.8, exclude=["0"], **QUICK)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("sequential", [False, True])
+def test_cuda_agrees_with_cpu(sequential):
+    model, x, y = small_task()
+    more = {"parameters": 0.5, "sequential": sequential, **QUICK}
+    expected = svdlib.compress(model, x, y, **more)
+    there = copy.deepcopy(model).cuda()
+    for data in ((x.cuda(), y.cuda()), DataLoader(TensorDataset(x, y), batch_size=64)):
+        result = svdlib.compress(there, data, **more)
+        assert next(result.model.parameters()).is_cuda and share(result) <= 0.5
+        found, whole = (each.report.iloc[-1].loss_added for each in (result, expected))
+        assert found == pytest.approx(whole, abs=0.02)
