@@ -63,7 +63,7 @@ LITTLE = 1e-3
 HALVINGS = 7
 
 # Timed runs of the report.
-REPEATS = 5
+REPEATS = 3
 
 
 @dataclass(frozen=True)
