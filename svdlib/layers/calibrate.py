@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -127,7 +127,7 @@ def fit(layer: Matrix, sums: Sums) -> Fit:
     True
     """
     W = matrix(layer).double()
-    mean, C = torch.as_tensor(sums.total) / sums.count, torch.as_tensor(sums.square) / sums.count
+    mean, C = cast(Tensor, sums.total) / sums.count, cast(Tensor, sums.square) / sums.count
     other = None if isinstance(sums.cross, float) else sums.cross / sums.count
     before = mean if isinstance(sums.dense, float) else sums.dense / sums.count
     centred = is_centred(layer)
@@ -214,7 +214,8 @@ def _check(batch: Batch) -> None:
 
 def _check_sums(sums: Sums, name: str) -> None:
     for value in (sums.square, sums.cross):
-        checks.finite(torch.as_tensor(value), f"what calibration gives to layer {name!r}")
+        if isinstance(value, Tensor):
+            checks.finite(value, f"what calibration gives to layer {name!r}")
 
 
 def _check_mask(mask: Mask | None, keep: Tensor | None, masked: Sequence[bool]) -> None:

@@ -18,7 +18,9 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import cross_entropy, normalize
+
+from svdlib.layers.kinds import matrix_layers
 
 # Of these the docstrings calibrate and train, and of those they test.
 LEARNED = ("numpy", "pandas", "torch")
@@ -169,6 +171,89 @@ def embedded(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return normalize((states * counted).sum(1) / counted.sum(1), dim=1)
 
 
+def read(
+    dense: nn.Module, tokenizer: Any, texts: Sequence[str], size: int = 32
+) -> list[dict[str, Tensor]]:
+    """Batches as the encoder takes them, with the dense network's embeddings as "dense"."""
+    found = []
+    for _, batch in batches(tokenizer, texts, size, next(dense.parameters()).device):
+        with torch.no_grad():
+            found.append({**batch, "dense": embedded(dense, batch)})
+    return found
+
+
+def inputs(data: Iterable[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The same without what the encoder does not take.
+
+    >>> inputs([{"input_ids": torch.ones(1), "attention_mask": torch.ones(1), "dense": torch.ones(1)}])
+    [{'input_ids': tensor([1.]), 'attention_mask': tensor([1.])}]
+    """
+    return [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in data]
+
+
+def away(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """One minus the cosine between each text's embedding and the dense network's: losses (n,)."""
+    return 1 - (embedded(model, batch) * batch["dense"]).sum(1)
+
+
+def contrast(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The mean loss of telling each text's dense embedding from the others', at 20 times cosine."""
+    alike = 20 * embedded(model, batch) @ batch["dense"].mT
+    return cross_entropy(alike, torch.arange(len(alike), device=alike.device))
+
+
+def uniform(encoder: nn.Module, share: float) -> dict[str, int]:
+    """Ranks that leave so much of an encoder's parameters, each matrix the same share of its own.
+
+    The other parameters stay, and count.
+
+    >>> uniform(nn.Sequential(nn.Linear(30, 30, bias=False)), 0.5)
+    {'0': 7}
+    """
+    shapes = {name: layer.weight.shape for name, layer in matrix_layers(encoder).items()}
+    weights = sum(m * n for m, n in shapes.values())
+    whole = sum(parameter.numel() for parameter in encoder.parameters())
+    left = (share * whole - (whole - weights)) / weights
+    return {name: int(left * m * n / (m + n)) for name, (m, n) in shapes.items()}
+
+
+def train_on(
+    model: nn.Module,
+    dense: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    epochs: int,
+    lr: float = 1e-3,
+    size: int = 128,
+    seed: int = 0,
+) -> nn.Module:
+    """Train a model in place towards the dense network's embeddings; no labels are needed.
+
+    Adam, with a warm-up of 100 steps and a linear decay.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    targets, device = embeddings(dense, tokenizer, texts), next(dense.parameters()).device
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    steps = epochs * -(-len(texts) // size)
+    slope = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / 100) * (1 - step / steps)
+    )
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(texts), generator=generator).split(size):
+            ((order, batch),) = batches(tokenizer, [texts[i] for i in chosen], size, device)
+            optimizer.zero_grad()
+            away(model, {**batch, "dense": targets[chosen[order]]}).mean().backward()
+            optimizer.step()
+            slope.step()
+    return model
+
+
+def places(model: nn.Module, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+    """At which place each query finds its document, see `ranks`."""
+    queries, documents = zip(*pairs, strict=True)
+    return ranks(embeddings(model, tokenizer, queries), embeddings(model, tokenizer, documents))
+
+
 @torch.no_grad()
 def embeddings(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> Tensor:
     """All texts' embeddings (n, 384)."""
@@ -224,3 +309,18 @@ def bootstrapped(
         key = f"more_{name}"
         row |= {key: each.mean(), f"{key}_low": low, f"{key}_high": high}
     return pd.Series(row)
+
+
+def told(table: pd.DataFrame) -> pd.DataFrame:
+    """Recall and MRR with their differences to the dense network, a row a form and share.
+
+    Columns form, share, recall, mrr, and those of `bootstrapped`.
+    """
+    out = table[["form", "share", "recall", "mrr"]].round({"recall": 1, "mrr": 3})
+    for name, digits in (("recall", 1), ("mrr", 3)):
+        ends = (table[f"more_{name}{end}"] for end in ("", "_low", "_high"))
+        out[f"{name} more than dense"] = [
+            "" if pd.isna(a) else f"{a:+.{digits}f} [{b:+.{digits}f}, {c:+.{digits}f}]"
+            for a, b, c in zip(*ends, strict=True)
+        ]
+    return out.sort_values(["share", "recall"], ascending=False).set_index(["share", "form"])

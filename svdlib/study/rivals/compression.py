@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ def svd_llm(model: nn.Module, ranks: Mapping[str, int], data: Sequence[Batch]) -
     sums = input_sums(model, layers, data, None, None)
 
     def found(name: str, W: Tensor) -> Product:
-        C = torch.as_tensor(sums[name].square) / sums[name].count
+        C = cast(Tensor, sums[name].square) / sums[name].count
         more = 1e-10 * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device)
         S = torch.linalg.cholesky(C + more)
         U, s, Vh = torch.linalg.svd(W @ S, full_matrices=False)
@@ -67,7 +68,7 @@ def asvd(
             model(**batch) if isinstance(batch, Mapping) else model(batch)
 
     def found(name: str, W: Tensor) -> Product:
-        size = torch.as_tensor(sizes[name])
+        size = cast(Tensor, sizes[name])
         D = (size / size.mean()).clamp(min=1e-6) ** alpha
         U, s, Vh = torch.linalg.svd(W * D, full_matrices=False)
         return Product(U * s, Vh / D)
