@@ -56,7 +56,7 @@ lab: setup
 
 # Loopback only, and behind a token, which the printed address carries.
 explore: setup
-	cd notebooks && JUPYTER_PATH=../svdlib/study/explorer/jupyter ../$(BIN)/voila 09_explorer.ipynb \
+	cd notebooks && JUPYTER_PATH=../svdlib/study/pictures/explorer/jupyter ../$(BIN)/voila 09_explorer.ipynb \
 		--template=svdlib --token --no-browser
 
 # Execute the notebooks in place, at their own parameters, before committing them.

@@ -4,7 +4,7 @@ import sys
 
 if __name__ == "__main__":
     try:
-        from svdlib.study.runner import main
+        from svdlib.study.running.runner import main
     except ModuleNotFoundError as error:
         sys.exit(f"svdlib: {error}; the notebooks need: pip install 'svdlib[study]'")
     sys.exit(main())

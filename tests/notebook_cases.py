@@ -3,7 +3,7 @@
 from pathlib import Path
 from random import Random
 
-from svdlib.study.parameters import defaults, parse
+from svdlib.study.running.parameters import defaults, parse
 
 SMALL = {
     "01_baseline": {"seeds": "3", "epochs": "2", "progress": "true"},

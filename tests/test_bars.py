@@ -2,7 +2,7 @@ import nbformat
 from nbclient import NotebookClient
 
 from svdlib import bars
-from svdlib.study.execute import _kept
+from svdlib.study.running.execute import _kept
 
 CODE = """
 from svdlib.bars import bar

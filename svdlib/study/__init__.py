@@ -1,5 +1,5 @@
 """What the notebooks need on top of the library; nothing in the library imports it."""
 
-from svdlib.study.evidence import collect
+from svdlib.study.evidence.records import collect
 
 __all__ = ["collect"]

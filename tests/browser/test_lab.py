@@ -52,7 +52,7 @@ def served(command, folder, ready):
         "JUPYTER_CONFIG_DIR": str(home),
         "JUPYTERLAB_SETTINGS_DIR": str(home),
         "JUPYTERLAB_WORKSPACES_DIR": str(home),
-        "JUPYTER_PATH": str(ROOT / "svdlib/study/explorer/jupyter"),
+        "JUPYTER_PATH": str(ROOT / "svdlib/study/pictures/explorer/jupyter"),
         "OMP_NUM_THREADS": "1",
     }
     with (folder / f"{command[0]}.log").open("w") as log:

@@ -108,7 +108,7 @@ def test_the_reference_has_every_public_name_with_its_source(site):
 def test_the_reference_has_what_notebooks_call_of_the_study(site):
     text = (site / "docs/reference_study.html").read_text()
     called = set().union(*map(study_functions, (ROOT / "notebooks").glob("*.ipynb")))
-    assert "svdlib.study.statistics.interval" in called
+    assert "svdlib.study.evidence.statistics.interval" in called
     assert {name for name in called if f'id="{name}"' not in text} == set()
 
 

@@ -15,8 +15,8 @@ import nbformat
 from nbformat.v4 import new_code_cell, new_notebook
 
 from svdlib import clock
-from svdlib.study import sweeps
-from svdlib.study.execute import Done
+from svdlib.study.running import sweeps
+from svdlib.study.running.execute import Done
 
 
 def empty(*_: object) -> Done:

@@ -1,6 +1,6 @@
 import pytest
 
-from svdlib.study import sweeps
+from svdlib.study.running import sweeps
 
 
 @pytest.fixture(scope="session")

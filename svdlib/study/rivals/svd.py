@@ -16,7 +16,7 @@ from torch import Tensor
 from svdlib import clock
 from svdlib.bars import bar
 from svdlib.linalg.svd import OVERSAMPLE, POWER_ITERS, randomized_svd, truncated_svd
-from svdlib.study.statistics import interval
+from svdlib.study.evidence.statistics import interval
 
 # From so many m·n·k on, SciPy's two take seconds to minutes.
 LIMIT = 2**27

@@ -1,0 +1,1 @@
+"""What the study rests on: tables of many runs, statistics, claims, theory."""

@@ -1,0 +1,236 @@
+"""What theory promises of a random sketch, and what sketches do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from svdlib.linalg.bases import orthonormal, range_basis
+from svdlib.study.evidence.statistics import summarize
+
+
+def mean_bound(m: int, n: int, rank: int, oversample: int) -> float:
+    """The largest mean of ‖A − Q Qᵀ A‖ / σ_{k+1}, for a sketch without power iterations.
+
+    Halko, Martinsson and Tropp (2011), equation 1.8, as the paper prints it:
+
+        E ‖A − Q Qᵀ A‖ ≤ [1 + 4 √(k+p) / (p−1) · √min(m, n)] σ_{k+1} ,   p ≥ 2.
+
+    >>> round(mean_bound(100, 200, rank=10, oversample=6), 3)
+    33.0
+    """
+    return 1 + 4 * (rank + oversample) ** 0.5 / (oversample - 1) * min(m, n) ** 0.5
+
+
+def sharp_bound(sigma: Tensor, rank: int, oversample: int, power_iters: int = 0) -> float:
+    """A sharper bound of the mean of ‖A − Q Qᵀ A‖ / σ_{k+1}, which knows A's singular values (m,).
+
+    Halko, Martinsson and Tropp (2011), Theorem 10.6, of which equation 1.8 is what remains where
+    only σ_{k+1} is known; with q power iterations, Corollary 10.10:
+
+        E ‖A − Q Qᵀ A‖ ≤ [(1 + √(k/(p−1))) σ_{k+1}^s + e √(k+p) / p · (Σ_{j>k} σ_j^{2s})^½]^{1/s}
+
+    with s = 2q + 1, k ≥ 2 and p ≥ 2.
+
+    >>> sigma = torch.ones(100, dtype=torch.float64)
+    >>> round(sharp_bound(sigma, rank=10, oversample=6), 1)
+    19.6
+    >>> round(sharp_bound(sigma, rank=10, oversample=6, power_iters=1), 2)
+    2.7
+    """
+    s = 2 * power_iters + 1
+    tail = (sigma[rank:] / sigma[rank]).double().pow(s).norm().item()
+    first = 1 + (rank / (oversample - 1)) ** 0.5
+    return float((first + math.e * (rank + oversample) ** 0.5 / oversample * tail) ** (1 / s))
+
+
+def tail_bound(m: int, n: int, rank: int, oversample: int) -> float:
+    """What ‖A − Q Qᵀ A‖ / σ_{k+1} exceeds with probability 6 p^(−p) at most, for p ≥ 4.
+
+    Halko, Martinsson and Tropp (2011), equation 1.9, from Corollary 10.9:
+    [1 + 11 √(k+p) · √min(m, n)]. Another printed version has 9 in place of 11, and 3 p^(−p).
+
+    >>> round(tail_bound(100, 200, rank=10, oversample=6), 1)
+    441.0
+    """
+    return 1 + 11 * (rank + oversample) ** 0.5 * min(m, n) ** 0.5
+
+
+def check_sketches(rank: int, oversamples: Sequence[int], side: int) -> None:
+    """Refuse what the bounds don't cover, of sketches of matrices with ``side`` rows or columns.
+
+    Raises:
+        ValueError: no p, or a p under 2; a rank under 2; as many columns k + p as the side.
+
+    >>> check_sketches(10, [2, 20], side=100)
+    >>> check_sketches(10, [0, 1], side=100)
+    Traceback (most recent call last):
+    ...
+    ValueError: the bounds need oversamples of 2 or more, not [0, 1]
+    """
+    if min(oversamples, default=0) < 2:
+        raise ValueError(f"the bounds need oversamples of 2 or more, not {list(oversamples)}")
+    largest = side - max(oversamples) - 1
+    if largest < 2:
+        raise ValueError(
+            f"matrices with a side of {side} are sketched at ranks from 2 on with oversamples up "
+            f"to {max(side - 3, 0)}, not {max(oversamples)}"
+        )
+    if not 2 <= rank <= largest:
+        raise ValueError(
+            f"matrices with a side of {side} and up to {max(oversamples)} oversamples are sketched "
+            f"at ranks 2 to {largest}, not {rank}; lower the rank or the oversamples"
+        )
+
+
+def with_spectrum(m: int, n: int, sigma: Tensor, generator: torch.Generator) -> Tensor:
+    """A matrix (m, n) with singular values ``sigma`` (k,) and random singular vectors.
+
+    >>> A = with_spectrum(4, 5, torch.tensor([2.0, 1.0]), torch.Generator().manual_seed(0))
+    >>> torch.linalg.svdvals(A)[:2]
+    tensor([2.0000, 1.0000])
+    """
+    left, right = (random_basis(side, len(sigma), generator, sigma.dtype) for side in (m, n))
+    return (left * sigma) @ right.mT
+
+
+def random_basis(
+    side: int, columns: int, generator: torch.Generator, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Random orthonormal columns (side, columns).
+
+    >>> Q = random_basis(4, 2, torch.Generator().manual_seed(0))
+    >>> torch.allclose(Q.mT @ Q, torch.eye(2).double())
+    True
+    """
+    return torch.linalg.qr(torch.randn(side, columns, dtype=dtype, generator=generator)).Q
+
+
+def stepped(
+    m: int, n: int, rank: int, generator: torch.Generator, step: float = 1e6
+) -> dict[str, Tensor]:
+    """Matrices (m, n) on which a bad sketch fails: k singular values of ``step``, then a tail.
+
+    The tail is flat (σ_{k+i} = 1), slow (1/√i) or fast (0.8^(i−1)). A Q that ignores A leaves
+    about ``step`` of it, in units of σ_{k+1}: far above every bound.
+
+    >>> A = stepped(4, 5, rank=2, generator=torch.Generator().manual_seed(0))["slow tail"]
+    >>> torch.linalg.svdvals(A)[2:]
+    tensor([1.0000, 0.7071], dtype=torch.float64)
+    """
+    i = torch.arange(min(m, n) - rank, dtype=torch.float64)
+    head = torch.full((rank,), step, dtype=torch.float64)
+    tails = {"flat tail": torch.ones_like(i), "slow tail": (1 + i).rsqrt(), "fast tail": 0.8**i}
+    return {
+        name: with_spectrum(m, n, torch.cat([head, tail]), generator)
+        for name, tail in tails.items()
+    }
+
+
+def blind_basis(A: Tensor, omega: Tensor, power_iters: int) -> Tensor:
+    """Orthonormal columns that ignore A (…, m, n), m ≤ n: what a broken sketch would give.
+
+    A bound that these keep, too, says nothing of sketches. ``omega`` is as in `range_basis`.
+
+    >>> A, omega = torch.zeros(2, 2), torch.tensor([[3.0], [4.0]])
+    >>> blind_basis(A, omega, power_iters=0)
+    tensor([[0.6000],
+            [0.8000]])
+    """
+    return orthonormal(omega[..., : A.shape[-2], :])
+
+
+def residual_norms(A: Tensor, Q: Tensor) -> Tensor:
+    """‖A − Q Qᵀ A‖ (draws,), in float64, of A (m, n) and orthonormal bases Q (draws, m, l).
+
+    With A = L Pᵀ and orthonormal columns in P it is ‖L − Q Qᵀ L‖, the root of the largest
+    eigenvalue of this residual times its transpose.
+
+    >>> A = torch.diag(torch.tensor([3.0, 2.0]))
+    >>> residual_norms(A, torch.tensor([[[1.0], [0.0]], [[0.0], [1.0]]]))
+    tensor([2., 3.], dtype=torch.float64)
+    """
+    L, Q = torch.linalg.qr(A.double().mT).R.mT, Q.double()
+    # Not (I − Q Qᵀ) A Aᵀ (I − Q Qᵀ): what is under 1e-8 σ_1 would be rounded away.
+    left = L - Q @ (Q.mT @ L)
+    return torch.linalg.eigvalsh(left @ left.mT)[:, -1].clamp(min=0).sqrt()
+
+
+@torch.no_grad()
+def sketch_errors(
+    A: Tensor,
+    rank: int,
+    oversamples: Sequence[int],
+    power_iters: Sequence[int],
+    draws: int,
+    generator: torch.Generator,
+    basis: Callable[[Tensor, Tensor, int], Tensor] = range_basis,
+) -> pd.DataFrame:
+    """The spectral error ‖A − Q Qᵀ A‖ / σ_{k+1} of many sketches of A (m, n), m ≤ n.
+
+    Args:
+        basis: what makes Q of A, Ω and q.
+
+    Returns:
+        a row a draw: oversample, power_iters, error, bound (`mean_bound`), sharp_bound, tail_bound
+        and its tail_chance, and worst: σ_1 / σ_{k+1}, which no orthonormal Q whatever exceeds.
+
+    Raises:
+        ValueError: see `check_sketches`.
+
+    >>> g = torch.Generator().manual_seed(0)
+    >>> A = torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.5, 0.2])).double()
+    >>> table = sketch_errors(A, 2, [2], [0, 2], draws=5, generator=g)
+    >>> len(table), bool((table.error > 0).all())
+    (10, True)
+    """
+    m, n = A.shape
+    check_sketches(rank, oversamples, min(m, n))
+    sigma = torch.linalg.svdvals(A.double())
+    tables = []
+    for p in oversamples:
+        for q in power_iters:
+            shape = (draws, n, rank + p)
+            omega = torch.randn(shape, dtype=A.dtype, device=A.device, generator=generator)
+            errors = residual_norms(A, basis(A.expand(draws, m, n), omega, q)) / sigma[rank]
+            part = pd.DataFrame({"error": errors.tolist()})
+            tables.append(
+                part.assign(
+                    oversample=p,
+                    power_iters=q,
+                    bound=mean_bound(m, n, rank, p),
+                    sharp_bound=sharp_bound(sigma, rank, p, q),
+                    tail_bound=tail_bound(m, n, rank, p),
+                    tail_chance=min(1.0, 6.0 * p**-p),
+                    worst=(sigma[0] / sigma[rank]).item(),
+                )
+            )
+    return pd.concat(tables, ignore_index=True)
+
+
+def against_bounds(errors: pd.DataFrame) -> pd.DataFrame:
+    """Mean errors with 95 % intervals beside the bounds, and the draws beyond each.
+
+    Args:
+        errors: tables of `sketch_errors` with a column matrix.
+
+    Returns:
+        a row a matrix, power_iters and oversample: n, mean, low, high, what was promised, and
+        beyond_bound, beyond_sharp_bound, beyond_tail_bound: how many of the n draws exceed them.
+
+    >>> g = torch.Generator().manual_seed(0)
+    >>> errors = sketch_errors(torch.eye(9).double(), 2, [2], [0], draws=5, generator=g)
+    >>> against_bounds(errors.assign(matrix="identity"))[["n", "mean", "beyond_bound"]].values
+    array([[5., 1., 0.]])
+    """
+    by, bounds = ["matrix", "power_iters", "oversample"], ["bound", "sharp_bound", "tail_bound"]
+    errors = errors.reset_index(drop=True)
+    beyond = errors[bounds].lt(errors.error, axis=0).add_prefix("beyond_")
+    groups = errors.join(beyond).groupby(by, sort=False)
+    table = summarize(errors, "error", by).set_index(by)
+    promised = groups[[*bounds, "tail_chance", "worst"]].first()
+    return table.join(promised).join(groups[[*beyond]].sum()).reset_index()

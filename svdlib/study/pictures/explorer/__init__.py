@@ -1,0 +1,28 @@
+"""The explorer: panels to move by hand. State and pictures are here, the notebook is layout.
+
+`cuts` and `sketches` answer questions about one network and one matrix in milliseconds; `runs`
+trains and keeps what was trained; `pictures` draws frames; `panels` binds them to widgets.
+"""
+
+from svdlib.study.pictures.explorer.cuts import Cuts
+from svdlib.study.pictures.explorer.panels import (
+    digits_panel,
+    matrix_panel,
+    ranks_panel,
+    runs_panel,
+)
+from svdlib.study.pictures.explorer.runs import Session
+from svdlib.study.pictures.explorer.sketches import sketch
+from svdlib.study.pictures.explorer.stills import save, show
+
+__all__ = [
+    "Cuts",
+    "Session",
+    "digits_panel",
+    "matrix_panel",
+    "ranks_panel",
+    "runs_panel",
+    "save",
+    "show",
+    "sketch",
+]

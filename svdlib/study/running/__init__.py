@@ -1,0 +1,1 @@
+"""Running notebooks: their parameters, one run, many runs, the command line."""

@@ -1,0 +1,78 @@
+"""JupyterLab on copies of the notebooks, so that what it saves by itself changes no committed one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from svdlib import files
+from svdlib.study.running.parameters import NOTEBOOKS, find
+
+# The copies, and in it what each notebook was when it was copied.
+LAB = Path("lab")
+COPIED = ".copied.json"
+
+
+def main(arguments: Sequence[str] = ()) -> int:
+    """Bring the copies up to date, and become JupyterLab in their folder, with these options."""
+    try:
+        for line in copies():
+            print(f"svdlib: {line}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"svdlib: {error}", file=sys.stderr)
+        return 2
+    os.chdir(LAB)
+    root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+    command = [sys.executable, "-m", "jupyterlab", *root, *arguments]
+    if os.name == "posix":
+        os.execv(sys.executable, command)
+    import subprocess  # elsewhere a process can't become another
+
+    return subprocess.run(command, check=False).returncode
+
+
+def copies(folder: Path = NOTEBOOKS, lab: Path = LAB) -> list[str]:
+    """Copy the notebooks, but never over a copy that was changed: what was left so, in sentences.
+
+    ``runs/`` and ``figures/`` are there by links.
+
+    Raises:
+        ValueError: there are no notebooks, or ``lab`` is no folder.
+        OSError: it can't be written.
+    """
+    notebooks = find(folder=folder)
+    if lab.exists() and not lab.is_dir():
+        raise ValueError(f"{lab} is to be the folder of the copies, but is a file; move it")
+    lab.mkdir(exist_ok=True)
+    told = []
+    with files.alone(lab):
+        record = lab / COPIED
+        copied = json.loads(record.read_text()) if record.is_file() else {}
+        for notebook in notebooks:
+            copy, now = lab / notebook.name, _digest(notebook)
+            was = copied.get(notebook.name)
+            if copy.exists() and _digest(copy) not in (was, now):
+                if was != now:
+                    told.append(
+                        f"{copy} has changes of yours and stays; {notebook} has changed since it "
+                        f"was copied, rename or remove {copy} to get that"
+                    )
+                continue
+            if not copy.exists() or was != now:
+                files.put(copy, notebook.read_text("utf-8"))
+            copied[notebook.name] = now
+        files.put(record, json.dumps(copied, indent=1))
+        for beside in ("runs", "figures"):
+            link, target = lab / beside, folder.absolute().parent / beside
+            if not link.exists() and not link.is_symlink():
+                target.mkdir(exist_ok=True)
+                link.symlink_to(os.path.relpath(target, lab.absolute()))
+    return told
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
