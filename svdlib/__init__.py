@@ -7,11 +7,11 @@ from svdlib.ensemble.projection import Projection
 from svdlib.ensemble.training import train
 from svdlib.layers.cost import cost
 from svdlib.layers.factorize import factorize, merge
-from svdlib.layers.kinds import LowRank
 from svdlib.layers.project import project_
 from svdlib.layers.storage import export_onnx, load_factorized, save_factorized
 from svdlib.linalg.svd import SVD, randomized_svd, truncated_svd
-from svdlib.objective import next_token_losses
+from svdlib.network.calls import next_token_losses
+from svdlib.network.low_rank import LowRank
 from svdlib.ranks.front import front
 from svdlib.ranks.joint import joint_profile
 from svdlib.ranks.predicted import predicted_profile

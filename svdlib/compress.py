@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -18,37 +17,17 @@ from torch import Tensor, nn
 from svdlib import checks, clock, threads
 from svdlib.bars import bar
 from svdlib.layers.calibrate import Fit, Mask, fit, input_sums
-from svdlib.layers.cost import WHOLE, cost, measured
-from svdlib.layers.factorize import (
-    BATCH,
-    READ,
-    Fits,
-    one_after_another,
-    shown,
-    shrunk,
-    weights_read,
-)
-from svdlib.layers.kinds import (
-    Matrix,
-    apart,
-    choose,
-    duplicate,
-    evaluating,
-    groups,
-    low_rank_layers,
-    matrix,
-    matrix_layers,
-    replace_module,
-    take_no_fused_way,
-    thin_twin,
-    ties,
-    warn_of,
-    whole_layers,
-)
-from svdlib.objective import Batch, Batches, Call, Objective, cut, first_batch, refuse_once
+from svdlib.layers.cost import WHOLE_MODEL, cost, counted
+from svdlib.layers.factorize import BATCH, Fits, factorized, one_after_another, shown
+from svdlib.network.batches import Batch, Batches, batches, first_batch, refuse_generator
+from svdlib.network.calls import Call, Objective
+from svdlib.network.chain import task_of
+from svdlib.network.kinds import Layer, max_factor_rank
+from svdlib.network.low_rank import low_rank_layers, tied
+from svdlib.network.opened import READ, Network
+from svdlib.network.task import Task
 from svdlib.ranks.allocate import Choices, allocate, choices, least
-from svdlib.ranks.losses import Task, measuring, whole_task
-from svdlib.ranks.profile import loss_profile
+from svdlib.ranks.profile import profile_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,7 +64,7 @@ class Compressed:
 
     def __str__(self) -> str:
         """All in a sentence."""
-        whole = self.report.set_index("layer").loc[WHOLE]
+        whole = self.report.set_index("layer").loc[WHOLE_MODEL]
         work = whole.multiply_adds / max(whole.dense_multiply_adds, 1)
         return (
             f"{whole.parameters / whole.dense_parameters:.1%} of {whole.dense_parameters:,.0f} "
@@ -98,14 +77,14 @@ class Compressed:
         """The layers' parameters before and now, with their ranks, as matplotlib draws them."""
         import matplotlib.pyplot as plt
 
-        table = self.report[self.report.layer != WHOLE].iloc[::-1]
+        table = self.report[self.report.layer != WHOLE_MODEL].iloc[::-1]
         ax = plt.subplots(figsize=(7, 1 + 0.25 * len(table)))[1] if ax is None else ax
         ax.barh(table.layer, table.dense_parameters, color="0.85", label="before")
         ax.barh(table.layer, table.parameters, color="C0", label="now")
         ends = table[["parameters", "dense_parameters"]].max(axis=1)
         for name, rank, end in zip(table.layer, table["rank"], ends, strict=True):
-            told = "dense" if np.isnan(rank) else f"rank {rank:.0f}"
-            ax.annotate(told, (end, name), (4, 0), textcoords="offset points", va="center")
+            label = "dense" if np.isnan(rank) else f"rank {rank:.0f}"
+            ax.annotate(label, (end, name), (4, 0), textcoords="offset points", va="center")
         ax.set(xlabel="parameters", title=str(self).replace("; ", ";\n"))
         ax.margins(x=0.15)
         ax.legend(loc="lower right")
@@ -184,46 +163,58 @@ def compress(
     data = x if y is None else (x, y)
     inputs = x if calibration is None else calibration
     for each in (data, inputs):
-        refuse_once(each, "compress")
-    names = _named(model, include, exclude)
-    with measuring(model):
-        task = whole_task(model, data, objective, accuracy)
-        one_pass = _seconds(model, task)
-    few, dense = first_batch(cut(inputs, BATCH)), apart(duplicate(model))
-    layers = _able(dense, names, inputs, call)
-    fits = _fits(dense, layers, inputs, call, mask, progress)
-    layers = {name: layer for name, layer in layers.items() if name in fits}
-
-    with measuring(model):
-        work = measured(apart(model), few, call)
+        refuse_generator(each, "compress")
+    net = Network.copy_of(model)
+    names = _named(list(net.layers), include, exclude)
+    with net.measuring():
+        start = clock.now()
+        task = task_of(net, data, None, objective, accuracy)
+        task.measure()
+        one_pass = clock.now() - start
+        few = first_batch(inputs, BATCH)
+        layers = _eligible(net, names, few, call)
+        fits = _fits(net, layers, inputs, call, mask, progress)
+        layers = {name: layer for name, layer in layers.items() if name in fits}
+        work = counted(net, few, call)
+        errors = {name: _lost(layers[name], fits[name]) for name in layers}
+        estimate = one_pass * (GRID + 1) * len(layers)
+        if estimate <= seconds:
+            rises = _losses(task, layers, f"profile, about {estimate:.0f} s", progress)
+            errors = _either(rises, errors)
     worth = work["multiply_adds" if kind == "multiply_adds" else "parameters"].astype(float)
-    estimate = one_pass * (GRID + 1) * len(layers)
-    errors = {name: _lost(layers[name], fits[name]) for name in layers}
-    if estimate <= seconds:
-        rises = _losses(model, task, layers, f"profile, about {estimate:.0f} s", progress)
-        errors = _either(rises, errors)
     plan = _plan(layers, errors, worth, multiple_of)
 
     def made(ranks: Mapping[str, int]) -> nn.Module:
-        if not ranks:
-            return duplicate(model)
-        fitting: Fits = partial(_found, fits)
+        small = Network.copy_of(net.model)
+        own = small.untied(ranks)
+        found: Fits = ((name, fits[name]) for name in own)
         if sequential:
-            fitting = partial(one_after_another, inputs, call, mask, dense, progress)
-        return shrunk(model, ranks, fitting, depth=6)
+            found = one_after_another(small, net, own, inputs, call, mask, progress)
+        return factorized(small, ranks, found)
 
-    told = f"{kind}={budget:g}"
+    def added(ranks: Mapping[str, int]) -> float:
+        small = made(ranks)
+        with net.measuring(small):
+            return task.means(lambda: [nullcontext(small)], 1)["increase"][1]
+
+    asked = f"{kind}={budget:g}"
     while True:
         spent = budget * plan.total
         if kind == "increase":
-            spent = _smallest(model, task, plan, made, budget, progress)
-        small = made(ranks := plan.ranks(spent, told))
+            spent = _smallest(plan, added, budget, progress)
+        small = made(ranks := plan.ranks(spent, asked))
         slow = _slower(small, few, call) if faster else []
         if not slow:
             break
-        plan, told = plan.without(slow), f"{kind}={budget:g} with faster=True"
+        plan, asked = plan.without(slow), f"{kind}={budget:g} with faster=True"
     single = one_pass * len(ranks) <= seconds
-    return Compressed(small, ranks, _report(model, small, few, call, task, single, progress))
+    report = _report(net, small, ranks, task, single, progress)
+    costs = cost(small, few, call=call, repeats=REPEATS).set_index("layer")
+    report = report.join(costs, how="right")
+    net.warn()
+    losses = ["loss_added", "se"]
+    report = report[[*(name for name in report if name not in losses), *losses]]
+    return Compressed(small, ranks, report.rename_axis("layer").reset_index())
 
 
 def _budget(**budgets: float | None) -> tuple[str, float]:
@@ -243,9 +234,8 @@ def _budget(**budgets: float | None) -> tuple[str, float]:
     return kind, value
 
 
-def _named(model: nn.Module, include: Iterable[str] | None, exclude: Iterable[str]) -> list[str]:
+def _named(names: list[str], include: Iterable[str] | None, exclude: Iterable[str]) -> list[str]:
     """The layers that these names and patterns leave."""
-    names = list(whole_layers(model))
     wanted = ["*"] if include is None else checks.several(include, "include", '["encoder.*"]')
     barred = checks.several(exclude, "exclude", '["encoder.*"]')
     for pattern in (*wanted, *barred) if names else ():
@@ -262,98 +252,63 @@ def _named(model: nn.Module, include: Iterable[str] | None, exclude: Iterable[st
     ]
 
 
-def _able(
-    dense: nn.Module, names: list[str], inputs: Batches, call: Call | None
-) -> dict[str, Matrix]:
-    """Those of the layers that can be factorized; the others are named in a warning."""
-    found, left = choose(dense, None, "compress", twin=True)
-    layers = cast(dict[str, Matrix], found)  # none is factorized
-    thin = apart(duplicate(dense))
-    for name, layer in matrix_layers(thin).items():
-        if name in layers and name in names and name not in left:
-            twin = thin_twin(layer, 1)
-            for parameter in twin.parameters():
-                nn.init.zeros_(parameter)
-            thin = replace_module(thin, layer, twin)
-    take_no_fused_way(thin)
-    left |= dict.fromkeys(weights_read(thin, next(cut(inputs, BATCH)), call), READ)
-    for group in ties(matrix_layers(dense)):
+def _eligible(net: Network, names: list[str], few: Batch, call: Call | None) -> dict[str, Layer]:
+    """Those of the layers that can be factorized; why others can't is in ``net.left``."""
+    layers = net.choose(None, "compress", replace=True)
+    left = {**net.left, **dict.fromkeys(net.weights_read(layers, few, call), READ)}
+    for group in tied(net.layers):
         if not set(group) <= set(names) - left.keys():
             others = [name for name in group if name not in left]
             left |= dict.fromkeys(others, "its weight is shared with a layer that is left")
-    warn_of({name: why for name, why in left.items() if name in names}, depth=5)
-    able = {name: layers[name] for name in names if name in layers and name not in left}
-    if not able:
+    net.left = {name: why for name, why in left.items() if name in names}
+    found = {name: layers[name] for name in names if name in layers and name not in left}
+    if not found:
         raise ValueError("the model has no layer that could be factorized, of those asked for")
-    return able
+    return found
 
 
 def _fits(
-    dense: nn.Module,
-    layers: Mapping[str, Matrix],
+    net: Network,
+    layers: Mapping[str, Layer],
     inputs: Batches,
     call: Call | None,
     mask: Mask | None,
     progress: bool,
 ) -> dict[str, Fit | None]:
     """The fits of all layers that calibration reaches; None of those that share a weight."""
-    tied = {name for group in ties(layers) for name in group}
-    alone = {name: layer for name, layer in layers.items() if name not in tied}
-    batches = shown(cut(inputs, BATCH), progress, "calibration")
-    sums = input_sums(dense, alone, batches, call, mask)
+    alone = net.untied(layers)
+    sums = input_sums(
+        net, alone, shown(batches(inputs, BATCH), progress, "calibration"), call, mask
+    )
     unseen = [name for name in alone if name not in sums]
     if unseen and len(unseen) == len(layers):
         raise ValueError(f"calibration reaches no layer, such as {unseen[0]!r}")
-    warn_of(dict.fromkeys(unseen, "calibration does not reach it"), depth=5)
+    net.left |= dict.fromkeys(unseen, "calibration does not reach it")
     found: dict[str, Fit | None] = {}
     for name in shown(list(layers), progress, "eigenvectors"):
-        if name in sums or name in tied:
-            found[name] = None if name in tied else fit(layers[name], sums.pop(name))
+        if name not in unseen:
+            found[name] = fit(layers[name], sums.pop(name)) if name in sums else None
     return found
 
 
-def _found(
-    fits: Mapping[str, Fit | None], model: nn.Module, layers: Mapping[str, Matrix]
-) -> Iterator[tuple[str, Fit | None]]:
-    """What is known of these layers, for `shrunk`."""
-    for name in layers:
-        yield name, fits[name]
-
-
-def _lost(layer: Matrix, found: Fit | None) -> np.ndarray:
+def _lost(layer: Layer, found: Fit | None) -> np.ndarray:
     """The share of its output's variance, or of its own squares, that a layer loses at each rank."""
     if found is not None:
         return found.errors().cpu().numpy()
-    squares = torch.linalg.svdvals(matrix(layer).double()).square()
+    squares = torch.linalg.svdvals(layer.matrix().double()).square()
     kept = np.append(0.0, squares.reshape(-1, squares.shape[-1]).sum(0).cumsum(0).cpu().numpy())
     return 1 - kept / kept[-1] if kept[-1] > 0 else np.zeros_like(kept)
 
 
-def _seconds(model: nn.Module, task: Task) -> float:
-    """How long a pass over the data takes."""
-    start = clock.now(torch.device("cpu"))
-    task.means(model, tuple, 0)["loss"][0]
-    return clock.now(torch.device("cpu")) - start
-
-
 def _losses(
-    model: nn.Module, task: Task, layers: Mapping[str, Matrix], told: str, progress: bool
+    task: Task, layers: Mapping[str, Layer], description: str, progress: bool
 ) -> dict[str, np.ndarray]:
     """What the loss rises by at each rank of each layer alone, measured at some of them."""
     errors = {}
-    for name, layer in bar(layers.items(), progress=progress, desc=told, leave=False):
-        m, n = matrix(layer).shape[-2:]
-        grid = np.unique(np.linspace(1, max(1, (m * n - 1) // (m + n)), GRID).round().astype(int))
-        table = loss_profile(
-            model,
-            task.data,
-            objective=task.objective,
-            accuracy=task.accuracy,
-            layers=[name],
-            ranks=grid.tolist(),
-            progress=False,
-        )
-        full = min(m, n)
+    for name, layer in bar(layers.items(), progress=progress, desc=description, leave=False):
+        limit, full = max(1, max_factor_rank(*layer.shape)), layer.full_rank
+        grid = np.unique(np.linspace(1, limit, GRID).round().astype(int)).tolist()
+        table = profile_of(task, {name: layer}, grid, progress=False)
         ranks, rises = [*table["rank"], full], [*table["increase"], 0.0]
         errors[name] = np.interp(np.arange(full + 1), ranks, rises)
     return errors
@@ -412,25 +367,25 @@ class _Plan:
 
 
 def _plan(
-    layers: Mapping[str, Matrix],
+    layers: Mapping[str, Layer],
     errors: Mapping[str, np.ndarray],
     worth: pd.Series,
     multiple_of: int,
 ) -> _Plan:
     """What there is to choose from, by what each layer is worth: its parameters or its work."""
-    shared = {group[0]: group for group in ties(layers)}
+    shared = {group[0]: group for group in tied(layers)}
     later = {name for group in shared.values() for name in group[1:]}
     groups_of = {name: shared.get(name, [name]) for name in layers if name not in later}
-    options, total = {}, float(worth[WHOLE])
+    options, total = {}, float(worth[WHOLE_MODEL])
     fixed = total
     for first, names in groups_of.items():
-        m, n = matrix(layers[first]).shape[-2:]
-        whole = float(groups(layers[first]) * m * n)
+        m, n = layers[first].shape
+        whole = float(layers[first].weight.numel())
         if worth.name == "multiply_adds":
             # an embedding multiplies nothing until it is factorized
-            looked_up = any(isinstance(layers[name], nn.Embedding) for name in names)
-            whole = 0.0 if looked_up else float(worth[names].sum())
-        if whole > 0 and (m * n - 1) // (m + n) >= multiple_of:
+            multiplies = all(layers[name].multiplies for name in names)
+            whole = float(worth[names].sum()) if multiplies else 0.0
+        if whole > 0 and max_factor_rank(m, n) >= multiple_of:
             options[first] = choices(m, n, errors[first], cost=whole, multiple_of=multiple_of)
             fixed -= whole
     if not options:
@@ -438,25 +393,14 @@ def _plan(
     return _Plan(options, groups_of, fixed, total)
 
 
-def _increase(model: nn.Module, small: nn.Module, task: Task) -> float:
-    """The loss that the small one adds."""
-    with measuring(model), evaluating(small):
-        return task.means(model, lambda: [nullcontext(small)], 1)["increase"][1]
-
-
 def _smallest(
-    model: nn.Module,
-    task: Task,
-    plan: _Plan,
-    made: Callable[[Mapping[str, int]], nn.Module],
-    increase: float,
-    progress: bool,
+    plan: _Plan, added: Callable[[Mapping[str, int]], float], increase: float, progress: bool
 ) -> float:
     """The smallest cost of a network found to add no more loss, by halving the interval."""
     low, high = plan.least, plan.total
     for step in bar(range(1 + HALVINGS), progress=progress, desc="budgets", leave=False):
         middle = (low + high) / 2 if step else low
-        if _increase(model, made(plan.ranks(middle)), task) <= increase:
+        if added(plan.ranks(middle)) <= increase:
             high = middle
         else:
             low = middle
@@ -468,55 +412,36 @@ def _smallest(
 def _slower(small: nn.Module, few: Batch, call: Call | None) -> list[str]:
     """The factorized layers that take no less time than they did dense."""
     table = cost(small, few, call=call, repeats=REPEATS)
-    thin = table["rank"].notna() & (table.layer != WHOLE)
+    thin = table["rank"].notna() & (table.layer != WHOLE_MODEL)
     return table.layer[thin & (table.seconds >= table.dense_seconds)].tolist()
 
 
 def _report(
-    model: nn.Module,
+    net: Network,
     small: nn.Module,
-    few: Batch,
-    call: Call | None,
+    ranks: Mapping[str, int],
     task: Task,
     single: bool,
     progress: bool,
 ) -> pd.DataFrame:
-    """See `Compressed`; with ``single`` also the loss that each layer adds alone."""
+    """Shapes and added losses, by layer; with ``single`` also of each layer alone."""
     thin = low_rank_layers(small)
-    tied = {name: group for group in ties(thin) for name in group}
-    alone = apart(duplicate(model))
-    take_no_fused_way(alone)
+    groups = {name: group for group in tied(net.layers) for name in group}
     names = list(thin) if single else []
 
     def variants() -> Iterator[AbstractContextManager[nn.Module | None]]:
         for name in names:
-            yield _in_place(alone, {each: thin[each] for each in tied.get(name, [name])})
+            yield net.with_modules({each: thin[each] for each in groups.get(name, [name])})
         yield nullcontext(small)
 
-    with measuring(model), evaluating(small), evaluating(alone):
-        means = task.means(model, variants, len(names) + 1, progress)
+    with net.measuring(small):
+        means = task.means(variants, len(names) + 1, progress)
     losses = pd.DataFrame(
-        {"loss_added": means["increase"][1:], "se": means["se"][1:]}, index=[*names, WHOLE]
+        {"loss_added": means["increase"][1:], "se": means["se"][1:]}, index=[*names, WHOLE_MODEL]
     )
-    for name, loss in zip(losses.index, losses.loss_added, strict=True):
+    for name, loss in losses.loss_added.items():
         if not math.isfinite(loss):
-            ranks = {each: thin[each].rank for each in (thin if name == WHOLE else [name])}
-            raise ValueError(f"ranks {ranks} give NaN or infinite losses on these data")
-    shapes = {name: matrix(layer).shape[-2:] for name, layer in whole_layers(model).items()}
-    sides = pd.DataFrame(shapes, index=["rows", "columns"]).T
-    table = cost(small, few, call=call, repeats=REPEATS).set_index("layer")
-    return sides.join(table, how="right").join(losses).rename_axis("layer").reset_index()
-
-
-@contextmanager
-def _in_place(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
-    """The model with other layers of these names."""
-    own = {name: part for name, part in model.named_modules() if name in layers}
-    changed = model
-    try:
-        for name, layer in layers.items():
-            changed = replace_module(changed, own[name], layer)
-        yield changed
-    finally:
-        for name, layer in layers.items():
-            replace_module(changed, layer, own[name])
+            found = dict(ranks) if name == WHOLE_MODEL else {name: thin[str(name)].rank}
+            raise ValueError(f"ranks {found} give NaN or infinite losses on these data")
+    shapes = {name: layer.shape for name, layer in net.layers.items()}
+    return pd.DataFrame(shapes, index=["rows", "columns"]).T.join(losses, how="outer")

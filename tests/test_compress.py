@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import svdlib
-from svdlib.layers.kinds import low_rank_layers
+from svdlib.network.low_rank import low_rank_layers
 
 module = importlib.import_module("svdlib.compress")  # svdlib.compress is the function
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from svdlib import checks, threads
-from svdlib.layers.kinds import LowRank, thin_twin
+from svdlib.network.kinds import Linear
+from svdlib.network.low_rank import LowRank, thin_twin
 
 
 def perceptron(sizes: Sequence[int]) -> nn.Sequential:
@@ -90,7 +91,7 @@ class Layer(nn.Module):
         linear: nn.Linear | LowRank = skip_init(nn.Linear, ins, outer.shape[1], **like)
         parts: Sequence[nn.Module] = [linear]
         if self.ranks is not None:
-            linear = thin_twin(cast(nn.Linear, linear), int(self.ranks[network]))
+            linear = thin_twin(Linear(linear), int(self.ranks[network]))
             parts = linear.factors
         with torch.no_grad():
             for part, factor in zip(parts, self.weights, strict=True):

@@ -13,10 +13,10 @@ from torch.utils.hooks import RemovableHandle
 
 from svdlib import checks
 from svdlib.ensemble.networks import MLPEnsemble
-from svdlib.layers.kinds import check_ties, choose, warn_of
 from svdlib.layers.project import project_
 from svdlib.linalg.bases import dominant_basis, randomized_basis, sketched_basis, taller
 from svdlib.linalg.svd import METHODS, OVERSAMPLE, POWER_ITERS
+from svdlib.network.opened import Network
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,11 @@ class Projection:
                 f"attach takes a model and its optimizer, not {type(model).__name__} and "
                 f"{type(optimizer).__name__}"
             )
-        chosen, left = choose(model, layers, "project")
-        warn_of(left, depth=2)
+        net = Network(model)
+        chosen = net.choose(layers, "project")
+        net.warn()
         ranks = dict(zip(chosen, self.ranks(len(chosen)), strict=True))
-        check_ties(model, ranks, "project")
+        net.check_ties(ranks, "project")
         every = 1 if self.every == "step" else int(self.every)
         done = 0
 

@@ -1,33 +1,23 @@
-"""What calibration inputs tell of a layer: its best approximations on them, of every rank."""
+"""Best low-rank fits of a layer to its calibration inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from svdlib import checks
-from svdlib.layers.kinds import (
-    CONVOLUTIONS,
-    TRANSPOSED,
-    Matrix,
-    bias,
-    evaluating,
-    hooked,
-    matrix,
-    rows,
-)
-from svdlib.objective import Batch, Call, at_home, prepared
+from svdlib.network.batches import Batch, copied
+from svdlib.network.calls import Call, run
+from svdlib.network.kinds import Layer
+from svdlib.network.opened import Network
 
 # mask(batch) -> bool (n, T): the places of a batch that count, the others are padding.
 Mask = Callable[[Batch], Tensor]
-
-# Vectors that are multiplied at a time: enough for a fast product, few enough for any memory.
-BLOCK = 4096
 
 # What is added to the diagonal of a covariance that is inverted, in shares of its trace, so that its
 # least eigenvalues, which are noise, are not.
@@ -54,6 +44,12 @@ class Sums:
         self.count += count
         for name, value in zip(("total", "square", "dense", "cross"), sums, strict=False):
             setattr(self, name, getattr(self, name) + value)
+
+    def check(self, name: str) -> None:
+        """Refuse NaN or infinite inputs of the layer of that name."""
+        for value in (self.square, self.cross):
+            if isinstance(value, Tensor):
+                checks.finite(value, f"what calibration gives to layer {name!r}")
 
 
 @dataclass(frozen=True)
@@ -101,18 +97,7 @@ class Fit:
         return 1 - kept / kept[-1] if kept[-1] > 0 else torch.zeros_like(kept)
 
 
-def is_centred(layer: Matrix) -> bool:
-    """Whether a change of the bias makes up for a change of the matrix at the mean input.
-
-    Not in a transposed convolution, whose windows overlap.
-
-    >>> is_centred(nn.Linear(3, 2)), is_centred(nn.Linear(3, 2, bias=False))
-    (True, False)
-    """
-    return bias(layer) is not None and not isinstance(layer, TRANSPOSED)
-
-
-def fit(layer: Matrix, sums: Sums) -> Fit:
+def fit(layer: Layer, sums: Sums) -> Fit:
     """All best approximations of a layer on inputs of these sums, see `Fit`.
 
     The eigenvectors are found on the smaller side. Where W = Q R is higher than wide, those of
@@ -120,26 +105,27 @@ def fit(layer: Matrix, sums: Sums) -> Fit:
     to rounding. Where layers before are cut, and C is inverted, they are those of GGᵀ or GᵀG,
     G = M L and C = L Lᵀ.
 
-    >>> layer, x = nn.Linear(4, 3, bias=False), torch.eye(4)
+    >>> from svdlib.network.kinds import Linear
+    >>> layer, x = Linear(torch.nn.Linear(4, 3, bias=False)), torch.eye(4)
     >>> found = fit(layer, Sums(4, x.sum(0).double(), (x.mT @ x).double()))
     >>> S = torch.linalg.svdvals(layer.weight)
     >>> torch.allclose(4 * found.energies.float(), S.square(), rtol=1e-4)
     True
     """
-    W = matrix(layer).double()
+    W = layer.matrix().double()
     mean, C = cast(Tensor, sums.total) / sums.count, cast(Tensor, sums.square) / sums.count
     other = None if isinstance(sums.cross, float) else sums.cross / sums.count
     before = mean if isinstance(sums.dense, float) else sums.dense / sums.count
-    centred = is_centred(layer)
-    if centred:
+    centered = layer.is_centered()
+    if centered:
         C = C - _outer(mean, mean)
         other = None if other is None else other - _outer(before, mean)
-    shift = (W @ before.unsqueeze(-1)).squeeze(-1) if centred else None
+    shift = (W @ before.unsqueeze(-1)).squeeze(-1) if centered else None
     m, n = W.shape[-2:]
     if other is None:
         M = W
         Q, R = torch.linalg.qr(W) if m > n else (None, W)
-        RC = R * C if isinstance(layer, nn.Embedding) else R @ C
+        RC = R * C if C.ndim < R.ndim else R @ C
         energies, left = torch.linalg.eigh(RC @ R.mT)
         left = left if Q is None else Q @ left
     else:
@@ -164,10 +150,66 @@ def _root(C: Tensor) -> Tensor:
     return torch.linalg.cholesky(C + more * torch.eye(C.shape[-1], dtype=C.dtype, device=C.device))
 
 
-@torch.no_grad()
+class _Calls:
+    """What layers are called with, as a network is run on batches."""
+
+    def __init__(self, net: Network, call: Call | None, mask: Mask | None) -> None:
+        self.net, self.call, self.mask = net, call, mask
+        self.keep: Tensor | None = None
+        self.masked: list[bool] = []
+
+    def run(
+        self,
+        names: Iterable[str],
+        batches: Iterable[Batch],
+        note: Callable[[str, Tensor], None],
+        after: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """``note(name, x)`` at every call of the layers, ``after()`` each batch: whether to stop.
+
+        Raises:
+            ValueError: a mask that fits no layer, batches that the model does not take.
+        """
+
+        def before(name: str, inputs: tuple[Tensor, ...]) -> None:
+            self.masked.append(self.net.layers[name].is_masked(inputs[0], self.keep))
+            note(name, inputs[0])
+
+        with torch.no_grad(), self.net.hooked(names, before=before):
+            for batch in batches:
+                if torch.is_tensor(batch):
+                    checks.finite(batch, "calibration")
+                self.keep = _kept(batch, self.mask)
+                run(self.net.model, batch, self.call)
+                if after():
+                    break
+        if self.mask is not None and self.keep is not None and self.masked and not any(self.masked):
+            shape = (*self.keep.shape, "features")
+            raise ValueError(
+                f"mask gives places {tuple(self.keep.shape)}, and no layer has such inputs, {shape}"
+            )
+
+
+def _kept(batch: Batch, mask: Mask | None) -> Tensor | None:
+    """Which places of a batch count: what ``mask`` says, or a mapping's "attention_mask"."""
+    if mask is not None:
+        keep = mask(copied(batch))
+        if not torch.is_tensor(keep) or keep.ndim == 0:
+            raise ValueError(f"mask must give a tensor of places (n, …), not {keep!r}")
+        return keep != 0
+    inputs = batch[0] if isinstance(batch, tuple | list) and len(batch) else batch
+    found = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    return found != 0 if isinstance(found, Tensor) and found.ndim == 2 else None
+
+
+def _vectors_of(layer: Layer, x: Tensor) -> tuple[object, ...]:
+    """What tells that two layers called with the same tensor are applied to the same vectors."""
+    return (-1 if x.is_inference() else x._version, *layer.vector_kind())
+
+
 def input_sums(
-    model: nn.Module,
-    layers: Mapping[str, Matrix],
+    net: Network,
+    names: Iterable[str],
     batches: Iterable[Batch],
     call: Call | None,
     mask: Mask | None,
@@ -182,122 +224,31 @@ def input_sums(
             not take.
     """
     sums: dict[str, Sums] = {}
-    keep: Tensor | None = None
-    masked: list[bool] = []
-    latest: list[tuple[Any, ...]] = []
+    latest: list[Any] = [None, None, []]
+    calls = _Calls(net, call, mask)
 
-    def note(name: str, inputs: tuple[Tensor, ...]) -> None:
-        layer, x = layers[name], inputs[0]
-        what = (_version(x), _kind(layer))
-        if not (latest and latest[0][0] is x and latest[0][1] == what):
-            latest[:] = [(x, what, _summed(layer, x, keep))]
-        sums.setdefault(name, Sums()).add(*latest[0][2])
-        masked.append(_is_masked(layer, x, keep))
+    def note(name: str, x: Tensor) -> None:
+        layer = net.layers[name]
+        what = _vectors_of(layer, x)
+        if latest[0] is not x or latest[1] != what:
+            blocks = layer.blocks(x, calls.keep)
+            latest[:] = [x, what, [(len(block), *layer.sums(block)) for block in blocks]]
+        for found in latest[2]:
+            sums.setdefault(name, Sums()).add(*found)
 
-    with evaluating(model), hooked(layers, before=note):
-        for batch in batches:
-            _check(batch)
-            batch = at_home(model, batch)
-            keep = _kept(batch, mask)
-            prepared(model, batch, call)()
-            latest.clear()
-    _check_mask(mask, keep, masked)
+    def after() -> bool:
+        latest[:] = [None, None, []]
+        return False
+
+    calls.run(names, batches, note, after)
     for name, each in sums.items():
-        _check_sums(each, name)
+        each.check(name)
     return {name: each for name, each in sums.items() if each.count}
 
 
-def _check(batch: Batch) -> None:
-    if torch.is_tensor(batch):
-        checks.finite(batch, "calibration")
-
-
-def _check_sums(sums: Sums, name: str) -> None:
-    for value in (sums.square, sums.cross):
-        if isinstance(value, Tensor):
-            checks.finite(value, f"what calibration gives to layer {name!r}")
-
-
-def _check_mask(mask: Mask | None, keep: Tensor | None, masked: Sequence[bool]) -> None:
-    """Refuse a caller's mask that is of no use for any call of a layer."""
-    if mask is not None and keep is not None and masked and not any(masked):
-        raise ValueError(
-            f"mask gives places {tuple(keep.shape)}, and no layer has such inputs, "
-            f"{(*keep.shape, 'features')}"
-        )
-
-
-def _version(x: Tensor) -> int:
-    """What tells whether a tensor was written to since."""
-    return -1 if x.is_inference() else x._version
-
-
-def _kind(layer: Matrix) -> tuple[object, ...]:
-    """Layers of one kind have the same vectors of the same input."""
-    window = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-    if isinstance(layer, CONVOLUTIONS):
-        return (type(layer), *(getattr(layer, name) for name in window))
-    if isinstance(layer, nn.Embedding):
-        return (type(layer), layer.num_embeddings)
-    return (type(layer), layer.groups if isinstance(layer, TRANSPOSED) else 1)
-
-
-def _kept(batch: Batch, mask: Mask | None) -> Tensor | None:
-    """Which places of a batch count: what ``mask`` says, or a mapping's "attention_mask"."""
-    if mask is not None:
-        keep = mask(batch)
-        if not torch.is_tensor(keep) or keep.ndim == 0:
-            raise ValueError(f"mask must give a tensor of places (n, …), not {keep!r}")
-        return keep != 0
-    inputs = batch[0] if isinstance(batch, tuple | list) and len(batch) else batch
-    found = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    return found != 0 if isinstance(found, Tensor) and found.ndim == 2 else None
-
-
-def _is_masked(layer: Matrix, x: Tensor, keep: Tensor | None) -> bool:
-    """Whether the places that are kept are those of the layer's inputs."""
-    if keep is None or isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED)):
-        return False
-    places = x.shape if isinstance(layer, nn.Embedding) else x.shape[:-1]
-    return places[: keep.ndim] == keep.shape
-
-
-def _vectors(layer: Matrix, x: Tensor, keep: Tensor | None) -> Iterator[Tensor]:
-    """What the layer's matrix is applied to, in float64, some thousand vectors at a time."""
-    if keep is not None and _is_masked(layer, x, keep):
-        x = x[keep.to(x.device)]
-    if isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED)):
-        x = x if x.ndim == layer.weight.ndim else x[None]
-        one = len(rows(layer, x[:1]))
-        for some in x.split(max(1, BLOCK // max(one, 1))):
-            yield rows(layer, some).double()
-    elif isinstance(layer, nn.Embedding):
-        yield rows(layer, x)
-    else:
-        for some in x.reshape(-1, x.shape[-1]).split(BLOCK):
-            yield some.double()
-
-
-def _summed(layer: Matrix, x: Tensor, keep: Tensor | None) -> tuple[int, Tensor, Tensor]:
-    """The number of vectors, their sum, and that of their squares, see `Sums`."""
-    found: list[tuple[int, Tensor, Tensor]] = []
-    for some in _vectors(layer, x, keep):
-        if isinstance(layer, nn.Embedding):
-            times = some.long().bincount(minlength=layer.num_embeddings).double()
-            found.append((len(some), times, times))
-        else:
-            each = some.movedim(0, -2)
-            found.append((len(some), some.sum(0), each.mT @ each))
-    count, total, square = found[0]
-    for n, sum_, squares in found[1:]:
-        count, total, square = count + n, total + sum_, square + squares
-    return count, total, square
-
-
-@torch.no_grad()
 def call_order(
-    model: nn.Module,
-    layers: Mapping[str, Matrix],
+    net: Network,
+    names: Iterable[str],
     batches: Iterable[Batch],
     call: Call | None,
     mask: Mask | None = None,
@@ -307,43 +258,36 @@ def call_order(
     Of the latter, those with one input, one after the other, stand together. Batches are looked
     at until each layer was called.
 
-    >>> model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
-    >>> call_order(model, {"0": model[0], "2": model[2]}, [torch.rand(2, 3)], None)[0]
-    [['0'], ['2']]
+    >>> net = Network(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 2)))
+    >>> call_order(net, ["0", "1"], [torch.rand(2, 3)], None)[0]
+    [['0'], ['1']]
     """
+    names = list(names)
     first: list[str] = []
     earlier: set[str] = set()  # in batches before
     called: list[str] = []  # in this batch
-    latest: list[tuple[Tensor, tuple[Any, ...]]] = []
+    latest: list[Any] = [None, None]
     several: set[str] = set()
     together: dict[str, str] = {}  # with the layer before it
-    masked: list[bool] = []
-    keep: Tensor | None = None
 
-    def note(name: str, inputs: tuple[Tensor, ...]) -> None:
-        x, what = inputs[0], (_version(inputs[0]), _kind(layers[name]))
+    def note(name: str, x: Tensor) -> None:
+        what = _vectors_of(net.layers[name], x)
         if name in called:
             several.add(name)
         elif name not in first:
             first.append(name)
-            same = bool(latest) and latest[0][0] is x and latest[0][1] == what
-            if same and called[-1] not in earlier:
+            if latest[0] is x and latest[1] == what and called[-1] not in earlier:
                 together[name] = called[-1]
         called.append(name)
-        latest[:] = [(x, what)]
-        masked.append(_is_masked(layers[name], x, keep))
+        latest[:] = [x, what]
 
-    with evaluating(model), hooked(layers, before=note):
-        for batch in batches:
-            batch = at_home(model, batch)
-            keep = _kept(batch, mask)
-            prepared(model, batch, call)()
-            called.clear()
-            latest.clear()
-            if len(first) == len(layers):
-                break
-            earlier = set(first)
-    _check_mask(mask, keep, masked)
+    def after() -> bool:
+        called.clear()
+        latest[:] = [None, None]
+        earlier.update(first)
+        return len(first) == len(names)
+
+    _Calls(net, call, mask).run(names, batches, note, after)
     groups: list[list[str]] = []
     for name in first:
         mate = together.get(name)
@@ -360,8 +304,8 @@ class _Reached(Exception):
 
 @torch.no_grad()
 def paired_sums(
-    dense: nn.Module,
-    small: nn.Module,
+    dense: Network,
+    small: Network,
     names: Sequence[str],
     batches: Iterable[Batch],
     call: Call | None,
@@ -377,38 +321,26 @@ def paired_sums(
     Raises:
         ValueError: as `input_sums`; other numbers of inputs in the two networks.
     """
-    first = names[0]
-    layers = [dict(network.named_modules())[first] for network in (dense, small)]
-    sums = Sums()
+    first, sums = names[0], Sums()
+    layer = small.layers[first]
     for batch in batches:
-        batch_here = at_home(small, batch)
-        keep = _kept(batch_here, mask)
-        seen: list[list[Tensor]] = []
-        for network, layer in zip((dense, small), layers, strict=True):
-            inputs = _inputs(network, layer, batch, call, once)
-            seen.append(inputs)
-        if [x.shape for x in seen[0]] != [x.shape for x in seen[1]]:
+        keep = _kept(batch, mask)
+        whole, cut = (_inputs(net, first, batch, call, once) for net in (dense, small))
+        if [x.shape for x in whole] != [x.shape for x in cut]:
             raise ValueError(
                 f"layer {first!r} has other numbers of inputs once layers before it are cut; "
                 "calibrate without sequential=True"
             )
-        layer = layers[1]
-        for x, other in zip(seen[1], seen[0], strict=True):
-            pairs = zip(_vectors(layer, x, keep), _vectors(layer, other, keep), strict=True)
-            for cut, whole in pairs:
-                if isinstance(layer, nn.Embedding):
-                    times = cut.long().bincount(minlength=layer.num_embeddings).double()
-                    sums.add(len(cut), times, times)
-                    continue
-                a, b = cut.movedim(0, -2), whole.movedim(0, -2)
-                sums.add(len(cut), cut.sum(0), a.mT @ a, whole.sum(0), b.mT @ a)
-    _check_sums(sums, first)
+        for x, other in zip(cut, whole, strict=True):
+            for block, original in zip(
+                layer.blocks(x, keep), layer.blocks(other, keep), strict=True
+            ):
+                sums.add(len(block), *layer.sums(block, original))
+    sums.check(first)
     return dict.fromkeys(names, sums) if sums.count else {}
 
 
-def _inputs(
-    network: nn.Module, layer: nn.Module, batch: Batch, call: Call | None, once: bool
-) -> list[Tensor]:
+def _inputs(net: Network, name: str, batch: Batch, call: Call | None, once: bool) -> list[Tensor]:
     """Copies of what a layer is called with."""
     seen: list[Tensor] = []
 
@@ -417,6 +349,6 @@ def _inputs(
         if once:
             raise _Reached
 
-    with evaluating(network), hooked({"": layer}, before=note), suppress(_Reached):
-        prepared(network, at_home(network, batch), call)()
+    with net.hooked([name], before=note), suppress(_Reached):
+        run(net.model, batch, call)
     return seen

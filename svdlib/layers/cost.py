@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -13,10 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from svdlib import checks, clock, threads
 from svdlib.layers.factorize import merge
-from svdlib.layers.kinds import LowRank, Matrix, apart, as_written, evaluating, hooked, whole_layers
-from svdlib.objective import Batch, Batches, Call, at_home, first_batch, prepared, tensors
+from svdlib.network.batches import Batch, Batches, copied_to, first_batch, tensors
+from svdlib.network.calls import Call, prepared, run
+from svdlib.network.kinds import Layer
+from svdlib.network.modes import evaluating
+from svdlib.network.opened import Network
 
-WHOLE = "whole model"
+WHOLE_MODEL = "whole model"
 
 
 @threads.plain()
@@ -59,13 +63,13 @@ def cost(
     x = first_batch(x)
     if any(tensor.ndim and len(tensor) == 0 for tensor in tensors(x)):
         raise ValueError("the inputs are empty; give as many as matter, at least one")
-    twins = {"": model, "dense_": merge(model)}
-    parts = {prefix: apart(twin) for prefix, twin in twins.items()}
-    tables = {prefix: measured(part, x, call) for prefix, part in parts.items()}
-    runs: dict[str, list[dict[str, float]]] = {prefix: [] for prefix in twins}
+    given = {"": model, "dense_": merge(model)}
+    nets = {prefix: Network.to_measure(twin, merge=False) for prefix, twin in given.items()}
+    tables = {prefix: counted(net, x, call) for prefix, net in nets.items()}
+    runs: dict[str, list[dict[str, float]]] = {prefix: [] for prefix in nets}
     for _ in range(1 + repeats):
-        for prefix, twin in twins.items():
-            runs[prefix].append(_seconds(twin, parts[prefix], x, call))
+        for prefix, twin in given.items():
+            runs[prefix].append(_seconds(twin, nets[prefix], x, call))
     for prefix, table in tables.items():
         timed = pd.DataFrame(runs[prefix][1:]).median()
         table["seconds"] = timed.reindex(table.index)
@@ -83,29 +87,27 @@ def latency(model: nn.Module, x: Tensor, repeats: int = 50) -> float:
         return clock.median(partial(model, x.clone()), repeats, device=x.device)
 
 
-def measured(model: nn.Module, x: Batch, call: Call | None) -> pd.DataFrame:
+def counted(net: Network, x: Batch, call: Call | None) -> pd.DataFrame:
     """What of `cost` needs no clock, by layer.
 
-    >>> measured(nn.Linear(3, 2), torch.rand(5, 3), None).multiply_adds.tolist()
+    >>> counted(Network(nn.Linear(3, 2)), torch.rand(5, 3), None).multiply_adds.tolist()
     [30, 30]
     """
-    layers = whole_layers(model)
-    products = _Products(layers)
+    products = _Products(net.layers)
     # Hooks also keep torch from fused operations, in which no product is seen.
-    before, after = products.enter, products.leave
-    with evaluating(model), hooked(layers, after, before), as_written(model), products:
-        prepared(model, at_home(model, x), call)()
+    with net.hooked(net.layers, products.leave, products.enter), products:
+        run(net.model, x, call)
     work = products.work
     rows = []
-    for name, part in {**layers, WHOLE: model}.items():
-        parameters = list(part.parameters())
+    for name, layer in {**net.layers, WHOLE_MODEL: None}.items():
+        parameters = list((layer.module if layer else net.model).parameters())
         rows.append(
             {
                 "layer": name,
-                "rank": float(part.rank) if isinstance(part, LowRank) else float("nan"),
+                "rank": float(layer.max_rank) if layer and layer.is_factorized else math.nan,
                 "parameters": sum(p.numel() for p in parameters),
                 "bytes": sum(p.numel() * p.element_size() for p in parameters),
-                "multiply_adds": work.get(name, sum(work.values())),
+                "multiply_adds": work[name] if layer else sum(work.values()),
             }
         )
     return pd.DataFrame(rows).set_index("layer")
@@ -119,13 +121,13 @@ class _Products(TorchDispatchMode):
     by their storage, which views share, and a product of two factors counts as their layer's.
     """
 
-    def __init__(self, layers: Mapping[str, Matrix | LowRank]) -> None:
+    def __init__(self, layers: Mapping[str, Layer]) -> None:
         super().__init__()
         self.work = dict.fromkeys(layers, 0)
         self.owners: dict[int, list[str]] = {}
         for name, layer in layers.items():
-            for factor in layer.factors if isinstance(layer, LowRank) else (layer,):
-                place = factor.weight.untyped_storage().data_ptr()
+            for weight in layer.weights or (layer.weight,):
+                place = weight.untyped_storage().data_ptr()
                 self.owners.setdefault(place, []).append(name)
         self.kept: list[Tensor] = []
         self.called: list[str] = []
@@ -184,12 +186,11 @@ PRODUCTS = {
 }
 
 
-def _seconds(model: nn.Module, parts: nn.Module, x: Batch, call: Call | None) -> dict[str, float]:
-    """Seconds of one run of the model, and of each layer in another, of the model taken apart."""
-    layers = whole_layers(parts)
-    taken = dict.fromkeys(layers, 0.0)
+def _seconds(model: nn.Module, net: Network, x: Batch, call: Call | None) -> dict[str, float]:
+    """Seconds of one run of the model, and of each layer in another, of the model opened."""
+    taken = dict.fromkeys(net.layers, 0.0)
     started: dict[str, float] = {}
-    device = next((part.device for part in tensors(at_home(model, x))), torch.device("cpu"))
+    device = next((part.device for part in tensors(copied_to(model, x))), torch.device("cpu"))
 
     def start(name: str, inputs: tuple[Tensor, ...]) -> None:
         started[name] = clock.now(device)
@@ -198,8 +199,7 @@ def _seconds(model: nn.Module, parts: nn.Module, x: Batch, call: Call | None) ->
         taken[name] += clock.now(device) - started[name]
 
     with evaluating(model):
-        run = prepared(model, at_home(model, x), call)
-        whole = clock.median(run, 1, warmup=0, device=device)
-    with evaluating(parts), hooked(layers, stop, start), as_written(parts):
-        prepared(parts, at_home(parts, x), call)()
-    return {**taken, WHOLE: whole}
+        whole = clock.median(prepared(model, copied_to(model, x), call), 1, warmup=0, device=device)
+    with net.hooked(net.layers, stop, start):
+        run(net.model, x, call)
+    return {**taken, WHOLE_MODEL: whole}

@@ -2,44 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
-from typing import Protocol, TypeVar, cast
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from svdlib import checks, threads
 from svdlib.bars import bar
-from svdlib.layers.attention import pack_, unpack_
-from svdlib.layers.calibrate import Fit, Mask, call_order, fit, input_sums, paired_sums
-from svdlib.layers.kinds import (
-    LowRank,
-    Matrix,
-    apart,
-    as_weight,
-    bias,
-    check_ties,
-    choose,
-    dense_twin,
-    duplicate,
-    evaluating,
-    groups,
-    low_rank_layers,
-    matrix,
-    matrix_layers,
-    replace_module,
-    stored,
-    take_no_fused_way,
-    thin_twins,
-    ties,
-    warn_of,
-)
+from svdlib.layers.calibrate import Mask, call_order, fit, input_sums, paired_sums
 from svdlib.linalg.svd import truncated_svd
-from svdlib.objective import Batch, Batches, Call, at_home, cut, prepared, refuse_once
+from svdlib.network.attention import pack_
+from svdlib.network.batches import Batches, batches, refuse_generator
+from svdlib.network.calls import Call
+from svdlib.network.kinds import Layer
+from svdlib.network.low_rank import LowRank, kind, low_rank_layers, thin_twins, tied
+from svdlib.network.opened import READ, Network, duplicate, merge_
 
 Step = TypeVar("Step")
+
+# Inputs of a call, where calibration is a single batch.
+BATCH = 128
 
 
 @threads.making()
@@ -120,24 +104,39 @@ def factorize(
       (1): Linear(in_features=10, out_features=80, bias=True)
     )
     """
-    if calibration is None:
-        if sequential or mask is not None:
-            raise ValueError("sequential=True and mask are about calibration, which is not given")
-        return shrunk(model, ranks, as_they_are)
+    if calibration is None and (sequential or mask is not None):
+        raise ValueError("sequential=True and mask are about calibration, which is not given")
     if torch.is_tensor(calibration) and len(calibration) == 0:
         raise ValueError("calibration is empty; some hundreds of inputs would do")
     if sequential:
-        refuse_once(calibration, "calibration of one layer after the other")
-    batches = cut(calibration, BATCH)
+        refuse_generator(calibration, "calibration of one layer after the other")
+    net, named = Network.copy_of(model), isinstance(ranks, Mapping)
+    earlier = low_rank_layers(duplicate(model))
+    chosen = _chosen(net, ranks, earlier)
+    fits: Fits = without_data(net, chosen)
     with torch.random.fork_rng(devices=[]):  # a DataLoader draws random numbers
-        few = next(batches)
-        if sequential:
-            fits = partial(
-                one_after_another, calibration, call, mask, opened(duplicate(model)), progress
-            )
-        else:
-            fits = partial(together, chain([few], batches), call, mask, progress)
-        return shrunk(model, ranks, fits, few, call)
+        if calibration is not None:
+            data = batches(calibration, BATCH)
+            few = next(data)
+            for name in net.weights_read(chosen, few, call):
+                if named:
+                    raise ValueError(
+                        f"can't factorize layer {name!r}: {READ}; leave it out of the ranks"
+                    )
+                net.leave(name, READ)
+            chosen = {name: rank for name, rank in chosen.items() if name not in net.left}
+            names = net.untied(chosen)
+            if sequential:
+                dense = Network.copy_of(model)
+                fits = one_after_another(net, dense, names, calibration, call, mask, progress)
+            else:
+                fits = together(net, names, chain([few], data), call, mask, progress)
+        for name, layer in earlier.items():
+            if name not in chosen:
+                net.put(name, layer)
+        small = factorized(net, chosen, fits)
+    net.warn()
+    return small
 
 
 class Approximations(Protocol):
@@ -146,149 +145,99 @@ class Approximations(Protocol):
     def at(self, rank: int) -> tuple[Tensor, Tensor, Tensor | None]: ...
 
 
-# Given a model and some of its layers, their fits, None where it is the truncated SVD; the layer
-# is replaced before the next one is asked for. What is left out has no inputs.
-Fits = Callable[[nn.Module, Mapping[str, Matrix]], Iterable[tuple[str, Approximations | None]]]
-
-# Inputs of a call, where calibration is given whole.
-BATCH = 128
+# Layers' fits, None where it is the truncated SVD. Each layer is replaced before the next is asked
+# for; a layer without a fit is one that calibration does not reach.
+Fits = Iterable[tuple[str, Approximations | None]]
 
 
-def shrunk(
-    model: nn.Module,
-    ranks: float | Mapping[str, int],
-    fits: Fits,
-    few: Batch = None,
-    call: Call | None = None,
-    depth: int = 4,  # a context wraps factorize, which calls this
-) -> nn.Module:
-    """`factorize` by these fits; with a batch, layers whose weight is read are looked for.
-
-    Warnings are those of a caller ``depth`` calls above this one's.
-    """
+def _chosen(
+    net: Network, ranks: float | Mapping[str, int], earlier: Mapping[str, LowRank]
+) -> dict[str, int]:
+    """The ranks at which layers are to be factorized; why the others are not is in ``net.left``."""
     named = ranks if isinstance(ranks, Mapping) else None
-    earlier = low_rank_layers(duplicate(model))
-    model = merge(model) if earlier else model
-    found, left = choose(opened(model), named, "factorize", twin=True)
-    layers = cast(dict[str, Matrix], found)  # no factorized ones, since it is merged
-    chosen: dict[str, int] = {}
+    layers = net.choose(named, "factorize", replace=True)
     wanted = _ranks(layers, ranks)
-    check_ties(model, wanted, "factorize")
+    net.check_ties(wanted, "factorize")
+    chosen: dict[str, int] = {}
     for name, rank in wanted.items():
+        layer = layers[name]
         if name in earlier and rank >= earlier[name].rank:
-            left[name] = f"it has rank {earlier[name].rank} already"
-            continue
-        m, n = matrix(layers[name]).shape[-2:]
-        if stored(rank, m, n) == m * n:
-            factors, whole = (groups(layers[name]) * size for size in (rank * (m + n), m * n))
-            left[name] = f"rank {rank} stores {factors:,} numbers as factors, {whole:,} as a matrix"
-            continue
-        checks.finite(layers[name].weight, f"the weight of layer {name!r}")
-        chosen[name] = rank
-    small = unpack_(duplicate(model), [*chosen, *earlier])
-    for name, layer in earlier.items():
-        if name not in chosen:
-            small = replace_module(small, matrix_layers(small)[name], layer)
-    layers = {name: layer for name, layer in matrix_layers(small).items() if name in chosen}
-    tied = {name: names for names in ties(layers) for name in names}
-    alone = {name: layer for name, layer in layers.items() if name not in tied}
-    twins = thin_twins(layers, chosen)
-    unseen = set(alone)
-    with torch.no_grad():
-        for name, best in chain(dict.fromkeys(tied).items(), fits(small, alone)):
-            _fill(twins[name], layers[name], best)
-            small = replace_module(small, layers[name], twins[name])
-            unseen.discard(name)
-    if unseen and len(unseen) == len(chosen):
-        raise ValueError(f"calibration does not reach layer {next(iter(alone))!r}, nor any other")
-    left.update({name: "calibration does not reach it" for name in alone if name in unseen})
-    take_no_fused_way(small)
-    for name in [] if few is None else weights_read(small, few, call):
-        if named is not None:
-            raise ValueError(f"can't factorize layer {name!r}: {READ}; leave it out of the ranks")
-        for each in tied.get(name, [name]):
-            left[each] = READ
-            small = replace_module(small, low_rank_layers(small).get(each, small), layers[each])
-    pack_(small)
-    warn_of(left, depth)
-    return small
+            net.left[name] = f"it has rank {earlier[name].rank} already"
+        elif layer.stored(rank) == layer.weight.numel():
+            factors = layer.groups * rank * sum(layer.shape)
+            net.left[name] = (
+                f"rank {rank} stores {factors:,} numbers as factors, {layer.weight.numel():,} as a "
+                "matrix"
+            )
+        else:
+            checks.finite(layer.weight, f"the weight of layer {name!r}")
+            chosen[name] = rank
+    return chosen
 
 
-def as_they_are(model: nn.Module, layers: Mapping[str, Matrix]) -> Iterator[tuple[str, None]]:
+@torch.no_grad()
+def factorized(net: Network, ranks: Mapping[str, int], fits: Fits) -> nn.Module:
+    """The opened copy of a model, given away with factors of these ranks, by these fits.
+
+    Raises:
+        ValueError: calibration that reaches no layer.
+    """
+    layers = {name: net.layers[name] for name in ranks}
+    twins = thin_twins(layers, ranks)
+    shared = [name for names in tied(layers) for name in names]
+    unseen = set(layers) - set(shared)
+    count = len(layers)
+    for name, found in chain(dict.fromkeys(shared).items(), fits):
+        _fill(twins[name], layers[name], found)
+        net.put(name, twins[name])
+        unseen.discard(name)
+    if unseen and len(unseen) == count:
+        raise ValueError(f"calibration does not reach layer {next(iter(layers))!r}, nor any other")
+    net.left |= dict.fromkeys(unseen, "calibration does not reach it")
+    return net.closed()
+
+
+def without_data(net: Network, ranks: Mapping[str, int]) -> Iterator[tuple[str, None]]:
     """No fit: the truncated SVD of each."""
-    yield from dict.fromkeys(layers).items()
+    yield from dict.fromkeys(net.untied(ranks)).items()
 
 
 def together(
-    batches: Iterable[Batch],
+    net: Network,
+    names: Iterable[str],
+    data: Batches,
     call: Call | None,
     mask: Mask | None,
     progress: bool,
-    model: nn.Module,
-    layers: Mapping[str, Matrix],
-) -> Iterator[tuple[str, Fit]]:
+) -> Iterator[tuple[str, Approximations]]:
     """Fits on the inputs in the dense network, from one pass over the batches."""
-    sums = input_sums(model, layers, shown(batches, progress, "calibration"), call, mask)
-    for name in [name for name in layers if name in sums]:
-        yield name, fit(layers[name], sums.pop(name))
+    sums = input_sums(net, names, shown(data, progress, "calibration"), call, mask)
+    for name in list(sums):
+        yield name, fit(net.layers[name], sums.pop(name))
 
 
 def one_after_another(
+    net: Network,
+    dense: Network,
+    names: Iterable[str],
     calibration: Batches,
     call: Call | None,
     mask: Mask | None,
-    dense: nn.Module,
     progress: bool,
-    model: nn.Module,
-    layers: Mapping[str, Matrix],
-) -> Iterator[tuple[str, Fit]]:
+) -> Iterator[tuple[str, Approximations]]:
     """Fits in the order of the calls, each on the inputs that those cut before it leave."""
-    order, once = call_order(model, layers, cut(calibration, BATCH), call, mask)
-    for names in shown(order, progress, "layers"):
-        alone = once.issuperset(names)
-        sums = paired_sums(dense, model, names, cut(calibration, BATCH), call, mask, alone)
+    order, once = call_order(net, names, batches(calibration, BATCH), call, mask)
+    for group in shown(order, progress, "layers"):
+        alone = once.issuperset(group)
+        data = batches(calibration, BATCH)
+        sums = paired_sums(dense, net, group, data, call, mask, alone)
         for name in sums:
-            yield name, fit(layers[name], sums[name])
+            yield name, fit(net.layers[name], sums[name])
 
 
 def shown(steps: Iterable[Step], progress: bool, what: str) -> Iterable[Step]:
-    """With a progress bar, once it takes longer than some seconds.
-
-    >>> list(shown([1, 2], False, "numbers"))
-    [1, 2]
-    """
+    """With a progress bar, once it takes longer than some seconds."""
     return bar(steps, progress=progress, desc=what, delay=3, leave=False)
-
-
-READ = "the model reads its weight without calling it, which would multiply the factors each time"
-
-
-class _Watched(LowRank):
-    """A factorized layer that notes when its weight is read."""
-
-    @property
-    def weight(self) -> Tensor:
-        """As `LowRank`."""
-        self.__dict__["read"] = True
-        return super().weight
-
-
-def weights_read(model: nn.Module, batch: Batch, call: Call | None) -> list[str]:
-    """The factorized layers whose weight a call of the model reads.
-
-    >>> weights_read(factorize(nn.Linear(30, 20), 2), torch.rand(1, 30), None)
-    []
-    """
-    layers = low_rank_layers(model)
-    try:
-        for layer in layers.values():
-            layer.__class__ = _Watched
-        with torch.no_grad(), evaluating(model):
-            prepared(model, at_home(model, batch), call)()
-    finally:
-        for layer in layers.values():
-            layer.__class__ = LowRank
-    return [name for name, layer in layers.items() if layer.__dict__.pop("read", False)]
 
 
 @threads.making()
@@ -302,62 +251,34 @@ def merge(model: nn.Module) -> nn.Module:
       (0): Linear(in_features=100, out_features=80, bias=True)
     )
     """
-    dense = duplicate(model)
-    layers = low_rank_layers(dense)
-    whole = {name: dense_twin(layer) for name, layer in layers.items()}
-    for name, layer in layers.items():
-        weight = whole[name].weight
-        weight.copy_(layer.weight).requires_grad_(layer.factors[0].weight.requires_grad)
-        if layer.bias is not None:
-            whole[name].bias = layer.bias
-    for first, *others in ties(layers):
-        for name in others:
-            whole[name].weight = whole[first].weight
-    for name, layer in layers.items():
-        dense = replace_module(dense, layer, whole[name])
-    return pack_(dense)
+    return pack_(merge_(duplicate(model)))
 
 
-def opened(model: nn.Module) -> nn.Module:
-    """A model as `loss_profile` and the searches look into it: merged, and taken `apart`.
-
-    The model itself where it needs neither.
-
-    >>> list(matrix_layers(opened(nn.MultiheadAttention(8, 2))))
-    ['q_proj', 'k_proj', 'v_proj', 'out_proj']
-    """
-    return apart(merge(model) if low_rank_layers(model) else model)
-
-
-def _ranks(layers: Mapping[str, Matrix], ranks: float | Mapping[str, int]) -> dict[str, int]:
+def _ranks(layers: Mapping[str, Layer], ranks: float | Mapping[str, int]) -> dict[str, int]:
     if isinstance(ranks, Mapping):
         wanted = {name: (rank, f"the rank of layer {name!r}") for name, rank in ranks.items()}
         return {name: checks.positive_int(*rank) for name, rank in wanted.items()}
     if isinstance(ranks, float):
         if not 0 < ranks < 1:
             raise ValueError(f"a fraction of the ranks must be between 0 and 1, not {ranks}")
-        full = {name: min(matrix(layer).shape[-2:]) for name, layer in layers.items()}
-        return {name: max(1, round(ranks * rank)) for name, rank in full.items()}
+        return {name: max(1, round(ranks * layer.full_rank)) for name, layer in layers.items()}
     return dict.fromkeys(layers, checks.positive_int(ranks, "rank"))
 
 
-def _fill(thin: LowRank, layer: Matrix, found: Approximations | None) -> None:
+def _fill(thin: LowRank, layer: Layer, found: Approximations | None) -> None:
     """Give two thin layers the factors of a layer's matrix, the best in itself or by a fit."""
-    A, rank = matrix(layer), thin.rank
-    old, new = bias(layer), bias(thin.factors[1])
-    shift = None
+    A, shift = layer.matrix(), None
     if found is None:
-        U, S, Vh = truncated_svd(A, rank)
+        U, S, Vh = truncated_svd(A, thin.rank)
     else:
-        left, right, shift = found.at(rank)
-        inner, S, Vh = truncated_svd(right.to(A.dtype), rank)
+        left, right, shift = found.at(thin.rank)
+        inner, S, Vh = truncated_svd(right.to(A.dtype), thin.rank)
         U = left.to(A.dtype) @ inner
     root = S.sqrt()
-    first, second = thin.factors
-    first.weight.copy_(as_weight(first, root.unsqueeze(-1) * Vh))
-    second.weight.copy_(as_weight(second, U * root.unsqueeze(-2)))
-    for factor in (first, second):
+    parts = (root.unsqueeze(-1) * Vh, U * root.unsqueeze(-2))
+    for factor, part in zip(thin.factors, parts, strict=True):
+        factor.weight.copy_(kind(factor).to_weight(part))
         factor.weight.requires_grad_(layer.weight.requires_grad)
-    if old is not None and new is not None:
-        moved = old if shift is None else old + shift.flatten().to(old.dtype)
-        new.copy_(moved).requires_grad_(old.requires_grad)
+    if layer.bias is not None and thin.bias is not None:
+        moved = layer.bias if shift is None else layer.bias + shift.flatten().to(layer.bias.dtype)
+        thin.bias.copy_(moved).requires_grad_(layer.bias.requires_grad)

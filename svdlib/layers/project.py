@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from svdlib import checks, threads
-from svdlib.layers.kinds import LowRank, as_weight, check_ties, choose, matrix, warn_of
 from svdlib.linalg.svd import METHODS, OVERSAMPLE, POWER_ITERS, randomized_svd, truncated_svd
+from svdlib.network.opened import Network
 
 
 @threads.plain()
@@ -57,31 +57,26 @@ def project_(
     4
     """
     checks.one_of(method, METHODS, "method")
-    layers, left = choose(model, rank if isinstance(rank, Mapping) else None, "project")
+    net = Network(model)
+    layers = net.choose(rank if isinstance(rank, Mapping) else None, "project")
     ranks = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(layers, rank)
-    check_ties(model, ranks, "project")
-    projected = []
-    known = set()
+    net.check_ties(ranks, "project")
+    projected: dict[Tensor, Tensor] = {}
     for name, k in ranks.items():
         k = checks.positive_int(k, f"the rank of layer {name!r}")
         layer = layers[name]
-        A = matrix(layer)
+        A = layer.matrix()
         checks.finite(A, f"the weight of layer {name!r}")
-        # of W = B A, U Uᵀ W = (U Uᵀ B) A
-        changed = layer.factors[1] if isinstance(layer, LowRank) else layer
-        full = layer.rank if isinstance(layer, LowRank) else min(A.shape[-2:])
-        if k >= full or changed.weight in known:
+        if k >= layer.max_rank or layer.weights[-1] in projected:
             continue
-        known.add(changed.weight)
         if method == "truncsvd":
             svd = truncated_svd(A, k)
         else:
             svd = randomized_svd(
                 A, k, oversample=oversample, power_iters=power_iters, generator=generator
             )
-        W = svd.matrix() if changed is layer else svd.U @ (svd.U.mT @ matrix(changed))
-        projected.append((changed, W))
-    for changed, W in projected:
-        changed.weight.copy_(as_weight(changed, W))
-    warn_of(left, depth=4)  # two contexts wrap this call
+        projected |= layer.projected(svd)
+    for weight, value in projected.items():
+        weight.copy_(value)
+    net.warn()
     return model

@@ -16,18 +16,11 @@ from safetensors.torch import load_file, load_model, save_model
 from torch import Tensor, nn
 
 from svdlib import checks, threads
-from svdlib.layers.attention import unpack_
-from svdlib.layers.kinds import (
-    duplicate,
-    evaluating,
-    low_rank_layers,
-    matrix,
-    matrix_layers,
-    replace_module,
-    take_no_fused_way,
-    thin_twins,
-)
-from svdlib.objective import Batch, Batches, Call, copied, first_batch, prepared, rebuilt, tensors
+from svdlib.network.batches import Batch, Batches, copied, first_batch, rebuilt, tensors
+from svdlib.network.calls import Call, prepared
+from svdlib.network.low_rank import low_rank_layers, thin_twins
+from svdlib.network.modes import evaluating
+from svdlib.network.opened import Network
 
 FORMAT = 2
 
@@ -83,18 +76,18 @@ def load_factorized(model: nn.Module, path: str | Path) -> nn.Module:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; save_factorized writes one")
     ranks = _read_ranks(path)
-    loaded = unpack_(duplicate(model), ranks)
-    known = matrix_layers(loaded)
+    net = Network.copy_of(model)
     for name, rank in ranks.items():
-        if name not in known:
+        if name not in net.layers:
             raise ValueError(f"{path} factorizes layer {name!r}, which the model does not have")
-        if rank > (most := min(matrix(known[name]).shape[-2:])):
+        if rank > (limit := net.layers[name].full_rank):
             raise ValueError(
-                f"{path} has layer {name!r} at rank {rank}, but in the model its rank is {most} at most"
+                f"{path} has layer {name!r} at rank {rank}, but in the model its rank is {limit} "
+                "at most"
             )
-    for name, thin in thin_twins({name: known[name] for name in ranks}, ranks).items():
-        loaded = replace_module(loaded, known[name], thin)
-    take_no_fused_way(loaded)
+    for name, thin in thin_twins({name: net.layers[name] for name in ranks}, ranks).items():
+        net.put(name, thin)
+    loaded = net.closed()
     types = {name: tensor.dtype for name, tensor in loaded.state_dict().items()}
     try:
         for name, tensor in load_file(path).items():

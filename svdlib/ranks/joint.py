@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import pairwise
 from threading import Event
 
 import numpy as np
@@ -16,9 +15,10 @@ from torch import Tensor, nn
 
 from svdlib import checks, threads
 from svdlib.bars import bar
-from svdlib.layers.kinds import is_tied, obstacle, stored
-from svdlib.objective import Batch, Batches, at_home, looked_at, told
-from svdlib.ranks.losses import CACHED, Moments, check_data, full_losses, habits, measuring
+from svdlib.network.batches import Batch, Batches, batches, copied_to, described
+from svdlib.network.chain import CACHED, Link, perceptron_of, task_of
+from svdlib.network.opened import Network
+from svdlib.network.task import MEMORY, Moments, check_data
 
 # Up to so many combinations all are looked at unless others are asked for, and never more than MOST.
 ALL = 20_000
@@ -29,13 +29,6 @@ SHARES = 4
 
 Ranks = Iterable[int] | Mapping[str, Iterable[int]] | None
 
-# What may stand between two layers: it works on each number alone, or does nothing in evaluation.
-ELEMENTWISE = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish,
-    nn.Tanh, nn.Sigmoid, nn.LogSigmoid, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardswish,
-    nn.Hardsigmoid, nn.Tanhshrink, nn.Identity, nn.Dropout, nn.AlphaDropout,
-)  # fmt: skip
-
 
 def joint_profile(
     model: nn.Sequential,
@@ -43,7 +36,7 @@ def joint_profile(
     y: Tensor | None = None,
     *,
     ranks: Ranks = None,
-    memory: int = 2**28,
+    memory: int = MEMORY,
     progress: bool = True,
 ) -> pd.DataFrame:
     """The loss of a perceptron with all its layers cut at once, at every combination of ranks.
@@ -92,11 +85,12 @@ def joint_profile(
     checks.positive_int(memory, "memory")
     data = x if y is None else (x, y)
     if isinstance(data, tuple):
-        check_data(*_labelled(data), memory)
-    links = _links(model)
+        check_data(*_labelled(data))
+    net = Network(model)
+    links = perceptron_of(net)
     grids = _grids(links, ranks)
     usual = torch.get_num_threads()
-    with measuring(model), threads.inside(1):
+    with net.measuring(), threads.inside(1):
         for link, grid in zip(links, grids, strict=True):
             link.decompose(grid)
         trees = math.prod(map(len, grids[:-1]))
@@ -110,43 +104,39 @@ def joint_profile(
             unit="image",
             unit_scale=True,
         )
-        moments: Moments | None = None
+        parts: list[Moments] = []
         fulls: list[Tensor] = []
         with shown, ThreadPoolExecutor(min(usual, SHARES)) as pool:
-            for batch in looked_at(data):
-                x, y = _labelled(batch if isinstance(data, tuple) else at_home(model, batch))
-                check_data(x, y)
-                full, _ = full_losses(model, x, y, memory, habits(model, x))
+            for batch in batches(data):
+                x, y = _labelled(batch if isinstance(data, tuple) else copied_to(model, batch))
+                task = task_of(net, (x, y), memory=memory)
+                full = torch.cat([losses for _, losses, _ in task.batches()])
                 fulls.append(full)
                 # So many shares whatever the number of threads, which so changes no result.
                 shares = SHARES if x.device.type == "cpu" and len(x) > SHARES else 1
                 images = _images(links, x, memory // shares)
-                parts = list(zip(*(t.tensor_split(shares) for t in (x, y, full)), strict=True))
-                found = threads.side_by_side(
+                parts += threads.side_by_side(
                     pool,
                     partial(_moments, links, images, done, stop),
-                    parts,
+                    list(zip(*(t.tensor_split(shares) for t in (x, y, full)), strict=True)),
                     lambda: shown.update(sum(done) - shown.n),
                     stop,
                 )
-                here = sum(found[1:], found[0])
-                moments = here if moments is None else moments + here
-    assert moments is not None  # empty data are refused
     full = torch.cat(fulls)
-    return _table(model, links, grids, moments.means(len(full)), full)
+    return _table(net, links, grids, sum(parts[1:], parts[0]).means(len(full)), full)
 
 
 def _labelled(batch: Batch) -> tuple[Tensor, Tensor]:
     """Inputs and labels."""
     if not isinstance(batch, tuple | list) or len(batch) != 2:
-        raise ValueError(f"joint_profile takes batches (inputs, labels), not {told(batch)}")
+        raise ValueError(f"joint_profile takes batches (inputs, labels), not {described(batch)}")
     x, y = batch
     return x, y
 
 
 @torch.no_grad()
 def _moments(
-    links: Sequence[_Link],
+    links: Sequence[Link],
     images: int,
     done: list[int],
     stop: Event,
@@ -164,12 +154,12 @@ def _moments(
         for at, logits in _visit(links, h.flatten(1).mT, 0):
             if stop.is_set():
                 return moments
-            moments.add(at, logits, y, full)
+            moments.add_logits(at, logits, y, full)
             done.append(len(h))
     return moments
 
 
-def _images(links: Sequence[_Link], x: Tensor, memory: int) -> int:
+def _images(links: Sequence[Link], x: Tensor, memory: int) -> int:
     """How many to take at once: what is worked on again and again stays in the cache."""
     # For an image: the sums of each layer, or all logits, and what is made of them.
     numbers = max(*(link.rows for link in links), 2 * links[-1].rows * len(links[-1].ranks))
@@ -177,33 +167,7 @@ def _images(links: Sequence[_Link], x: Tensor, memory: int) -> int:
     return max(1, min(most, max(256, CACHED // numbers)))
 
 
-class _Link:
-    """A layer of the chain and what stands before it."""
-
-    def __init__(self, name: str, layer: nn.Linear, before: Sequence[nn.Module]) -> None:
-        self.name, self.layer, self.before = name, layer, before
-        self.rows, self.columns = layer.weight.shape
-        self.limit = min(layer.weight.shape)
-        self.ranks: Sequence[int] = ()
-
-    def decompose(self, ranks: Sequence[int]) -> None:
-        """Take the SVD, as far as these ranks need it."""
-        U, S, Vh = torch.linalg.svd(self.layer.weight.detach(), full_matrices=False)
-        self.ranks, self.Vh = ranks, Vh[: ranks[-1]]
-        self.steps = [rank - low for low, rank in pairwise((0, *ranks))]
-        self.US = (U * S)[:, : ranks[-1]].split(self.steps, dim=1)
-
-    def sums(self, h: Tensor) -> Iterator[Tensor]:
-        """The layer's output (rows, b) at each rank, from h (columns, b): one growing tensor."""
-        code = self.Vh @ h
-        z = code.new_zeros(self.rows, code.shape[1])
-        if self.layer.bias is not None:
-            z += self.layer.bias.detach()[:, None]
-        for US, part in zip(self.US, code.split(self.steps), strict=True):
-            yield z.addmm_(US, part)
-
-
-def _visit(links: Sequence[_Link], h: Tensor, start: int) -> Iterator[tuple[slice, Tensor]]:
+def _visit(links: Sequence[Link], h: Tensor, start: int) -> Iterator[tuple[slice, Tensor]]:
     """The logits (R, b, classes) at every combination, the last layer's R ranks at a time.
 
     Args:
@@ -225,43 +189,7 @@ def _visit(links: Sequence[_Link], h: Tensor, start: int) -> Iterator[tuple[slic
         yield from _visit(behind, z, start + number * size)
 
 
-def _links(model: nn.Module) -> list[_Link]:
-    """The layers of a perceptron in their order."""
-    told = (
-        "joint_profile takes a perceptron, an nn.Sequential of Linear layers with activations "
-        "between; loss_profile takes any module"
-    )
-    kind = type(model).__name__
-    if type(model).forward is not nn.Sequential.forward:
-        raise ValueError(f"{told}; this {kind} has a forward of its own")
-    if model._forward_hooks or model._forward_pre_hooks:
-        raise ValueError(f"{told}; this {kind} has hooks")
-    links: list[_Link] = []
-    before: list[nn.Module] = []
-    for name, step in model.named_children():
-        if isinstance(step, nn.Linear):
-            reason = obstacle(model, step, twin=True)
-            if reason or is_tied(model, step):
-                reason = reason or "its weight is shared with another layer"
-                raise ValueError(f"{told}; layer {name!r}: {reason}")
-            links.append(_Link(name, step, before))
-            before = []
-        elif type(step) in ELEMENTWISE:
-            before.append(step)
-        elif type(step) is nn.Flatten and not links and (step.start_dim, step.end_dim) == (1, -1):
-            pass  # inputs are flattened anyway
-        else:
-            raise ValueError(f"{told}; step {name!r} is a {type(step).__name__}")
-    if not links or before:
-        raise ValueError(f"{told}; the last step must be a Linear layer")
-    if len(list(model.children())) < len(model._modules):
-        raise ValueError(f"{told}; a step is used twice")
-    for link in links:
-        checks.finite(link.layer.weight, f"the weight of layer {link.name!r}")
-    return links
-
-
-def _grids(links: Sequence[_Link], ranks: Ranks) -> list[list[int]]:
+def _grids(links: Sequence[Link], ranks: Ranks) -> list[list[int]]:
     """The ranks of each layer, in rising order."""
     grids = _fitting(links) if ranks is None else _asked(links, ranks)
     number = math.prod(map(len, grids))
@@ -274,7 +202,7 @@ def _grids(links: Sequence[_Link], ranks: Ranks) -> list[list[int]]:
     return grids
 
 
-def _fitting(links: Sequence[_Link]) -> list[list[int]]:
+def _fitting(links: Sequence[Link]) -> list[list[int]]:
     """All ranks, or a geometric grid: the largest with not more than `ALL` combinations, about."""
     most = max(link.limit for link in links) + 1
     while True:
@@ -286,7 +214,7 @@ def _fitting(links: Sequence[_Link]) -> list[list[int]]:
 
 
 def _asked(
-    links: Sequence[_Link], ranks: Iterable[int] | Mapping[str, Iterable[int]]
+    links: Sequence[Link], ranks: Iterable[int] | Mapping[str, Iterable[int]]
 ) -> list[list[int]]:
     """The ranks asked for; a layer that is not named stays whole."""
     names = [link.name for link in links]
@@ -318,8 +246,8 @@ def geometric(limit: int, number: int) -> list[int]:
 
 
 def _table(
-    model: nn.Module,
-    links: Sequence[_Link],
+    net: Network,
+    links: Sequence[Link],
     grids: Sequence[Sequence[int]],
     means: Mapping[str, list[float]],
     full: Tensor,
@@ -328,12 +256,9 @@ def _table(
         raise ValueError("some combination of ranks gives NaN or infinite losses on these data")
     names = [link.name for link in links]
     table = pd.MultiIndex.from_product(grids, names=names).to_frame(index=False)
-    weights = sum(
-        table[link.name].map(lambda rank, link=link: stored(rank, link.rows, link.columns))
-        for link in links
-    )
-    others = sum(parameter.numel() for parameter in model.parameters())
-    others -= sum(link.rows * link.columns for link in links)
+    weights = sum(table[link.name].map(link.layer.stored) for link in links)
+    others = sum(parameter.numel() for parameter in net.model.parameters())
+    others -= sum(link.layer.weight.numel() for link in links)
     table = table.assign(**means, parameters=weights + others, multiply_adds=weights)
     table.attrs = {"loss": full.double().mean().item(), "layers": names}
     return table

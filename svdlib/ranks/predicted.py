@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pandas as pd
 import torch
@@ -11,30 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svdlib import checks, threads
-from svdlib.layers.factorize import opened
-from svdlib.layers.kinds import (
-    CONVOLUTIONS,
-    Matrix,
-    apply_rows,
-    has_code,
-    hooked,
-    is_turned,
-    matrix,
-    ties,
-    warn_of,
-)
-from svdlib.ranks.losses import (
-    CACHED,
-    check_data,
-    full_losses,
-    habits,
-    measuring,
-    profiled_layers,
-    width,
-    with_ties,
-)
+from svdlib.network.batches import batches, copied
+from svdlib.network.calls import class_losses
+from svdlib.network.chain import CACHED, task_of
+from svdlib.network.kinds import Layer
+from svdlib.network.low_rank import tied
+from svdlib.network.opened import Network
+from svdlib.network.task import MEMORY, check_data
+from svdlib.ranks.profile import profiled_layers, with_ties
 
 METHODS = ("output", "gradient", "fisher")
+
+Factors = tuple[Tensor, Tensor, Tensor]
 
 
 def predicted_profile(
@@ -43,7 +31,7 @@ def predicted_profile(
     y: Tensor | None = None,
     by: str = "fisher",
     *,
-    memory: int = 2**28,
+    memory: int = MEMORY,
 ) -> pd.DataFrame:
     """A loss profile that is predicted, for layers of any module: no rank is tried.
 
@@ -89,37 +77,35 @@ def predicted_profile(
             "predicted_profile takes inputs and labels as two tensors, predicted_profile(model, x, "
             "y); loss_profile takes batches too"
         )
-    check_data(x, y, memory)
-    model = opened(model)
-    layers = profiled_layers(model, None)
-    left = {name: "it has no one matrix" for name in layers if not has_code(layers[name])}
-    layers = {name: layer for name, layer in layers.items() if name not in left}
+    check_data(x, y)
+    net = Network.to_measure(model)
+    layers = profiled_layers(net, None)
+    net.left |= {name: "it has no one matrix" for name in layers if not layers[name].has_code()}
+    layers = {name: layer for name, layer in layers.items() if name not in net.left}
     if not layers:
         raise ValueError(
             "no layer can be predicted; loss_profile measures convolutions of any kind"
         )
-    warn_of(left, depth=2)
-    with measuring(model), threads.making():
-        habit = habits(model, x)
-        full, _ = full_losses(model, x, y, memory, habit)
-        factors = {}
-        for name, layer in layers.items():
-            U, S, Vh = torch.linalg.svd(matrix(layer), full_matrices=False)
-            factors[name] = (U, S, Vh)
-        for first, *others in ties(layers):
+    net.warn()
+    with net.measuring(), threads.making():
+        task = task_of(net, x, y, memory=memory)
+        factors: dict[str, Factors] = {
+            name: tuple(torch.linalg.svd(layer.matrix(), full_matrices=False))
+            for name, layer in layers.items()
+        }
+        for first, *others in tied(layers):
             U, S, Vh = factors[first]
             for name in others:
-                turned = is_turned(layers[name]) != is_turned(layers[first])
+                turned = layers[name].transposed != layers[first].transposed
                 factors[name] = (Vh.mT, S, U.mT) if turned else (U, S, Vh)
-        size = habit.images(model, x, memory)
-        size = size if habit.mixes else max(1, min(size, CACHED // width(model, x)))
+        loss = task.measure()
+        size = task.size if task.mixes else min(task.size or 1, max(1, CACHED // task.width))
         terms: dict[str, list[Tensor]] = {name: [] for name in layers}
-        for images, labels in zip(x.split(size), y.split(size), strict=True):
-            for name, found in _terms(model, layers, factors, habit.given(images), labels, by):
+        for batch in batches((x, y), size):
+            for name, found in _terms(net, layers, factors, batch, by):
                 terms[name].append(found)
-    loss = full.double().mean().item()
     each = {name: torch.cat(found).double() for name, found in terms.items()}
-    for names in ties(layers):
+    for names in tied(layers):
         each |= dict.fromkeys(names, torch.stack([each[name] for name in names]).sum(0))
     tables = [_table(name, factors[name], each[name], by, loss) for name in layers]
     profile = with_ties(pd.concat(tables, ignore_index=True), layers)
@@ -128,11 +114,10 @@ def predicted_profile(
 
 
 def _terms(
-    model: nn.Module,
-    layers: dict[str, Matrix],
-    factors: dict[str, tuple[Tensor, Tensor, Tensor]],
-    x: Tensor,
-    y: Tensor,
+    net: Network,
+    layers: Mapping[str, Layer],
+    factors: Mapping[str, Factors],
+    batch: tuple[Tensor, Tensor],
     by: str,
 ) -> Iterator[tuple[str, Tensor]]:
     """Each layer's t_i of each image (b, k), or the squares of its terms' outputs for "output"."""
@@ -142,33 +127,24 @@ def _terms(
     def note(name: str, inputs: tuple[Tensor, ...], z: Tensor) -> Tensor:
         if name in codes:
             raise ValueError(f"layer {name!r} is called more than once")
-        V = factors[name][2]
-        codes[name] = apply_rows(layers[name], inputs[0].detach(), V)
+        codes[name] = layers[name].apply(inputs[0].detach(), factors[name][2])
         outputs[name] = z if z.requires_grad else z.requires_grad_()
         return z
 
-    with torch.set_grad_enabled(by != "output"), hooked(layers, after=note):
-        losses = F.cross_entropy(model(x), y, reduction="sum")
+    with torch.set_grad_enabled(by != "output"), net.hooked(layers, after=note):
+        losses = class_losses(net.model, copied(batch))[0].sum()
     gradients = torch.autograd.grad(losses, list(outputs.values())) if by != "output" else ()
     for number, (name, code) in enumerate(codes.items()):
-        U, S, _ = factors[name]
+        (U, S, _), dim = factors[name], layers[name].feature_dim
+        code = code.movedim(dim, -1)
         if by == "output":
-            found = (_last(code, layers[name]) * S).square()
+            found = (code * S).square()
         else:
-            found = _last(code, layers[name]) * (
-                _last(gradients[number], layers[name]).to(U.dtype) @ (U * S)
-            )
+            found = code * (gradients[number].movedim(dim, -1).to(U.dtype) @ (U * S))
         yield name, found.flatten(1, -2).sum(1) if found.ndim > 2 else found
 
 
-def _last(z: Tensor, layer: Matrix) -> Tensor:
-    """With the layer's features in the last place."""
-    return z.movedim(1, -1) if isinstance(layer, CONVOLUTIONS) else z
-
-
-def _table(
-    name: str, factors: tuple[Tensor, Tensor, Tensor], terms: Tensor, by: str, loss: float
-) -> pd.DataFrame:
+def _table(name: str, factors: Factors, terms: Tensor, by: str, loss: float) -> pd.DataFrame:
     U, S, Vh = factors
     # Σ_{i>j} for j = 0 … k.
     left = F.pad(terms.flip(1).cumsum(1).flip(1), (0, 1))

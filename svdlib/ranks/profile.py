@@ -2,48 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 import pandas as pd
-import torch
 from torch import Tensor, nn
 
 from svdlib import checks
-from svdlib.bars import bar
-from svdlib.layers.factorize import opened
-from svdlib.layers.kinds import (
-    CONVOLUTIONS,
-    Matrix,
-    apply_rows,
-    bias,
-    groups,
-    has_code,
-    hooked,
-    is_tied,
-    matrix,
-    obstacle,
-)
-from svdlib.objective import Batches, Objective
-from svdlib.ranks.losses import (
-    CACHED,
-    Habits,
-    Moments,
-    Task,
-    alike,
-    cut_weight,
-    full_losses,
-    habits,
-    measuring,
-    profiled_layers,
-    replaced,
-    task,
-    width,
-    with_ties,
-)
+from svdlib.network.batches import Batches
+from svdlib.network.calls import Objective
+from svdlib.network.chain import task_of
+from svdlib.network.kinds import Layer
+from svdlib.network.low_rank import tied
+from svdlib.network.opened import Network
+from svdlib.network.task import MEMORY, Sweep, Task
 
 
 def loss_profile(
@@ -55,7 +26,7 @@ def loss_profile(
     accuracy: Objective | None = None,
     layers: Iterable[str] | None = None,
     ranks: Iterable[int] | None = None,
-    memory: int = 2**28,
+    memory: int = MEMORY,
     progress: bool = True,
 ) -> pd.DataFrame:
     """The network's loss with one layer at a time cut to each rank, and the others as they are.
@@ -66,12 +37,9 @@ def loss_profile(
 
         Z_0 = b,    Z_j = Z_{j−1} + σ_j u_j (v_jᵀ X),
 
-    and only the layers behind it are run again. The losses are those of the paper's procedure
-    to rounding. In any other module the whole model runs for each rank, with a hook that puts
-    the nested sum in the place of the layer's output; and where a layer is used twice, shares its
-    weight, holds it in groups or for a transposed convolution, or where its weight is read without
-    it, with the weight replaced. So it is too, in one pass over the data,
-    for all that is not inputs and labels with class scores (n, classes).
+    and only the layers behind it run again. The losses are those of the paper's procedure to
+    rounding. In any other module, for other data, and for layers that share their weight or hold
+    several matrices, the whole model runs for each rank with the weight replaced.
 
     Args:
         model: a module of layers that hold a matrix, see `LowRank`; called in evaluation mode,
@@ -110,6 +78,7 @@ def loss_profile(
             weight is computed from other parameters, a rank below 0 or not whole, NaN or
             infinite weights or losses.
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
     >>> profile = loss_profile(net, torch.rand(20, 8), torch.arange(20) % 3, progress=False)
@@ -126,36 +95,61 @@ def loss_profile(
     >>> bool(profile.increase[6] < 1e-6)
     True
     """
-    model = opened(model)
-    chosen = profiled_layers(model, layers)
+    net = Network.to_measure(model)
+    chosen = profiled_layers(net, layers)
+    net.warn()
     wanted = None if ranks is None else {checks.positive_int(r, "a rank", least=0) for r in ranks}
     if wanted is not None and not wanted:
         raise ValueError("there are no ranks to evaluate; give one at least, or ranks=None for all")
-    with measuring(model):
-        given = task(model, x, y, objective, accuracy, memory)
-        if isinstance(given, Task):
-            return with_ties(_Replaced(model, chosen, given).table(wanted, progress), chosen)
-        x, y = given
-        habit = habits(model, x)
-        full, _ = full_losses(model, x, y, memory, habit)
-        tables = []
-        shared: dict[Tensor, pd.DataFrame] = {}
-        for name in chosen:
-            weight = chosen[name].weight
-            if weight in shared:  # the same numbers, and so the same rank by any rule of one layer
-                rows, columns = matrix(chosen[name]).shape[-2:]
-                same = shared[weight].assign(layer=name, rows=rows, columns=columns)
-                tables.append(same)
-                continue
-            sweep = _Sweep(model, name, chosen[name], x, y, full, memory, habit)
-            at = {min(rank, sweep.limit) for rank in wanted} if wanted is not None else None
-            shared[weight] = sweep.table(sorted(at) if at else range(sweep.limit + 1), progress)
-            tables.append(shared[weight])
-    profile = with_ties(pd.concat(tables, ignore_index=True), chosen)
+    with net.measuring():
+        task = task_of(net, x, y, objective, accuracy, memory)
+        return profile_of(task, chosen, wanted, progress)
+
+
+def profile_of(
+    task: Task, layers: Mapping[str, Layer], ranks: Iterable[int] | None, progress: bool
+) -> pd.DataFrame:
+    """`loss_profile` of these layers of an opened network."""
+    first = {name: names[0] for names in tied(layers) for name in names}
+    measured = {name: layer for name, layer in layers.items() if first.get(name, name) == name}
+    profile = pd.concat(
+        [sweep.table(ranks, progress) for sweep in task.sweeps(measured)], ignore_index=True
+    )
     if "matrices" in profile:
         profile["matrices"] = profile.matrices.fillna(1).astype(int)
-    profile.attrs["loss"] = full.double().mean().item()
-    return profile
+    if first:  # the same numbers of all that share a weight, and so the same rank by any rule
+        parts = []
+        for name, layer in layers.items():
+            same = profile[profile.layer == first.get(name, name)]
+            rows, columns = layer.shape
+            parts.append(same.assign(layer=name, rows=rows, columns=columns))
+        profile = pd.concat(parts, ignore_index=True)
+    profile.attrs["loss"] = task.loss
+    return with_ties(profile, layers)
+
+
+def with_ties(profile: pd.DataFrame, layers: Mapping[str, Layer]) -> pd.DataFrame:
+    """A table of layers with a column "shared", where weights are shared: the first of those tied.
+
+    >>> with_ties(pd.DataFrame({"layer": ["0"]}), {"0": Layer(nn.Linear(3, 3))}).columns.tolist()
+    ['layer']
+    """
+    first = {name: names[0] for names in tied(layers) for name in names}
+    return profile.assign(shared=profile.layer.replace(first)) if first else profile
+
+
+def profiled_layers(net: Network, names: Iterable[str] | None) -> dict[str, Layer]:
+    """The layers of these names, or all whose weight can be cut.
+
+    Raises:
+        ValueError: as `Network.choose`, no layer that can be profiled, NaN or infinite weights.
+    """
+    layers = net.choose(names, "profile")
+    for name, reason in net.left.items() if not layers else ():
+        raise ValueError(f"no layer can be profiled, such as {name!r}: {reason}")
+    for name, layer in layers.items():
+        checks.finite(layer.weight, f"the weight of layer {name!r}")
+    return layers
 
 
 def search_ranks(
@@ -167,7 +161,7 @@ def search_ranks(
     objective: Objective | None = None,
     accuracy: Objective | None = None,
     window: int = 8,
-    memory: int = 2**28,
+    memory: int = MEMORY,
 ) -> dict[str, int]:
     """The smallest acceptable rank of each layer, without the whole profile.
 
@@ -186,6 +180,7 @@ def search_ranks(
     Raises:
         ValueError: as `loss_profile`; no ``accept``, a generator for data.
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
     >>> x, y = torch.rand(20, 8), torch.arange(20) % 3
@@ -198,36 +193,31 @@ def search_ranks(
             f"lambda rows: rows.increase <= rows.se, not {accept!r}"
         )
     window = checks.positive_int(window, "window")
-    found = {}
-    model = opened(model)
-    with measuring(model):
-        given = task(model, x, y, objective, accuracy, memory, why="search_ranks")
-        layers = profiled_layers(model, None)
-        if isinstance(given, Task):
-            for name, layer in layers.items():
-                found[name] = _smallest(_Replaced(model, {name: layer}, given), accept, window)
-            return found
-        x, y = given
-        habit = habits(model, x)
-        full, _ = full_losses(model, x, y, memory, habit)
-        shared: dict[Tensor, int] = {}
+    net = Network.to_measure(model)
+    with net.measuring():
+        task = task_of(net, x, y, objective, accuracy, memory, why="search_ranks")
+        layers = profiled_layers(net, None)
+        net.warn()
+        found: dict[str, int] = {}
+        shared = {name: names[0] for names in tied(layers) for name in names}
         for name, layer in layers.items():
-            if layer.weight not in shared:
-                sweep = _Sweep(model, name, layer, x, y, full, memory, habit)
-                shared[layer.weight] = _smallest(sweep, accept, window)
-            found[name] = shared[layer.weight]
-    return found
+            if shared.get(name, name) in found:
+                found[name] = found[shared[name]]
+            else:
+                (sweep,) = task.sweeps({name: layer})
+                found[name] = _smallest(sweep, layer.full_rank, accept, window)
+        return found
 
 
 def _smallest(
-    sweep: _Sweep | _Replaced, accept: Callable[[pd.DataFrame], pd.Series], window: int
+    sweep: Sweep, limit: int, accept: Callable[[pd.DataFrame], pd.Series], window: int
 ) -> int:
     def accepted(ranks: Iterable[int]) -> list[int]:
-        table = sweep.table(sorted(ranks), progress=False)
+        table = sweep.table(sorted(ranks))
         return table["rank"][accept(table)].tolist()
 
-    grid = {min(2**power, sweep.limit) for power in range(sweep.limit.bit_length() + 1)}
-    best = min(accepted(grid), default=sweep.limit)
+    grid = {min(2**power, limit) for power in range(limit.bit_length() + 1)}
+    best = min(accepted(grid), default=limit)
     low = max((rank for rank in grid if rank < best), default=0)
     while best - low > 1:
         middle = (low + best) // 2
@@ -241,228 +231,3 @@ def _smallest(
             break
         best = min(better)
     return best
-
-
-class _Replaced:
-    """Layers one at a time at any of their ranks, with weights replaced, measured by any task."""
-
-    def __init__(self, model: nn.Module, layers: Mapping[str, Matrix], given: Task) -> None:
-        self.model, self.layers, self.given = model, layers, given
-        self.factors = {
-            name: torch.linalg.svd(matrix(layer), full_matrices=False)
-            for name, layer in layers.items()
-        }
-        self.limit = max(S.shape[-1] for _, S, _ in self.factors.values())
-
-    def table(self, wanted: Iterable[int] | None, progress: bool) -> pd.DataFrame:
-        """The rows of `loss_profile` for these ranks, in one pass over the data."""
-        asked = None if wanted is None else list(wanted)
-        ranks = {}
-        for name, (_, S, _) in self.factors.items():
-            limit = S.shape[-1]
-            ranks[name] = (
-                range(limit + 1) if asked is None else sorted({min(r, limit) for r in asked})
-            )
-        number = sum(map(len, ranks.values()))
-        means = self.given.means(self.model, partial(self._cut, ranks), number, progress)
-        rows: list[dict[str, Any]] = []
-        for name, (U, S, Vh) in self.factors.items():
-            sigma = [math.nan, *_of_all_groups(S)]
-            size = {"rows": U.shape[-2], "columns": Vh.shape[-1]}
-            if (count := groups(self.layers[name])) > 1:
-                size["matrices"] = count
-            rows += [{"layer": name, "rank": r, **size, "sigma": sigma[r]} for r in ranks[name]]
-        for row, loss in zip(rows, means["loss"][1:], strict=True):
-            if not math.isfinite(loss):
-                raise ValueError(_no_number(row["layer"], row["rank"]))
-        found = pd.DataFrame(rows)
-        for place, (name, values) in enumerate(means.items()):
-            found.insert(2 + place, name, values[1:])
-        found.attrs["loss"] = means["loss"][0]
-        return found
-
-    def _cut(self, ranks: Mapping[str, Sequence[int]]) -> Iterator[AbstractContextManager[None]]:
-        """Each layer's weight at each of its ranks."""
-        for name, layer in self.layers.items():
-            U, S, Vh = self.factors[name]
-            for rank in ranks[name]:
-                yield replaced({layer.weight: cut_weight(layer, U * S.unsqueeze(-2), Vh, rank)})
-
-
-def _of_all_groups(S: Tensor) -> list[float]:
-    """The singular values S (…, r) of a layer's matrices, their root mean square over groups."""
-    return S.double().view(-1, S.shape[-1]).square().mean(0).sqrt().tolist()
-
-
-def _no_number(layer: str, rank: int) -> str:
-    return f"layer {layer!r} at rank {rank} gives NaN or infinite losses on these data"
-
-
-Blocks = Iterator[tuple[slice, Tensor]]
-
-
-class _Sweep:
-    """One layer at any of its ranks, the others as they are."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        name: str,
-        layer: Matrix,
-        x: Tensor,
-        y: Tensor,
-        full: Tensor,
-        memory: int,
-        habit: Habits,
-    ) -> None:
-        self.model, self.name, self.x, self.y, self.full = model, name, x, y, full
-        self.given, self.layer = habit.given, layer
-        U, self.S, self.Vh = torch.linalg.svd(matrix(self.layer), False)
-        self.US = U * self.S.unsqueeze(-2)
-        self.limit = self.S.shape[-1]
-        self.codes: dict[int, Tensor] = {}
-        self.keep, self.block = False, 2
-        self.logits = self._way()
-        numbers = width(model, x, name if self.logits == self._run_on else None)
-        # Four arrays of that width live at once: the sum, the stack, and two behind it.
-        cells = max(1, memory // (4 * numbers * x.element_size()))
-        self.images = min(len(x), cells, max(256, CACHED // numbers))
-        if habit.mixes:
-            self.images = len(x)
-        self.block = max(1, min(cells, CACHED // numbers) // self.images)
-        self.keep = len(x) * self.limit * x.element_size() <= memory
-
-    def _way(self) -> Callable[[slice, Sequence[int]], Blocks]:
-        """The fastest way that two images and two ranks show to be right.
-
-        A model may do more with a layer or its steps than their structure tells: a forward of its
-        own, hooks, a weight read elsewhere, images or ranks that are not apart.
-        """
-        stands = obstacle(self.model, self.layer, twin=True) or is_tied(self.model, self.layer)
-        if stands or self.layer.weight.element_size() < 4 or not has_code(self.layer):
-            return self._rewrite
-        few, ranks = slice(0, 2), (0, (self.limit + 1) // 2)
-        expected = torch.cat([z for _, z in self._rewrite(few, ranks)])
-
-        def is_right(way: Callable[[slice, Sequence[int]], Blocks]) -> bool:
-            return alike(torch.cat([z for _, z in way(few, ranks)]), expected)
-
-        if _is_step(self.model, self.name) and is_right(self._run_on):
-            return self._run_on
-        if _is_called_once(self.model, self.layer, self.x[few]) and is_right(self._put_out):
-            return self._put_out
-        return self._rewrite
-
-    def table(self, ranks: Sequence[int], progress: bool) -> pd.DataFrame:
-        """The rows of `loss_profile` for these ranks, in rising order."""
-        moments = Moments.zeros(len(ranks), self.x.device)
-        starts = range(0, len(self.x), self.images)
-        for start in bar(starts, progress=progress, desc=f"layer {self.name}", leave=False):
-            part = slice(start, start + self.images)
-            for at, logits in self.logits(part, ranks):
-                moments.add(at, logits, self.y[part], self.full[part])
-        means = moments.means(len(self.x))
-        for rank, loss in zip(ranks, means["loss"], strict=True):
-            if not math.isfinite(loss):
-                raise ValueError(_no_number(self.name, rank))
-        found = pd.DataFrame({"layer": self.name, "rank": list(ranks), **means})
-        sigma = _of_all_groups(self.S)
-        found = found.assign(
-            rows=self.US.shape[-2],
-            columns=self.Vh.shape[-1],
-            sigma=[sigma[rank - 1] if rank else math.nan for rank in ranks],
-        )
-        count = groups(self.layer)
-        return found if count == 1 else found.assign(matrices=count)
-
-    # Three ways to the network's logits (R, b, classes) at blocks of ranks, the fastest first.
-
-    def _run_on(self, part: slice, ranks: Sequence[int]) -> Blocks:
-        """In a chain: the nested sums of a block of ranks, run together through what is behind."""
-        assert isinstance(self.model, nn.Sequential)
-        steps = list(self.model)
-        place = list(dict(self.model.named_children())).index(self.name)
-        code = self._code(part, lambda: _through(steps[:place], self.given(self.x[part])))
-        sums = self._sums(code, ranks)
-        for start in range(0, len(ranks), self.block):
-            at = slice(start, min(start + self.block, len(ranks)))
-            first = next(sums)
-            stack = first.expand(at.stop - at.start, *first.shape).clone()
-            for row in stack[1:]:
-                row.copy_(next(sums))
-            logits = _through(steps[place + 1 :], stack.flatten(0, 1))
-            yield at, logits.view(len(stack), len(code), -1)
-
-    def _put_out(self, part: slice, ranks: Sequence[int]) -> Blocks:
-        """A layer that is called once: the whole model, the nested sum for the layer's output."""
-        code = self._code(part, lambda: self._seen(part))
-        for row, z in enumerate(self._sums(code, ranks)):
-            with hooked({self.name: self.layer}, after=lambda *_, z=z: z.clone()):
-                logits = self.model(self.given(self.x[part]))
-            yield slice(row, row + 1), logits[None]
-
-    def _rewrite(self, part: slice, ranks: Sequence[int]) -> Blocks:
-        """Any other layer: the whole model, with the weight replaced."""
-        for row, rank in enumerate(ranks):
-            with replaced({self.layer.weight: cut_weight(self.layer, self.US, self.Vh, rank)}):
-                logits = self.model(self.given(self.x[part]))
-            yield slice(row, row + 1), logits[None]
-
-    def _seen(self, part: slice) -> Tensor:
-        """The layer's input, as a call of the model shows it."""
-        seen: list[Tensor] = []
-        with hooked({self.name: self.layer}, before=lambda _, x: seen.append(x[0].clone())):
-            self.model(self.given(self.x[part]))
-        return seen[0]
-
-    def _code(self, part: slice, inputs: Callable[[], Tensor]) -> Tensor:
-        """The layer's input in the basis of right singular vectors, k in the features' place."""
-        if part.start not in self.codes:
-            code = apply_rows(self.layer, inputs(), self.Vh)
-            if not self.keep:
-                return code
-            self.codes[part.start] = code
-        return self.codes[part.start]
-
-    def _sums(self, code: Tensor, ranks: Sequence[int]) -> Iterator[Tensor]:
-        """The layer's output at each of the ranks, one tensor that grows in place."""
-        start, rows = bias(self.layer), len(self.US)
-        last = not isinstance(self.layer, CONVOLUTIONS)
-        places = (*code.shape[:-1], rows) if last else (len(code), rows, *code.shape[2:])
-        z = code.new_zeros(places)
-        if start is not None:
-            (z if last else z.movedim(1, -1)).add_(start.detach())
-        done = 0
-        for rank in ranks:
-            self._add_terms(z, code, slice(done, rank))
-            done = rank
-            yield z
-
-    def _add_terms(self, z: Tensor, code: Tensor, terms: slice) -> None:
-        """Z += Σ σ_j u_j (v_jᵀ X) over these terms, in place."""
-        if not isinstance(self.layer, CONVOLUTIONS):
-            z.flatten(0, -2).addmm_(code.flatten(0, -2)[:, terms], self.US[:, terms].mT)
-        elif terms.start < terms.stop:
-            z.flatten(2).add_(self.US[:, terms] @ code[:, terms].flatten(2))
-
-
-def _is_step(model: nn.Module, name: str) -> bool:
-    """Whether the layer is a step of an ``nn.Sequential`` that takes each step once."""
-    if not isinstance(model, nn.Sequential) or "." in name:
-        return False
-    return len(set(map(id, model))) == len(model)
-
-
-def _through(steps: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """What comes of x after these steps."""
-    for step in steps:
-        x = step(x)
-    return x
-
-
-def _is_called_once(model: nn.Module, layer: nn.Module, x: Tensor) -> bool:
-    """Whether a call of the model calls the layer once."""
-    calls: list[int] = []
-    with hooked({"": layer}, before=lambda *_: calls.append(1)):
-        model(x.clone())
-    return calls == [1]

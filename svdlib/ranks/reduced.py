@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from svdlib import checks
-from svdlib.layers.factorize import opened
-from svdlib.layers.kinds import groups, low_rank_layers, matrix, stored
-from svdlib.objective import Batches, Objective
-from svdlib.ranks.losses import (
-    Moments,
-    Task,
-    cut_weight,
-    full_losses,
-    habits,
-    measuring,
-    profiled_layers,
-    replaced,
-    task,
-)
+from svdlib.network.batches import Batches
+from svdlib.network.calls import Objective
+from svdlib.network.chain import task_of
+from svdlib.network.low_rank import low_rank_layers
+from svdlib.network.opened import Network
+from svdlib.network.task import MEMORY, Task, replaced
+from svdlib.ranks.profile import profiled_layers
 
 
 def verify_ranks(
@@ -31,7 +24,7 @@ def verify_ranks(
     ranks: Mapping[str, int],
     x: Batches,
     y: Tensor | None = None,
-    memory: int = 2**28,
+    memory: int = MEMORY,
     *,
     objective: Objective | None = None,
     accuracy: Objective | None = None,
@@ -54,10 +47,10 @@ def verify_ranks(
     >>> verify_ranks(net, {"0": 2}, torch.rand(20, 8), torch.arange(20) % 3)["parameters"]
     55.0
     """
-    whole = opened(model)
-    with measuring(whole):
-        given = task(whole, x, y, objective, accuracy, memory)
-        return _Reduced(model, whole, list(ranks), given, memory).measure(ranks)
+    net = Network.to_measure(model)
+    with net.measuring():
+        task = task_of(net, x, y, objective, accuracy, memory)
+        return _Reduced(model, net, ranks, task).measure(ranks)
 
 
 def refine_ranks(
@@ -69,7 +62,7 @@ def refine_ranks(
     tolerance: float,
     objective: Objective | None = None,
     accuracy: Objective | None = None,
-    memory: int = 2**28,
+    memory: int = MEMORY,
 ) -> dict[str, int]:
     """Raise or lower ranks until the verified loss increase meets a tolerance, cheaply stored.
 
@@ -99,13 +92,13 @@ def refine_ranks(
         raise ValueError(f"tolerance must be at least 0 and finite, not {tolerance}")
     if ranks is None:
         raise ValueError("ranks must say where to start, {layer: rank}")
-    whole = opened(model)
-    with measuring(whole):
-        given = task(whole, x, y, objective, accuracy, memory, why="refine_ranks")
-        reduced = _Reduced(model, whole, list(ranks), given, memory)
+    net = Network.to_measure(model)
+    with net.measuring():
+        task = task_of(net, x, y, objective, accuracy, memory, why="refine_ranks")
+        reduced = _Reduced(model, net, ranks, task)
         current = {name: min(rank, reduced.limit[name]) for name, rank in ranks.items()}
         # Full rank in every layer is the network itself, up to rounding.
-        slack = tolerance + 1e-6 * abs(reduced.full_loss())
+        slack = tolerance + 1e-6 * abs(task.measure())
         while reduced.increase(current) > slack:
             raised = [
                 reduced.moved(current, name, min(rank + max(1, rank // 4), reduced.limit[name]))
@@ -119,7 +112,7 @@ def refine_ranks(
             lowered = True
             while lowered:
                 lowered = False
-                for name in sorted(current, key=lambda layer: -sum(reduced.shape[layer])):
+                for name in sorted(current, key=lambda layer: -sum(reduced.layers[layer].shape)):
                     step = 1 if fraction is None else current[name] // fraction
                     trial = reduced.moved(current, name, current[name] - step)
                     if 0 < step < current[name] and reduced.increase(trial) <= slack:
@@ -132,100 +125,64 @@ class _Reduced:
 
     Args:
         original: the network as it is, whose parameters count.
-        model: the same `opened`, which is measured.
+        net: the same, opened.
+        names: of the layers.
     """
 
-    def __init__(
-        self,
-        original: nn.Module,
-        model: nn.Module,
-        layers: Sequence[str],
-        given: Task | tuple[Tensor, Tensor],
-        memory: int,
-    ) -> None:
-        known = profiled_layers(model, layers)
-        self.model = model
-        self.given, self.memory, self.layers = given, memory, known
-        if not isinstance(given, Task):
-            self.habit = habits(model, given[0])
-            self.full, correct = full_losses(model, *given, memory, self.habit)
-            self.full_accuracy = 100 * correct.double().mean().item()
-        self.weight = {name: layer.weight for name, layer in known.items()}
-        self.factors, self.shape = {}, {}
-        for name, layer in known.items():
-            U, S, Vh = torch.linalg.svd(matrix(layer), full_matrices=False)
+    def __init__(self, original: nn.Module, net: Network, names: Iterable[str], task: Task) -> None:
+        self.task = task
+        self.layers = profiled_layers(net, list(names))
+        self.factors = {}
+        for name, layer in self.layers.items():
+            U, S, Vh = torch.linalg.svd(layer.matrix(), full_matrices=False)
             self.factors[name] = (U * S.unsqueeze(-2), Vh)
-            self.shape[name] = (U.shape[-2], Vh.shape[-1])
-        self.limit = {name: min(shape) for name, shape in self.shape.items()}
-        earlier = low_rank_layers(original)
-        self.most = {name: layer.rank for name, layer in earlier.items()}
-        inside = [earlier[name].factors if name in earlier else () for name in known]
-        now = {id(f.weight): f.weight.numel() for factors in inside for f in factors}
-        now |= {id(w): w.numel() for name, w in self.weight.items() if name not in earlier}
-        self.others = sum(p.numel() for p in original.parameters()) - sum(now.values())
+        self.limit = {name: layer.full_rank for name, layer in self.layers.items()}
+        self.earlier = low_rank_layers(original)
         self.known: dict[tuple[int, ...], dict[str, float]] = {}
+        now: dict[int, int] = {}
+        for name, layer in self.layers.items():
+            factors = self.earlier[name].factors if name in self.earlier else (layer,)
+            now |= {id(factor.weight): factor.weight.numel() for factor in factors}
+        self.others = sum(p.numel() for p in original.parameters()) - sum(now.values())
 
     def parameters(self, ranks: Mapping[str, int]) -> int:
         """Of the whole model, each layer as two factors where that is smaller."""
         # A weight that two layers share is there once.
-        kept = {
-            id(self.weight[name]): groups(self.layers[name])
-            * stored(min(r, self.most.get(name, r)), *self.shape[name])
-            for name, r in ranks.items()
-        }
-        return self.others + sum(kept.values())
+        stored = {}
+        for name, rank in ranks.items():
+            layer, earlier = self.layers[name], self.earlier.get(name)
+            stored[id(layer.weight)] = layer.stored(min(rank, earlier.rank if earlier else rank))
+        return self.others + sum(stored.values())
 
     def moved(self, ranks: Mapping[str, int], layer: str, rank: int) -> dict[str, int]:
         """With another rank for a layer, and for those that share its weight."""
-        alike = [name for name in ranks if self.weight[name] is self.weight[layer]]
-        return {**ranks, **dict.fromkeys(alike, rank)}
+        weight = self.layers[layer].weight
+        shared = [name for name in ranks if self.layers[name].weight is weight]
+        return {**ranks, **dict.fromkeys(shared, rank)}
 
     def measure(self, ranks: Mapping[str, int]) -> dict[str, float]:
         """See `verify_ranks`; each choice of ranks is measured once."""
-        key = tuple(ranks[name] for name in self.factors)
+        key = tuple(ranks[name] for name in self.layers)
         if key not in self.known:
             weights: dict[Tensor, Tensor] = {}
             given: dict[int, int] = {}
-            for name, (US, Vh) in self.factors.items():
+            for name, layer in self.layers.items():
                 rank = checks.positive_int(ranks[name], f"the rank of layer {name!r}", least=0)
-                if rank > self.limit[name]:
+                if rank > layer.full_rank:
                     raise ValueError(
-                        f"layer {name!r} has rank {self.limit[name]} at most, not {rank}"
+                        f"layer {name!r} has rank {layer.full_rank} at most, not {rank}"
                     )
-                weight = self.weight[name]
-                if given.setdefault(id(weight), rank) != rank:
+                if given.setdefault(id(layer.weight), rank) != rank:
                     raise ValueError(f"layer {name!r} shares its weight; give both the same rank")
-                if rank < self.limit[name]:
-                    weights[weight] = cut_weight(self.layers[name], US, Vh, rank)
-            means, accuracy = self.means(weights)
+                if rank < layer.full_rank:
+                    weights[layer.weight] = layer.at_rank(*self.factors[name], rank)
+            both = self.task.means(lambda: [replaced(weights)], 1)
             self.known[key] = {
-                **means,
-                "error_increase": accuracy - means["accuracy"],
+                **{name: mean for name, [_, mean] in both.items()},
+                "error_increase": both["accuracy"][0] - both["accuracy"][1],
                 "parameters": float(self.parameters(ranks)),
             }
         return self.known[key]
-
-    def means(self, weights: Mapping[Tensor, Tensor]) -> tuple[dict[str, float], float]:
-        """`Moments.means` with these weights replaced, and the accuracy of the network itself."""
-        if isinstance(self.given, Task):
-            both = self.given.means(self.model, lambda: [replaced(weights)], 1)
-            return {name: mean for name, [_, mean] in both.items()}, both["accuracy"][0]
-        images, labels = self.given
-        moments = Moments.zeros(1, images.device)
-        size = self.habit.images(self.model, images, self.memory)
-        for x, y, full in zip(*(t.split(size) for t in (images, labels, self.full)), strict=True):
-            with replaced(weights):
-                z = self.model(self.habit.given(x))
-            moments.add(slice(0, 1), z[None], y, full)
-        return {
-            name: mean for name, [mean] in moments.means(len(images)).items()
-        }, self.full_accuracy
-
-    def full_loss(self) -> float:
-        """The mean loss of the network itself."""
-        if isinstance(self.given, Task):
-            return self.given.means(self.model, tuple, 0)["loss"][0]
-        return self.full.mean().item()
 
     def increase(self, ranks: Mapping[str, int]) -> float:
         """Infinite where the network gives no number."""

@@ -10,7 +10,7 @@ import pandas as pd
 from scipy.optimize import minimize_scalar
 
 from svdlib import checks
-from svdlib.layers.kinds import stored
+from svdlib.network.kinds import stored
 from svdlib.ranks.front import optimal, walk
 
 Tolerance = float | Mapping[str, float]

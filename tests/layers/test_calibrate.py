@@ -13,9 +13,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import svdlib
-from svdlib.layers import calibrate
 from svdlib.layers.calibrate import Sums, call_order, fit, input_sums
-from svdlib.layers.kinds import rows
+from svdlib.network import kinds
+from svdlib.network.kinds import layer_of
+from svdlib.network.opened import Network
 
 # A share of the outputs' variance, of sums over some hundred float64 numbers.
 EXACT = 1e-9
@@ -24,7 +25,7 @@ EXACT = 1e-9
 def sums_of(layer, x, **more):
     """What one layer alone is called with."""
     batches = more.pop("batches", [x])
-    return input_sums(layer, {"": layer}, batches, None, more.pop("mask", None))[""]
+    return input_sums(Network(layer), [""], batches, None, more.pop("mask", None))[""]
 
 
 def linear(m, n, bias=True, seed=0):
@@ -52,7 +53,7 @@ def test_error_at_each_rank_is_that_of_the_truncated_output(m, n, inner, bias, s
     """Eckart and Young: of the outputs Z (N × m), Σ σ_j², j > r; inputs of rank ``inner``."""
     layer = linear(m, n, bias, seed)
     x = matrix((50, inner), seed + 1) @ matrix((inner, n), seed + 2) + 1
-    found = fit(layer, sums_of(layer, x))
+    found = fit(layer_of(layer), sums_of(layer, x))
     z = outputs(layer, x, centred=bias)
     squares = torch.linalg.svdvals(z).square()
     total = squares.sum()
@@ -77,7 +78,7 @@ def test_at_an_offset_that_is_large_beside_the_spread():
     for m, n in ((30, 8), (8, 30)):
         layer = linear(m, n)
         x = matrix((500, 3), 1) @ matrix((3, n), 2) + 1e4
-        found = fit(layer, sums_of(layer, x))
+        found = fit(layer_of(layer), sums_of(layer, x))
         left, right, shift = found.at(3)
         error = x @ (left @ right - layer.weight.detach()).mT + shift
         assert error.square().mean().sqrt() < 1e-6 * outputs(layer, x, True).square().mean().sqrt()
@@ -87,16 +88,16 @@ def test_at_an_offset_that_is_large_beside_the_spread():
 def test_every_kind_loses_what_its_energies_say(kind):
     layer = layer_kinds.layer(kind)
     x = layer_kinds.inputs(layer, 40)
-    found = fit(layer, sums_of(layer, x))
+    found = fit(layer_of(layer), sums_of(layer, x))
     if isinstance(layer, nn.Embedding):
         vectors = [nn.functional.one_hot(x.flatten(), layer.num_embeddings).double()]
     else:
-        every = rows(layer, x)
+        every = layer_of(layer).vectors(x)
         vectors = [every] if every.ndim == 2 else list(every.unbind(1))
     expected = 0.0
     for v, W in zip(vectors, layer_kinds.matrices(layer), strict=True):
         z = v @ W.mT
-        z = z - z.mean(0) if calibrate.is_centred(layer) else z
+        z = z - z.mean(0) if layer_of(layer).is_centered() else z
         expected = expected + torch.linalg.svdvals(z).square() / len(v)
     energies = found.energies.reshape(-1, found.energies.shape[-1]).sum(0)
     torch.testing.assert_close(energies, expected[: len(energies)], rtol=1e-8, atol=1e-10)
@@ -122,7 +123,7 @@ def test_sequential_fit_is_reduced_rank_regression(m, n, bias):
     """Least squares by QR, and then the truncated SVD of what it fits (Izenman 1975)."""
     layer, x = linear(m, n, bias), matrix((200, n), 1) + 0.5
     cut = x @ matrix((n, n), 2) + 0.3 * matrix((200, n), 3)
-    found = fit(layer, paired(x, cut))
+    found = fit(layer_of(layer), paired(x, cut))
     W = layer.weight.detach()
     target = outputs(layer, x, bias)
     given_ = cut - cut.mean(0) if bias else cut
@@ -152,9 +153,9 @@ def test_sequential_fit_is_reduced_rank_regression(m, n, bias):
 def test_sequential_fit_of_constant_or_no_inputs_is_the_mean_output():
     layer = linear(5, 8)
     x = torch.ones(10, 8).double()
-    left, right, shift = fit(layer, paired(x, 2 * x)).at(2)
+    left, right, shift = fit(layer_of(layer), paired(x, 2 * x)).at(2)
     torch.testing.assert_close(2 * x @ (left @ right).mT + shift, x @ layer.weight.detach().mT)
-    assert fit(layer, paired(0 * x, 0 * x)).errors().tolist() == [0.0] * 6
+    assert fit(layer_of(layer), paired(0 * x, 0 * x)).errors().tolist() == [0.0] * 6
 
 
 def test_batches_of_any_cut_give_the_same_sums():
@@ -180,17 +181,19 @@ def test_convolutions_are_summed_in_blocks(kind, monkeypatch):
     whole = sums_of(layer, x)
     sizes = []
 
-    def noting(layer, x):
-        found = rows(layer, x)
-        sizes.append(len(x))
-        return found
+    kind = type(layer_of(layer))
+    real = kind.vectors
 
-    monkeypatch.setattr(calibrate, "rows", noting)
-    one = len(rows(layer, x[:1]))
-    monkeypatch.setattr(calibrate, "BLOCK", 2 * one)
+    def noting(self, x):
+        sizes.append(len(x))
+        return real(self, x)
+
+    monkeypatch.setattr(kind, "vectors", noting)
+    one = len(layer_of(layer).vectors(x[:1]))
+    monkeypatch.setattr(kinds, "BLOCK", 2 * one)
     torch.testing.assert_close(vars(sums_of(layer, x)), vars(whole))
     assert max(sizes) == 2
-    monkeypatch.setattr(calibrate, "BLOCK", 1)  # an image at least
+    monkeypatch.setattr(kinds, "BLOCK", 1)  # an image at least
     torch.testing.assert_close(vars(sums_of(layer, x)), vars(whole))
 
 
@@ -226,7 +229,7 @@ def texts(n=12, length=9):
 
 def weights_of(small):
     return {
-        name: layer.weight for name, layer in svdlib.layers.kinds.low_rank_layers(small).items()
+        name: layer.weight for name, layer in svdlib.network.low_rank.low_rank_layers(small).items()
     }
 
 
@@ -234,20 +237,20 @@ def test_one_input_of_several_layers_is_multiplied_once(monkeypatch):
     model, (ids, _) = Attends(), texts()
     layers = {name: getattr(model, name) for name in ("q", "k", "v", "out", "head")}
     seen = []
-    real = calibrate._summed
+    real = kinds.Layer.sums
 
-    def counting(layer, x, keep):
-        seen.append(layer)
-        return real(layer, x, keep)
+    def counting(self, *blocks):
+        seen.append(self.module)
+        return real(self, *blocks)
 
-    monkeypatch.setattr(calibrate, "_summed", counting)
-    sums = input_sums(model, layers, [ids], None, None)
+    monkeypatch.setattr(kinds.Layer, "sums", counting)
+    sums = input_sums(Network(model), layers, [ids], None, None)
     assert seen == [model.q, model.out, model.head]
     x = model.embed(ids).detach().flatten(0, 1).double()
     for name in "qkv":
         torch.testing.assert_close(sums[name].square, x.mT @ x)
         assert sums[name].count == ids.numel()
-    assert call_order(model, layers, [ids], None) == (
+    assert call_order(Network(model), layers, [ids], None) == (
         [["q", "k", "v"], ["out"], ["head"]],
         {*layers},
     )
@@ -270,11 +273,11 @@ def test_one_input_is_not_the_same_for_other_layers_or_once_it_is_changed():
 
     model, ids = Several(), torch.arange(40).view(5, 8)
     layers = dict(model.named_children())
-    sums = input_sums(model, layers, [ids], None, None)
+    sums = input_sums(Network(model), layers, [ids], None, None)
     assert sums["few"].total.shape == (40,) and sums["many"].total.shape == (60,)
     torch.testing.assert_close(sums["two"].total, sums["one"].total + 40)
     assert sums["narrow"].total.shape == (8,) and sums["wide"].total.shape == (24,)
-    assert call_order(model, layers, [ids], None)[0] == [[name] for name in layers]
+    assert call_order(Network(model), layers, [ids], None)[0] == [[name] for name in layers]
 
 
 class Twice(nn.Module):
@@ -297,13 +300,13 @@ class Twice(nn.Module):
 def test_a_layer_that_is_called_twice_and_one_that_shares_an_input_with_it(sequential):
     model, x = Twice(), torch.randn(100, 30)
     layers = dict(model.named_children())
-    assert call_order(model, layers, [x], None) == (
+    assert call_order(Network(model), layers, [x], None) == (
         [["first"], ["shared"], ["other"]],
         {"first", "other"},
     )
     hidden = torch.relu(model.first(x))
     inner = torch.tanh(model.shared(hidden)).detach()
-    sums = input_sums(model, layers, [x], None, None)
+    sums = input_sums(Network(model), layers, [x], None, None)
     assert sums["shared"].count == 300 and sums["other"].count == 100
     torch.testing.assert_close(sums["other"].total, inner.double().sum(0))
     # alone, it is fitted as on its own: by its own inputs, not those of the layer that shares one
@@ -344,12 +347,12 @@ def test_a_mask_is_of_places_not_of_features():
     model = nn.Sequential(linear(9, 9), layer)
     keep = torch.zeros(9, 9, dtype=torch.bool).fill_diagonal_(True)
     with pytest.raises(ValueError, match=r"mask gives places \(9, 9\), and no layer has such inp"):
-        input_sums(model, {"1": layer}, [x], None, lambda batch: keep)
+        input_sums(Network(model), ["1"], [x], None, lambda batch: keep)
     with pytest.raises(ValueError, match=r"mask gives places \(9, 9\)"):
         svdlib.factorize(
             model, {"0": 2}, calibration=x, mask=lambda batch: keep, sequential=True, progress=False
         )
-    kept = input_sums(model, {"0": model[0]}, [x], None, lambda batch: torch.arange(9) < 4)["0"]
+    kept = input_sums(Network(model), ["0"], [x], None, lambda batch: torch.arange(9) < 4)["0"]
     assert kept.count == 4
     torch.testing.assert_close(kept.total, x[:4].sum(0))
     with pytest.raises(ValueError, match="mask must give a tensor of places"):

@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import svdlib
-from svdlib.layers.kinds import low_rank_layers, matrix_layers
+from svdlib.network.low_rank import low_rank_layers
+from svdlib.network.opened import find_layers
 
 # Tolerances: torch.testing's own, or ten times the worst seen on kernels with and without AVX.
 
@@ -149,7 +150,7 @@ def test_type_mode_and_requires_grad_are_kept_and_factors_can_be_trained():
     assert losses[-1] < losses[0]
     merged = svdlib.merge(small)
     torch.testing.assert_close(merged(x), small(x))
-    assert not low_rank_layers(merged) and list(matrix_layers(merged)) == ["0", "2"]
+    assert not low_rank_layers(merged) and list(find_layers(merged)) == ["0", "2"]
 
 
 def test_a_layer_used_twice_is_replaced_twice_and_a_bare_layer_too():
@@ -188,7 +189,7 @@ class OwnAttention(nn.MultiheadAttention):
         (hooked(), "0", "its hooks would be lost"),
         (parametrized(), "0", "its weight is computed from other parameters"),
         (shared_convolutions(), "0", "its weight is shared with '1'"),
-        (nn.Sequential(nn.Embedding(30, 20, max_norm=1.0)), "0", "kept to max_norm"),
+        (nn.Sequential(nn.Embedding(30, 20, max_norm=1.0)), "0", "max_norm"),
         (OwnAttention(32, 2), "out_proj", "NonDynamicallyQuantizableLinear may do"),
     ],
 )
@@ -242,7 +243,7 @@ def test_networks_of_real_size(name):
     assert len(ranks) >= 20
     assert parameters(small) < 0.45 * parameters(model)
     said = " ".join(str(warning.message) for warning in caught)
-    left = set(matrix_layers(model)) - set(ranks)
+    left = set(find_layers(model)) - set(ranks)
     assert left and all(f"'{layer}'" in said for layer in left)
     x = torch.rand(1, 3, 224, 224)
     with torch.no_grad():

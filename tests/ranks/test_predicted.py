@@ -7,7 +7,7 @@ from modules import network
 from torch import nn
 
 import svdlib
-from svdlib.layers.kinds import apply_rows
+from svdlib.network.kinds import layer_of
 from svdlib.ranks.predicted import METHODS, predicted_profile
 
 
@@ -63,7 +63,7 @@ def test_the_output_s_error_is_that_of_the_cut_layer(case):
         for (name, rank), row in profile.iterrows():
             layer = layers[name]
             whole, low = (
-                apply_rows(layer, seen[name], m.get_submodule(name).weight.flatten(1))
+                layer_of(layer).apply(seen[name], m.get_submodule(name).weight.flatten(1))
                 for m in (model, cut(model, name, rank))
             )
             expected = (whole - low).square().sum() / whole.square().sum()

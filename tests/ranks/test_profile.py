@@ -12,7 +12,7 @@ from modules import network
 from torch import nn
 
 import svdlib
-from svdlib.layers.kinds import whole_layers
+from svdlib.network.opened import find_layers
 
 # Tolerances: ten times the worst seen, on kernels with and without AVX. Losses are near one.
 
@@ -23,7 +23,7 @@ KINDS = ["tanh", "in-place relu", "convolutions", "groups", "tied", "residual", 
 def paper(model, layer, rank, x, y):
     """The paper's procedure: an SVD, the weight replaced, a whole forward pass."""
     model = copy.deepcopy(model).eval()
-    part = whole_layers(model)[layer]  # an attention's are views of its packed weight
+    part = find_layers(model)[layer].module  # an attention's are views of its packed weight
     weight, groups = part.weight.data, getattr(part, "groups", 1)
     for W in weight.chunk(groups):  # each group of channels has a matrix of its own
         U, S, Vh = torch.linalg.svd(W.flatten(1), full_matrices=False)
@@ -61,15 +61,15 @@ def test_profile_is_that_of_the_papers_procedure(kind, dtype, tolerance):
 @settings(max_examples=20, deadline=None)
 @given(memory=st.sampled_from([1, 1000, 10_000, 2**28]), cached=st.sampled_from([8, 100, 2**20]))
 def test_chunks_do_not_change_the_profile(memory, cached):
-    from svdlib.ranks import profile as ranks
+    from svdlib.network import chain
 
     model, x, y = network("tanh").double(), torch.rand(7, 12).double(), torch.arange(7) % 3
     expected = svdlib.loss_profile(model, x, y, progress=False)
-    kept, ranks.CACHED = ranks.CACHED, cached
+    kept, chain.CACHED = chain.CACHED, cached
     try:
         ours = svdlib.loss_profile(model, x, y, memory=memory, progress=False)
     finally:
-        ranks.CACHED = kept
+        chain.CACHED = kept
     pd.testing.assert_frame_equal(ours, expected)
 
 
@@ -108,7 +108,7 @@ def test_an_interrupt_leaves_the_model_as_it_was(monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("svdlib.ranks.profile._Sweep._add_terms", interrupt)
+    monkeypatch.setattr("svdlib.network.chain.ChainSweep._add_terms", interrupt)
     with pytest.raises(KeyboardInterrupt):
         svdlib.loss_profile(model, x, y, progress=False)
     assert model.training and not model[0]._forward_hooks

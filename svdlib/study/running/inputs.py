@@ -8,8 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from svdlib import checks, data
-from svdlib.layers.kinds import stored
 from svdlib.linalg.svd import OVERSAMPLE
+from svdlib.network.kinds import stored
 from svdlib.ranks.joint import ALL, MOST
 from svdlib.study.evidence import theory
 

@@ -6,7 +6,7 @@ from matrices import matrix
 from torch import nn
 
 import svdlib
-from svdlib.layers.kinds import low_rank_layers
+from svdlib.network.low_rank import low_rank_layers
 from svdlib.study.rivals.compression import asvd, fisher, svd_llm
 
 RANKS = {"0": 4, "2": 3}

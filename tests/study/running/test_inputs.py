@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import svdlib
 from svdlib.ensemble.networks import perceptron
-from svdlib.layers.kinds import low_rank_layers
+from svdlib.network.low_rank import low_rank_layers
 from svdlib.study.rivals.svd import svd_race
 from svdlib.study.running import runner
 from svdlib.study.running.execute import execute

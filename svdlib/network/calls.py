@@ -1,190 +1,24 @@
-"""What a network is for: the one place where a batch becomes a call of it, and losses."""
+"""What a batch means to a model: the call of it, and its losses."""
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import chain
-from operator import itemgetter
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# A tensor, a tuple or a mapping of tensors, or whatever the caller's own function takes.
-Batch = Any
-# One batch, or an iterable of batches.
-Batches = Any
+from svdlib import checks
+from svdlib.network.batches import Batch, copied_to, described
+
 Call = Callable[[nn.Module, Batch], Any]
 Objective = Callable[[nn.Module, Batch], Tensor]
 
 # A target that counts for nothing, as in torch's cross-entropy.
 IGNORED = -100
-
-
-def is_whole(data: Batches) -> bool:
-    """Whether data are one batch, a tensor, tuple or mapping, rather than an iterable of them.
-
-    >>> is_whole((torch.ones(3), torch.ones(3))), is_whole([torch.ones(3), torch.ones(3)])
-    (True, False)
-    """
-    return isinstance(data, Tensor | tuple | Mapping)
-
-
-def looked_at(data: Batches) -> Iterator[Batch]:
-    """The batches of data, one at a time, none of them kept.
-
-    Raises:
-        ValueError: neither a batch nor an iterable of batches, or an empty one.
-
-    >>> [len(batch) for batch in looked_at([torch.ones(3), torch.ones(2)])]
-    [3, 2]
-    """
-    if is_whole(data):
-        data = [data]
-    if not isinstance(data, Iterable) or isinstance(data, str) or hasattr(data, "__array__"):
-        raise ValueError(
-            "data must be a tensor, a tuple or mapping of tensors, or an iterable of such "
-            f"batches, not {type(data).__name__}"
-        )
-    batches = iter(data)
-    for first in batches:
-        yield from chain([first], batches)
-        return
-    raise ValueError("the data are empty; one batch at least is needed")
-
-
-def first_batch(data: Batches) -> Batch:
-    """The one batch, or the first of several. Random numbers of a DataLoader are none of ours.
-
-    >>> first_batch(iter([1, 2]))
-    1
-    """
-    with torch.random.fork_rng(devices=[]):
-        return next(looked_at(data))
-
-
-def refuse_once(data: Batches, why: str) -> None:
-    """Refuse a generator where data are looked at several times.
-
-    >>> refuse_once(iter([1, 2]), "this search")
-    Traceback (most recent call last):
-    ValueError: this search looks at the data several times, which this list_iterator can't give; give a list of batches or a DataLoader
-    """
-    if not is_whole(data) and isinstance(data, Iterator):
-        raise ValueError(
-            f"{why} looks at the data several times, which this {type(data).__name__} can't "
-            "give; give a list of batches or a DataLoader"
-        )
-
-
-def cut(data: Batches, size: int | None = None) -> Iterator[Batch]:
-    """Batches: of one that is given whole, tensors (n, …), so many inputs at a time.
-
-    Raises:
-        ValueError: as `looked_at`; tensors of several lengths or none.
-
-    >>> x, y = torch.rand(5, 2), torch.arange(5)
-    >>> [(len(a), len(b)) for a, b in cut((x, y), 3)]
-    [(3, 3), (2, 2)]
-    """
-    if not is_whole(data) or size is None:
-        yield from looked_at(data)
-        return
-    for start in range(0, inputs_in(data), size):
-        yield rebuilt(data, itemgetter(slice(start, start + size)))
-
-
-def inputs_in(data: Batches) -> int:
-    """The number n of inputs in data given whole, tensors (n, …).
-
-    >>> inputs_in({"a": torch.rand(5, 2), "b": torch.rand(5)})
-    5
-    """
-    found = tensors(data)
-    lengths = sorted({len(tensor) if tensor.ndim else 0 for tensor in found})
-    if not lengths or lengths == [0]:
-        raise ValueError("the data are empty; one input at least is needed")
-    if len(lengths) > 1:
-        raise ValueError(
-            f"the tensors given together have lengths {', '.join(map(str, lengths))}; give all "
-            "as (n, …), or batches in a list"
-        )
-    return lengths[0]
-
-
-def tensors(batch: Batch) -> list[Tensor]:
-    """All tensors in a batch.
-
-    >>> len(tensors({"a": torch.ones(2), "b": (torch.ones(2), "text")}))
-    2
-    """
-    found: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    rebuilt(batch, note)
-    return found
-
-
-def copied(batch: Batch, device: torch.device | None = None) -> Batch:
-    """A batch whose tensors are copies, on a device: what is done to it leaves the caller's alone.
-
-    >>> x = torch.ones(2)
-    >>> copied({"a": x})["a"] is x
-    False
-    """
-    return rebuilt(batch, lambda tensor: tensor.to(device or tensor.device, copy=True))
-
-
-def at_home(model: nn.Module, batch: Batch) -> Batch:
-    """A copy of the batch on the device of the model's first parameter.
-
-    >>> at_home(nn.Linear(3, 2), (torch.ones(2), "text"))
-    (tensor([1., 1.]), 'text')
-    """
-    parameter = next(model.parameters(), None)
-    return copied(batch, None if parameter is None else parameter.device)
-
-
-def rebuilt(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
-    """The batch with each of its tensors changed; what is no tensor, tuple, list or mapping stays.
-
-    >>> rebuilt({"a": torch.ones(2), "b": "text"}, torch.sum)
-    {'a': tensor(2.), 'b': 'text'}
-    """
-    if isinstance(batch, Tensor):
-        return change(batch)
-    if isinstance(batch, tuple | list):
-        made = [rebuilt(part, change) for part in batch]
-        named = getattr(type(batch), "_make", None)
-        return named(made) if named else type(batch)(made)
-    if isinstance(batch, Mapping):
-        same = copy.copy(batch) if isinstance(batch, MutableMapping) else dict(batch)
-        for key in batch:
-            same[key] = rebuilt(batch[key], change)
-        return same
-    return batch
-
-
-def told(batch: Batch) -> str:
-    """A batch in words.
-
-    >>> told({"ids": torch.arange(6).view(2, 3), "more": [torch.ones(1), "text"]})
-    '{ids: int64 (2, 3), more: (float32 (1,), str)}'
-    """
-    if isinstance(batch, Tensor):
-        return f"{str(batch.dtype).removeprefix('torch.')} {tuple(batch.shape)}"
-    if isinstance(batch, tuple | list):
-        return f"({', '.join(map(told, batch))})"
-    if isinstance(batch, Mapping):
-        return f"{{{', '.join(f'{key}: {told(part)}' for key, part in batch.items())}}}"
-    return type(batch).__name__
 
 
 def prepared(model: nn.Module, batch: Batch, call: Call | None) -> partial[Any]:
@@ -206,18 +40,23 @@ def prepared(model: nn.Module, batch: Batch, call: Call | None) -> partial[Any]:
     if isinstance(batch, tuple | list) and len(batch) > 1:
         may = [batch] if isinstance(batch[0], Tensor) else []
         may += [batch[:-1]] if isinstance(batch[-1], Tensor) else []
-        fits = [inputs for inputs in may if _takes(model, inputs)]
+        fits = [inputs for inputs in may if _accepts(model, inputs)]
         if len(fits) != 1:
             number = "both" if fits else "neither"
             raise ValueError(
-                f"the model takes {number} all of {told(batch)} and all but the last, a target; "
-                "give call=(model, batch)"
+                f"the model takes {number} all of {described(batch)} and all but the last, a "
+                "target; give call=(model, batch)"
             )
         batch = fits[0]
     return _bound(model, batch)
 
 
-def _takes(model: nn.Module, inputs: Batch) -> bool:
+def run(model: nn.Module, batch: Batch, call: Call | None) -> Any:
+    """The output of such a call, on a copy of the batch on the model's device."""
+    return prepared(model, copied_to(model, batch), call)()
+
+
+def _accepts(model: nn.Module, inputs: Batch) -> bool:
     """Whether the model's forward takes these arguments, as far as its signature tells."""
     bound = _bound(model, inputs)
     try:
@@ -228,29 +67,29 @@ def _takes(model: nn.Module, inputs: Batch) -> bool:
 
 
 def _bound(model: nn.Module, inputs: Batch) -> partial[Any]:
-    """The model, its errors told in one sentence, on a tensor, a mapping, or several of them."""
+    """A call of the model on a tensor, a mapping, or several of them."""
     if isinstance(inputs, tuple | list) and len(inputs) == 1:
         (inputs,) = inputs
     if isinstance(inputs, tuple | list):
-        return partial(asked, model, *inputs)
+        return partial(called, model, *inputs)
     if isinstance(inputs, Mapping):
         named = {str(key): part for key, part in inputs.items() if key != "labels"}
-        return partial(asked, model, **named)
+        return partial(called, model, **named)
     if not torch.is_tensor(inputs):
         raise ValueError(
             f"a batch must be a tensor, tuple or mapping, not {type(inputs).__name__}; for others "
             "give a function of your own, objective=(model, batch) or call=(model, batch)"
         )
-    return partial(asked, model, inputs)
+    return partial(called, model, inputs)
 
 
-def asked(model: nn.Module, *inputs: Any, **named: Any) -> Any:
+def called(model: nn.Module, *inputs: Any, **named: Any) -> Any:
     """The model's output.
 
     Raises:
         ValueError: the model does not take such inputs.
 
-    >>> asked(nn.Tanh(), torch.rand(5, 4), torch.rand(5))
+    >>> called(nn.Tanh(), torch.rand(5, 4), torch.rand(5))
     Traceback (most recent call last):
     ValueError: the model does not take (float32 (5, 4), float32 (5,)): Tanh.forward() takes 2 positional arguments but 3 were given
     """
@@ -259,7 +98,7 @@ def asked(model: nn.Module, *inputs: Any, **named: Any) -> Any:
     except torch.OutOfMemoryError:
         raise
     except (TypeError, RuntimeError, IndexError) as error:
-        given = told(inputs[0] if len(inputs) == 1 else inputs) if inputs else told(named)
+        given = described((inputs[0] if len(inputs) == 1 else inputs) if inputs else named)
         reason = str(error).strip().splitlines()
         raise ValueError(
             f"the model does not take {given}: {reason[0] if reason else type(error).__name__}"
@@ -267,7 +106,7 @@ def asked(model: nn.Module, *inputs: Any, **named: Any) -> Any:
 
 
 def class_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and the share of right answers of each input: what is done by default.
+    """Cross-entropy and the share of right answers of each input: the default objective.
 
     The batch is (inputs …, targets), or a mapping whose "labels" are the targets. The model's
     output, its ``logits`` or its entry of that name, holds class scores (n, classes, …) for
@@ -285,16 +124,16 @@ def class_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     (torch.Size([2]), torch.Size([2]))
     """
     inputs, y = _parted(batch)
-    return _cross_entropy(_class_second(_logits(_bound(model, inputs)()), y), y)
+    return cross_entropy(_class_second(_logits(_bound(model, inputs)()), y), y)
 
 
 def next_token_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """An objective for language models: cross-entropy of each next token, a mean a text, (n,).
+    """An objective for language models: mean cross-entropy of the next token, per text (n,).
 
     Args:
         batch: tokens (n, T), or a mapping with "input_ids" (n, T), whose other values are the
-            model's keyword arguments. "labels", where they are there, take the place of the tokens as
-            targets, and padding by "attention_mask" counts for nothing.
+            model's keyword arguments. "labels", where present, replace the tokens as targets,
+            and padding by "attention_mask" counts for nothing.
 
     Raises:
         ValueError: a batch of another kind; the model's output, or its ``logits``, is not
@@ -309,7 +148,7 @@ def next_token_losses(model: nn.Module, batch: Batch) -> Tensor:
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] < 2:
         raise ValueError(
             f"next tokens are of texts (n, T), T at least 2, or a mapping with such input_ids; "
-            f"not of {told(batch)}"
+            f"not of {described(batch)}"
         )
     y = ids
     if isinstance(batch, Mapping):
@@ -321,7 +160,7 @@ def next_token_losses(model: nn.Module, batch: Batch) -> Tensor:
         raise ValueError(
             f"scores of next tokens are {(*ids.shape, 'tokens')}, not {tuple(z.shape)}"
         )
-    return _cross_entropy(z[:, :-1].movedim(-1, 1), y[:, 1:])[0]
+    return cross_entropy(z[:, :-1].movedim(-1, 1), y[:, 1:])[0]
 
 
 def _parted(batch: Batch) -> tuple[Batch, Tensor]:
@@ -340,7 +179,7 @@ def _parted(batch: Batch) -> tuple[Batch, Tensor]:
         return batch[:-1], batch[-1]
     raise ValueError(
         f"without an objective a batch is (inputs …, targets) or a mapping with 'labels', not "
-        f"{told(batch)}; give objective=(model, batch) -> losses (n,)"
+        f"{described(batch)}; give objective=(model, batch) -> losses (n,)"
     )
 
 
@@ -373,18 +212,10 @@ def _class_second(z: Tensor, y: Tensor) -> Tensor:
     return z if second else z.movedim(-1, 1)
 
 
-def _cross_entropy(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def cross_entropy(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Of scores (n, classes, …) and targets (n, …): losses and shares of right answers, (n,)."""
-    if y.dtype != torch.int64:
-        raise ValueError(
-            f"labels must be class numbers of type torch.int64, not {y.dtype}; for other targets "
-            "give objective=(model, batch) -> losses (n,)"
-        )
+    checks.labels(y, z.shape[1], ignored=IGNORED)
     counted = y != IGNORED
-    if bool(((y < 0) & counted).any()):
-        raise ValueError(f"labels must be at least 0 (or {IGNORED}), not {int(y.min())}")
-    if y.numel() and int(y.max()) >= z.shape[1]:
-        raise ValueError(f"labels run to {int(y.max())} but the model has {z.shape[1]} outputs")
     each = F.cross_entropy(z, y, reduction="none", ignore_index=IGNORED).reshape(len(y), -1)
     right = ((z.argmax(1) == y) & counted).reshape(len(y), -1)
     places = counted.reshape(len(y), -1).sum(1)
@@ -409,12 +240,12 @@ def judged(
     ValueError: objective must give losses of shape (n,), one an input, not (5, 1)
     """
     if objective is None:
-        losses, right = class_losses(model, at_home(model, batch))
+        losses, right = class_losses(model, copied_to(model, batch))
     else:
-        losses = _checked(objective(model, at_home(model, batch)), "objective", "losses")
+        losses = _checked(objective(model, copied_to(model, batch)), "objective", "losses")
         right = torch.full_like(losses, torch.nan)
     if accuracy is not None:
-        right = _checked(accuracy(model, at_home(model, batch)), "accuracy", "right answers")
+        right = _checked(accuracy(model, copied_to(model, batch)), "accuracy", "right answers")
         if len(right) != len(losses):
             raise ValueError(
                 f"accuracy gives {len(right)} numbers where the objective gives {len(losses)}; "

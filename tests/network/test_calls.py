@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from svdlib import next_token_losses
-from svdlib.objective import class_losses, copied, cut, judged, looked_at, prepared, refuse_once
+from svdlib.network.batches import batches, copied, refuse_generator
+from svdlib.network.calls import class_losses, judged, prepared
 
 Pair = namedtuple("Pair", "x y")
 
@@ -98,26 +99,26 @@ def test_calls_that_only_take_inputs():
 
 def test_what_is_given_whole_is_cut_and_batches_are_not():
     x, y = torch.arange(5), torch.arange(5)
-    assert [len(batch["x"]) for batch in cut({"x": x, "y": y}, 2)] == [2, 2, 1]
-    assert [len(batch[0]) for batch in cut([(x, y), (x, y)], 2)] == [5, 5]
+    assert [len(batch["x"]) for batch in batches({"x": x, "y": y}, 2)] == [2, 2, 1]
+    assert [len(batch[0]) for batch in batches([(x, y), (x, y)], 2)] == [5, 5]
     with pytest.raises(ValueError, match=r"lengths 2, 5; give all as .n, …., or batches in a list"):
-        next(cut((x, y[:2]), 2))
+        next(batches((x, y[:2]), 2))
     with pytest.raises(ValueError, match="data are empty"):
-        next(cut((x[:0], y[:0]), 2))
+        next(batches((x[:0], y[:0]), 2))
 
 
 @pytest.mark.parametrize("data", [3, "text", None, torch.ones(2).numpy()])
 def test_data_of_no_kind(data):
     with pytest.raises(ValueError, match="data must be a tensor, a tuple or mapping of tensors"):
-        next(looked_at(data))
+        next(batches(data))
 
 
 def test_empty_data_and_generators():
     with pytest.raises(ValueError, match="the data are empty; one batch at least"):
-        next(looked_at([]))
+        next(batches([]))
     with pytest.raises(ValueError, match=r"looks at the data several times, .* this generator"):
-        refuse_once((batch for batch in [torch.ones(1)]), "it")
-    refuse_once([torch.ones(1)], "it")
+        refuse_generator((batch for batch in [torch.ones(1)]), "it")
+    refuse_generator([torch.ones(1)], "it")
 
 
 @pytest.mark.parametrize(

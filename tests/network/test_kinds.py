@@ -12,20 +12,9 @@ from torch.nn.utils import parametrizations, prune
 from torch.nn.utils import weight_norm as old_weight_norm
 
 import svdlib
-from svdlib.layers.kinds import (
-    apply_rows,
-    as_weight,
-    dense_twin,
-    duplicate,
-    groups,
-    has_code,
-    low_rank_layers,
-    matrix,
-    matrix_layers,
-    obstacle,
-    rows,
-    thin_twin,
-)
+from svdlib.network.kinds import layer_of
+from svdlib.network.low_rank import Factorized, low_rank_layers, thin_twin
+from svdlib.network.opened import Network, duplicate, find_layers
 
 COMPUTED = {
     "weight_norm": lambda: parametrizations.weight_norm(nn.Linear(6, 5)),
@@ -62,8 +51,8 @@ def test_a_weight_that_is_no_parameter_is_refused_by_all_alike(kind):
 def test_a_twin_asks_for_more_than_another_weight():
     model = nn.Sequential(nn.Conv1d(4, 4, 1), nn.Conv1d(4, 4, 1))
     model[1].weight = model[0].weight
-    assert obstacle(model, model[0], twin=False) is None
-    assert obstacle(model, model[0], twin=True) == "its weight is shared with '1'"
+    assert Network(model).obstacle("0", replace=False) is None
+    assert Network(model).obstacle("0", replace=True) == "its weight is shared with '1'"
 
 
 @pytest.mark.parametrize("padding_mode", ["zeros", "circular", "reflect", "replicate"])
@@ -72,8 +61,8 @@ def test_what_a_matrix_is_applied_to(padding_mode, generator):
                       padding_mode=padding_mode).double()  # fmt: skip
     x = torch.rand(2, 3, 9, 8, generator=generator, dtype=torch.float64)
     expected = layer(x)
-    torch.testing.assert_close(apply_rows(layer, x, matrix(layer)), expected)
-    windows = rows(layer, x) @ matrix(layer).mT
+    torch.testing.assert_close(layer_of(layer).apply(x, layer_of(layer).matrix()), expected)
+    windows = layer_of(layer).vectors(x) @ layer_of(layer).matrix().mT
     torch.testing.assert_close(windows, expected.movedim(1, -1).reshape(-1, 5))
 
 
@@ -81,7 +70,7 @@ def test_twins_draw_no_random_number():
     parts = [layer(kind) for kind in KINDS]
     state = torch.get_rng_state()
     for part in parts:
-        dense_twin(thin_twin(part, 2))
+        Factorized(thin_twin(layer_of(part), 2)).dense()
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -157,15 +146,15 @@ def test_layers_without_numbers():
 def test_each_kind_has_the_matrix_that_its_weight_is_said_to_hold(kind, generator):
     part = layer(kind)
     expected = matrices(part)
-    A = matrix(part)
-    assert groups(part) == len(expected)
+    A = layer_of(part).matrix()
+    assert layer_of(part).groups == len(expected)
     assert torch.equal(A, expected[0] if len(expected) == 1 else torch.stack(expected))
-    assert torch.equal(as_weight(part, A), part.weight)
+    assert torch.equal(layer_of(part).to_weight(A), part.weight)
     if "Transpose" in kind:
         return
     x = inputs(part)
     # What it is applied to, from first principles: the layer is linear in its input.
-    places = rows(part, x)
+    places = layer_of(part).vectors(x)
     if kind == "Embedding":
         places = nn.functional.one_hot(places, 40).double()
     z = (A @ places.unsqueeze(-1)).flatten(1)
@@ -175,8 +164,8 @@ def test_each_kind_has_the_matrix_that_its_weight_is_said_to_hold(kind, generato
     found = bare(x)
     found = found.movedim(1, -1) if "Conv" in kind and kind != "Conv1D" else found
     torch.testing.assert_close(z, found.flatten(0, -2))
-    if has_code(part):
-        code = apply_rows(part, x, A)
+    if layer_of(part).has_code():
+        code = layer_of(part).apply(x, A)
         code = code.movedim(1, -1) if "Conv" in kind and kind != "Conv1D" else code
         torch.testing.assert_close(code, found)
 
@@ -380,7 +369,7 @@ def test_gpt2_of_the_transformers_library():
     model = transformers.GPT2LMHeadModel(settings).eval()
     ids = torch.arange(24).view(3, 8) % 120
     ranks = {"lm_head": 5, "transformer.wte": 5}
-    ranks |= {name: 4 for name in matrix_layers(model) if ".h." in name}
+    ranks |= {name: 4 for name in find_layers(model) if ".h." in name}
     assert len(ranks) == 10
     small = svdlib.factorize(model, ranks)
     cut = svdlib.project_(duplicate(model), ranks)

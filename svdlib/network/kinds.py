@@ -1,0 +1,472 @@
+"""One class per kind of layer that holds a matrix. A new kind is a new class and an entry of KINDS."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+from svdlib.linalg.svd import SVD
+
+# Vectors that are multiplied at a time: enough for a fast product, few enough for any memory.
+BLOCK = 4096
+
+
+class Layer:
+    """A layer that multiplies by a matrix W, out × in, and adds a bias; (g, m, n) of g groups.
+
+    Args:
+        module: the layer itself.
+
+    >>> linear = Linear(nn.Linear(3, 2))
+    >>> linear.matrix().shape, linear.stored(rank=1)
+    (torch.Size([2, 3]), 5)
+    """
+
+    types: tuple[type[nn.Module], ...] = ()  # only these, not their subclasses, are replaced
+    side_names = ("in_features", "out_features")
+    settings: tuple[str, ...] = ()  # what else makes such a layer
+    transposed = False  # whether its weight holds the matrix as (in, out)
+    feature_dim = -1  # where its output has the features
+    can_share = False  # whether a layer that shares its weight can be replaced along with it
+    multiplies = True  # an Embedding looks its rows up
+    is_factorized = False
+    own_factor = 0  # which of its two thin factors is of its own kind
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module
+
+    @classmethod
+    def includes(cls, module: nn.Module) -> bool:
+        """Whether a module is of this kind."""
+        return isinstance(module, cls.types)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, in the layer's own shape."""
+        weight: Tensor = self.module.weight
+        return weight
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """The parameters that its matrix is made of."""
+        weight = self.module._parameters.get("weight")
+        return () if weight is None else (weight,)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, if there is one."""
+        return getattr(self.module, "bias", None)
+
+    @property
+    def groups(self) -> int:
+        """The number of matrices."""
+        return 1
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """How many features or channels go in, and how many come out."""
+        ins, outs = (getattr(self.module, name) for name in self.side_names)
+        return ins, outs
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        """(m, n) of its matrix."""
+        m, n = self.to_matrix(self.weight.detach()).shape[-2:]
+        return m, n
+
+    @property
+    def full_rank(self) -> int:
+        """min(m, n)."""
+        return min(self.shape)
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank that its matrix can have: that of its factors, if it is factorized."""
+        return self.full_rank
+
+    def matrix(self) -> Tensor:
+        """W, or a stack of its groups' matrices, in a type that can be decomposed."""
+        weight = self.weight.detach()
+        return self.to_matrix(weight if weight.element_size() >= 4 else weight.float())
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """A weight of such a layer as its matrix."""
+        A = weight.unflatten(0, (self.groups, -1)).flatten(2)
+        A = A.mT if self.transposed else A
+        return A[0] if self.groups == 1 else A
+
+    def to_weight(self, A: Tensor) -> Tensor:
+        """A matrix in the shape of a weight of such a layer: `to_matrix` undone."""
+        A = A.mT if self.transposed else A
+        return A.reshape(A[..., 0].numel(), -1, *self.weight.shape[2:])
+
+    def at_rank(self, US: Tensor, Vh: Tensor, rank: int) -> Tensor:
+        """The weight at a rank, from the factors U Σ and Vᵀ of its matrix."""
+        return self.to_weight(US[..., :rank] @ Vh[..., :rank, :]).to(self.weight.dtype)
+
+    def projected(self, svd: SVD) -> dict[Tensor, Tensor]:
+        """The weight to change and its value for the approximation that an SVD of W gives."""
+        return {self.weight: self.to_weight(svd.matrix())}
+
+    def stored(self, rank: int) -> int:
+        """Numbers at a rank: two factors', r (m + n), or the matrix's where these are no fewer."""
+        return self.groups * stored(rank, *self.shape)
+
+    def obstacle(self, replace: bool) -> str | None:
+        """What in the layer itself stands in the way of another weight, or of being replaced."""
+        if "weight" not in self.module._parameters:
+            return "its weight is computed from other parameters; remove the parametrization first"
+        weight = self.weight
+        if isinstance(weight, nn.UninitializedParameter):
+            return "it has no weight before its first call; call the model once"
+        if not weight.is_floating_point():
+            return f"its type is {weight.dtype}"
+        if weight.is_meta or weight.layout != torch.strided:
+            return f"its weight has no numbers here (device {weight.device}, {weight.layout})"
+        return self.replacement_obstacle() if replace else None
+
+    def replacement_obstacle(self) -> str | None:
+        """What it does that two factors would not."""
+        if not self.is_plain():
+            kind = type(self.module).__name__
+            return f"a {kind} may do other things with its weight than a plain layer"
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        if any(getattr(self.module, name) for name in hooks):
+            return "its hooks would be lost; remove them first"
+        return None
+
+    def is_plain(self) -> bool:
+        """Whether it is of such a class itself, not of a subclass."""
+        return type(self.module) in self.types
+
+    # Making others like it. No random number is drawn for them.
+
+    def new(self, kind: type[nn.Module], *sides: int, **more: object) -> nn.Module:
+        """A module of another kind with its type, device, and mode, not yet filled."""
+        place = {"device": self.weight.device, "dtype": self.weight.dtype}
+        return skip_init(kind, *sides, **more, **place).train(self.module.training)
+
+    def resized(self, ins: int, outs: int, bias: bool) -> nn.Module:
+        """A module like it with other sides, not yet filled."""
+        more = {name: getattr(self.module, name) for name in self.settings}
+        return self.new(type(self.module), ins, outs, bias=bias, **more)
+
+    def thin(self, ins: int, outs: int, width: int, bias: bool) -> tuple[nn.Module, nn.Module]:
+        """Two factors that ``width`` features pass between, not yet filled."""
+        return self.resized(ins, width, False), self.new(nn.Linear, width, outs, bias=bias)
+
+    # What it is applied to.
+
+    def has_code(self) -> bool:
+        """Whether one matrix is applied to vectors of the input, so that `apply` knows them."""
+        return True
+
+    def vectors(self, x: Tensor) -> Tensor:
+        """The vectors (N, n) that W is applied to, or (N, g, n) of g groups, from the input x."""
+        return x.flatten(0, -2)
+
+    def apply(self, x: Tensor, V: Tensor) -> Tensor:
+        """V (k, n) times what W is applied to: k in the features' place."""
+        return x.to(V.dtype) @ V.mT
+
+    def is_centered(self) -> bool:
+        """Whether a change of the bias can make up for a change of W at the mean input."""
+        return self.bias is not None
+
+    def vector_kind(self) -> tuple[object, ...]:
+        """Layers for which this is equal have the same vectors of the same input."""
+        return type(self.module), self.groups, *(getattr(self.module, n) for n in self.settings)
+
+    def is_masked(self, x: Tensor, keep: Tensor | None) -> bool:
+        """Whether the places (n, T) to keep are those of the input x."""
+        return keep is not None and x.shape[:-1][: keep.ndim] == keep.shape
+
+    def blocks(self, x: Tensor, keep: Tensor | None) -> Iterator[Tensor]:
+        """The vectors, in float64, some thousand at a time."""
+        x = x[keep.to(x.device)] if keep is not None and self.is_masked(x, keep) else x
+        for some in x.reshape(-1, x.shape[-1]).split(BLOCK):
+            yield some.double()
+
+    def sums(self, block: Tensor, other: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Σ x and Σ x xᵀ of a block of vectors; with other vectors y in turn, Σ y and Σ y xᵀ too."""
+        x = block.movedim(0, -2)
+        found = (block.sum(0), x.mT @ x)
+        return found if other is None else (*found, other.sum(0), other.movedim(0, -2).mT @ x)
+
+
+class Linear(Layer):
+    """nn.Linear."""
+
+    types: tuple[type[nn.Module], ...] = (nn.Linear,)
+    can_share = True
+
+    def resized(self, ins: int, outs: int, bias: bool) -> nn.Module:
+        """As `Layer`."""
+        return self.new(nn.Linear, ins, outs, bias=bias)
+
+
+class TransposedLinear(nn.Linear):
+    """A linear map without bias whose weight is (in, out).
+
+    The output layer of a tied model h ↦ P (Qᵀ h), factorized, shares both its factors with the
+    embedding's rows i ↦ Q P_i, and Q, (in, rank), is its first.
+
+    >>> TransposedLinear(3, 2).weight.shape
+    torch.Size([3, 2])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, False, device, dtype)
+        self.weight = nn.Parameter(self.weight.detach().mT.contiguous())
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The input times the weight."""
+        return input @ self.weight
+
+
+class OfTransposedLinear(Linear):
+    """`TransposedLinear`."""
+
+    types: tuple[type[nn.Module], ...] = (TransposedLinear,)
+    transposed = True
+
+
+class Conv1D(Layer):
+    """Conv1D of the transformers library: a Linear whose weight is (in, out)."""
+
+    side_names = ("nx", "nf")
+    transposed = True
+    own_factor = 1
+
+    @classmethod
+    def includes(cls, module: nn.Module) -> bool:
+        """By name and shape, without importing that library."""
+        weight, outs = module._parameters.get("weight"), getattr(module, "nf", None)
+        named = type(module).__name__ == "Conv1D"
+        return named and weight is not None and weight.shape[1:] == (outs,)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """As `Layer`; an older Conv1D has no nx."""
+        ins, outs = self.weight.shape
+        return ins, outs
+
+    def is_plain(self) -> bool:
+        """As `Layer`."""
+        return True
+
+    def resized(self, ins: int, outs: int, bias: bool) -> nn.Module:
+        """As `Layer`: a deep copy knows how to make one."""
+        weight = nn.Parameter(self.weight.new_empty(ins, outs))
+        copied = copy.deepcopy(self.module, {id(self.weight): weight})
+        vars(copied).update(nx=ins, nf=outs)
+        return copied
+
+    def thin(self, ins: int, outs: int, width: int, bias: bool) -> tuple[nn.Module, nn.Module]:
+        """As `Layer`."""
+        return self.new(nn.Linear, ins, width, bias=False), self.resized(width, outs, True)
+
+
+class Embedding(Layer):
+    """nn.Embedding of V rows: W is (features × V), applied to vectors with a single one each."""
+
+    types: tuple[type[nn.Module], ...] = (nn.Embedding,)
+    side_names = ("num_embeddings", "embedding_dim")
+    settings: tuple[str, ...] = ("padding_idx", "scale_grad_by_freq", "sparse")
+    transposed = True
+    can_share = True
+    multiplies = False
+
+    def replacement_obstacle(self) -> str | None:
+        """As `Layer`."""
+        if self.is_plain() and self.module.max_norm is not None:
+            return "factors cannot reproduce max_norm"
+        return super().replacement_obstacle()
+
+    def resized(self, ins: int, outs: int, bias: bool) -> nn.Module:
+        """As `Layer`; it has no bias."""
+        more = {name: getattr(self.module, name) for name in self.settings}
+        return self.new(nn.Embedding, ins, outs, **more)
+
+    def vectors(self, x: Tensor) -> Tensor:
+        """The places (N,) of the ones."""
+        return x.flatten()
+
+    def apply(self, x: Tensor, V: Tensor) -> Tensor:
+        """As `Layer`."""
+        return F.embedding(x, V.mT)
+
+    def vector_kind(self) -> tuple[object, ...]:
+        """As `Layer`."""
+        return type(self.module), self.module.num_embeddings
+
+    def is_masked(self, x: Tensor, keep: Tensor | None) -> bool:
+        """As `Layer`; its input has no features."""
+        return keep is not None and x.shape[: keep.ndim] == keep.shape
+
+    def blocks(self, x: Tensor, keep: Tensor | None) -> Iterator[Tensor]:
+        """All places of the ones."""
+        yield (
+            x[keep.to(x.device)] if keep is not None and self.is_masked(x, keep) else x
+        ).flatten()
+
+    def sums(self, block: Tensor, other: Tensor | None = None) -> tuple[Tensor, ...]:
+        """As `Layer`; Σ x xᵀ is diagonal, (V,). What is looked up does not change with the network."""
+        counts = block.long().bincount(minlength=self.module.num_embeddings).double()
+        return counts, counts
+
+
+class Convolution(Layer):
+    """nn.Conv1d, 2d, 3d: W is (out × in·window) of each group, applied to windows."""
+
+    types: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    side_names = ("in_channels", "out_channels")
+    settings: tuple[str, ...] = (
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "padding_mode",
+    )
+    feature_dim = 1
+
+    def has_code(self) -> bool:
+        """As `Layer`."""
+        return self.groups == 1
+
+    @property
+    def groups(self) -> int:
+        """As `Layer`."""
+        groups: int = self.module.groups
+        return groups
+
+    def pointwise(self, ins: int, outs: int, bias: bool) -> nn.Module:
+        """A convolution with windows of one place, in as many dimensions."""
+        kind = Convolution.types[self.weight.ndim - 3]
+        return self.new(kind, ins, outs, kernel_size=1, groups=self.groups, bias=bias)
+
+    def thin(self, ins: int, outs: int, width: int, bias: bool) -> tuple[nn.Module, nn.Module]:
+        """As `Layer`."""
+        return self.resized(ins, width, False), self.pointwise(width, outs, bias)
+
+    def vectors(self, x: Tensor) -> Tensor:
+        """As `Layer`."""
+        module, sizes = self.module, self.module.kernel_size
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = F.pad(self._batch(x), module._reversed_padding_repeated_twice, mode=mode)
+        windows = zip(sizes, module.stride, module.dilation, strict=True)
+        for i, (size, step, dilation) in enumerate(windows):
+            x = x.unfold(2 + i, dilation * (size - 1) + 1, step)[..., ::dilation]
+        return self._by_group(x)
+
+    def _batch(self, x: Tensor) -> Tensor:
+        return x if x.ndim == self.weight.ndim else x[None]
+
+    def _by_group(self, x: Tensor) -> Tensor:
+        """Places (n, channels, *places, *window) as vectors."""
+        dims = len(self.module.kernel_size)
+        x = x.movedim(1, 1 + dims).flatten(0, dims)
+        x = x.unflatten(1, (self.groups, -1)).flatten(2)
+        return x[:, 0] if self.groups == 1 else x
+
+    def apply(self, x: Tensor, V: Tensor) -> Tensor:
+        """As `Layer`."""
+        weight = V.view(-1, *self.weight.shape[1:])
+        found: Tensor = self.module._conv_forward(x.to(V.dtype), weight, None)
+        return found
+
+    def is_masked(self, x: Tensor, keep: Tensor | None) -> bool:
+        """As `Layer`: padding of texts is not of pictures."""
+        return False
+
+    def blocks(self, x: Tensor, keep: Tensor | None) -> Iterator[Tensor]:
+        """As `Layer`."""
+        x = self._batch(x)
+        count = len(self.vectors(x[:1]))
+        for some in x.split(max(1, BLOCK // max(count, 1))):
+            yield self.vectors(some).double()
+
+
+class TransposedConvolution(Convolution):
+    """nn.ConvTranspose1d, 2d, 3d: W is (out·window × in) of each group, applied to places."""
+
+    types: tuple[type[nn.Module], ...] = (
+        nn.ConvTranspose1d,
+        nn.ConvTranspose2d,
+        nn.ConvTranspose3d,
+    )
+    settings: tuple[str, ...] = (*Convolution.settings, "output_padding")
+    transposed = True
+    own_factor = 1
+
+    def has_code(self) -> bool:
+        """As `Layer`."""
+        return False
+
+    def thin(self, ins: int, outs: int, width: int, bias: bool) -> tuple[nn.Module, nn.Module]:
+        """As `Layer`."""
+        return self.pointwise(ins, width, False), self.resized(width, outs, bias)
+
+    def vectors(self, x: Tensor) -> Tensor:
+        """As `Layer`."""
+        return self._by_group(self._batch(x))
+
+    def is_centered(self) -> bool:
+        """As `Layer`: its windows overlap."""
+        return False
+
+
+# The first that includes a module is its kind.
+KINDS: tuple[type[Layer], ...] = (
+    OfTransposedLinear,
+    Linear,
+    Embedding,
+    Convolution,
+    TransposedConvolution,
+    Conv1D,
+)
+
+# What layers call their sides and settings.
+ATTRIBUTES = {name for kind in KINDS for name in (*kind.side_names, *kind.settings)}
+
+
+def layer_of(module: nn.Module) -> Layer | None:
+    """A module as a layer that holds a matrix; None if it is of no such kind.
+
+    >>> layer_of(nn.Conv1d(6, 8, 5, groups=2)).matrix().shape
+    torch.Size([2, 4, 15])
+    >>> layer_of(nn.BatchNorm1d(3))
+    """
+    return next((kind(module) for kind in KINDS if kind.includes(module)), None)
+
+
+def stored(rank: int, m: int, n: int) -> int:
+    """Numbers in an m × n matrix of that rank: as two factors, r (m + n), or whole if that is less.
+
+    >>> stored(2, 10, 10), stored(6, 10, 10)
+    (40, 100)
+    """
+    return min(rank * (m + n), m * n)
+
+
+def max_factor_rank(m: int, n: int) -> int:
+    """The largest rank at which two factors store fewer numbers than an m × n matrix.
+
+    >>> max_factor_rank(10, 10)
+    4
+    """
+    return (m * n - 1) // (m + n)

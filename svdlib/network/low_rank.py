@@ -1,0 +1,194 @@
+"""Layers of rank r as two thin ones, and what makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from svdlib.linalg.svd import SVD
+from svdlib.network.kinds import ATTRIBUTES, Layer, TransposedLinear, layer_of
+
+
+class LowRank(nn.Sequential):
+    """A layer of rank r as two thin ones, ``self[0]`` and then ``self[1]``.
+
+    - A Linear m × n is one r × n without bias and one m × r with the bias; so is a Conv1D of
+      the transformers library.
+    - A Conv1d, 2d or 3d is r convolutions with its kernel size, stride and padding, and a
+      1 × 1 convolution (Zhang, Zou, He and Sun 2016, section 3.1); r for each of its groups.
+    - A ConvTranspose1d, 2d or 3d is a 1 × 1 convolution to r channels, and a transposed one.
+    - An Embedding of V rows is one of r columns, and a Linear that makes all columns of them.
+    - Of an ``nn.MultiheadAttention``, q_proj, k_proj, v_proj and out_proj are Linear.
+
+    It stands in for the layer replaced: ``weight``, ``bias``, ``in_features``, ``kernel_size``
+    and the like read as that layer's. The weight is multiplied out at each reading.
+    """
+
+    # A scripted layer has its two factors alone.
+    __jit_unused_properties__ = ("factors", "main", "rank", "weight", "bias")
+
+    def __getattr__(self, name: str) -> Any:
+        """Sides and settings of the layer replaced, from the factor that knows them."""
+        if name in ATTRIBUTES and hasattr(self.main, name):
+            names = kind(self.main).side_names
+            if name not in names:
+                return getattr(self.main, name)
+            first, second = map(kind, self.factors)
+            return (first.sides[0], second.sides[1])[names.index(name)]
+        return super().__getattr__(name)
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """As `Sequential`; ``output_size`` is the transposed convolution's."""
+        code = self[0](input)
+        if torch.jit.is_scripting():
+            return self[1](code)
+        return self[1](code) if output_size is None else self[1](code, output_size)
+
+    @property
+    def factors(self) -> tuple[Any, Any]:
+        """The two thin layers, in the order in which they are applied."""
+        first, second = self
+        return first, second
+
+    @property
+    def main(self) -> nn.Module:
+        """The factor that is of the kind of the layer replaced, and has its window."""
+        first, second = self.factors
+        later = kind(second).own_factor == 1 or isinstance(first, TransposedLinear)
+        return cast(nn.Module, second if later else first)
+
+    @property
+    def rank(self) -> int:
+        """The number r of terms."""
+        first = self.factors[0]
+        return kind(first).to_matrix(first.weight).shape[-2]
+
+    @property
+    def weight(self) -> Tensor:
+        """The product of the factors, in the shape of the weight that they replace."""
+        first, second = (kind(factor).to_matrix(factor.weight) for factor in self.factors)
+        return kind(self.main).to_weight(second @ first)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the second factor."""
+        return kind(self.factors[1]).bias
+
+
+def kind(factor: nn.Module) -> Layer:
+    """A factor, which is of a known kind, as a layer.
+
+    >>> kind(nn.Linear(3, 2)).sides
+    (3, 2)
+    """
+    return cast(Layer, layer_of(factor))
+
+
+class Factorized(Layer):
+    """A `LowRank` layer as one that holds the product of its factors."""
+
+    types: tuple[type[nn.Module], ...] = (LowRank,)
+    is_factorized = True
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.main = kind(self.module.main)
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """As `Layer`: its factors'."""
+        return tuple(weight for factor in self.module for weight in kind(factor).weights)
+
+    @property
+    def groups(self) -> int:
+        """As `Layer`."""
+        return self.main.groups
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """As `Layer`."""
+        return self.main.to_matrix(weight)
+
+    def obstacle(self, replace: bool) -> str | None:
+        """As `Layer`: its factors'."""
+        return next(filter(None, (kind(f).obstacle(replace) for f in self.module.factors)), None)
+
+    @property
+    def max_rank(self) -> int:
+        """As `Layer`."""
+        rank: int = self.module.rank
+        return rank
+
+    def projected(self, svd: SVD) -> dict[Tensor, Tensor]:
+        """As `Layer`: of W = B A, U Uᵀ W = (U Uᵀ B) A."""
+        second = kind(self.module.factors[1])
+        return {second.weight: second.to_weight(svd.U @ (svd.U.mT @ second.matrix()))}
+
+    def dense(self) -> Any:
+        """One layer in place of two thin ones, its tensors not yet filled."""
+        first, second = map(kind, self.module.factors)
+        return self.main.resized(first.sides[0], second.sides[1], self.bias is not None)
+
+
+def thin_twin(layer: Layer, rank: int) -> LowRank:
+    """Two thin layers of that rank in place of one, their tensors not yet filled.
+
+    >>> thin_twin(layer_of(nn.Conv2d(3, 8, 5, stride=2, padding=2)), 4)
+    LowRank(
+      (0): Conv2d(3, 4, kernel_size=(5, 5), stride=(2, 2), padding=(2, 2), bias=False)
+      (1): Conv2d(4, 8, kernel_size=(1, 1), stride=(1, 1))
+    )
+    """
+    factors = layer.thin(*layer.sides, layer.groups * rank, layer.bias is not None)
+    return LowRank(*factors).train(layer.module.training)
+
+
+def thin_twins(layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> dict[str, LowRank]:
+    """A `thin_twin` of each layer; those of layers that share their weight share its factors.
+
+    Of one weight W = P Qᵀ (V × d, P V × r), an Embedding looks up rows of P and multiplies them by
+    Qᵀ, a Linear multiplies by Qᵀ and then by P.
+
+    >>> model = nn.Sequential(nn.Embedding(30, 20), nn.Linear(20, 30))
+    >>> model[1].weight = model[0].weight
+    >>> layers = {name: layer_of(part) for name, part in model.named_children()}
+    >>> twins = thin_twins(layers, {"0": 2, "1": 2})
+    >>> twins["0"][0].weight is twins["1"][1].weight, twins["0"][1].weight is twins["1"][0].weight
+    (True, True)
+    """
+    twins = {name: thin_twin(layer, ranks[name]) for name, layer in layers.items()}
+    for names in tied(layers):
+        first, *others = sorted(names, key=lambda name: layers[name].multiplies)
+        shared = twins[first]
+        for twin in (twins[name] for name in others):
+            if type(shared[0]) is not type(twin[0]):
+                factor = kind(twin[0])
+                twin[0] = factor.new(TransposedLinear, *factor.sides)
+                twin[0].weight, twin[1].weight = shared[1].weight, shared[0].weight
+            else:
+                twin[0].weight, twin[1].weight = shared[0].weight, shared[1].weight
+    return twins
+
+
+def tied(layers: Mapping[str, Layer]) -> list[list[str]]:
+    """The names of those layers that share one weight, or both its factors.
+
+    >>> tied({"a": Layer(nn.Linear(3, 3)), "b": Layer(nn.Linear(3, 3))})
+    []
+    """
+    owners: dict[frozenset[int], list[str]] = {}
+    for name, layer in layers.items():
+        if layer.weights:
+            owners.setdefault(frozenset(map(id, layer.weights)), []).append(name)
+    return [names for names in owners.values() if len(names) > 1]
+
+
+def low_rank_layers(model: nn.Module) -> dict[str, LowRank]:
+    """The factorized layers of a model by name.
+
+    >>> list(low_rank_layers(nn.Sequential(nn.ReLU(), thin_twin(layer_of(nn.Linear(9, 8)), 2))))
+    ['1']
+    """
+    return {name: part for name, part in model.named_modules() if isinstance(part, LowRank)}
