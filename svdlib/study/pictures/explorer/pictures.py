@@ -91,7 +91,7 @@ def ranks_picture(cuts: Cuts) -> Callable[[Sequence[int]], bytes]:
     (here,) = cloud.plot([], [], "o", color=HERE, markersize=9, label="these ranks")
     cloud.set(xlabel="parameters", ylabel="test loss (cross-entropy)", yscale="log")
     cloud.set_ylim(cuts.joint.loss.min() * 0.9, cuts.joint.loss.quantile(0.99) * 1.1)
-    plots.plain(cloud.yaxis)
+    plots.plain_numbers(cloud.yaxis)
     cloud.set_title("\n")  # room for the legend, which would narrow the axes if it were counted
     legend = cloud.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2, markerscale=0.7)
     legend.set_in_layout(False)
@@ -194,12 +194,9 @@ def curves_picture(runs: Sequence[pd.DataFrame], epochs: int) -> bytes:
                 _curve(axes[0], part, "test_error", color, str(run))
                 _curve(axes[1], part, "test_loss", color, str(run))
         for axis, label in zip(axes, ("test error (%)", "test loss"), strict=True):
-            axis.set(xlabel="epoch", ylabel=label, yscale="log", xlim=(0.8, epochs + 0.2))
-            plots.whole(axis.xaxis)
-            if axis.lines and label == "test error (%)":
-                plots.to_hundred(axis)
-            if axis.lines:
-                plots.plain(axis.yaxis)
+            axis.set_xlim(0.8, epochs + 0.2)
+            plots.epoch_axis(axis)
+            plots.log_axis(axis, label)
         if axes[0].lines:
             axes[0].legend()
         canvas.draw()
