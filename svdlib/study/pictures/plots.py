@@ -113,12 +113,10 @@ def _mean_lines(axis: Axes, summary: DataFrame, x: str) -> None:
         axis.fill_between(part[x], part.low, part.high, color=color, alpha=0.25, linewidth=0)
 
 
-def _error_bars(
-    axis: Axes, x: Any, rows: DataFrame, fmt: str, capsize: float = 3, **line: Any
-) -> Line2D:
+def _error_bars(axis: Axes, x: Any, rows: DataFrame, fmt: str, **line: Any) -> Line2D:
     """Means with error bars (columns mean, low, high). Returns the line without its bars."""
     spread = np.stack([rows["mean"] - rows.low, rows.high - rows["mean"]])
-    return axis.errorbar(x, rows["mean"], spread, fmt=fmt, capsize=capsize, **line).lines[0]
+    return axis.errorbar(x, rows["mean"], spread, fmt=fmt, **line).lines[0]
 
 
 def _by_epoch(axis: Axes, table: DataFrame, value: str, label: str) -> None:
@@ -249,7 +247,7 @@ def sketch_grid(table: DataFrame, title: str = "") -> Figure:
         shades = sns.light_palette(COLORS["rsvd"], part.q.nunique() + 1)[1:]
         for shift, ((q, rows), shade) in enumerate(zip(part.groupby("q"), shades, strict=True)):
             x = rows.p + 0.08 * (shift - 1)
-            _error_bars(axis, x, rows, "o-", color=shade, label=f"q = {q}")
+            _error_bars(axis, x, rows, "o-", capsize=3, color=shade, label=f"q = {q}")
         axis.axhline(0, color="0.3", linewidth=1)
         axis.set(xlabel="oversampling p", title=f"{method}, epoch {epoch}")
         axis.set_xticks(sorted(part.p.unique()))
@@ -307,7 +305,7 @@ def speed(table: DataFrame, bound: float, title: str = "") -> Figure:
     for way, part in table[table.way != "the products alone"].groupby("way", sort=False):
         seconds = part.groupby("networks").seconds
         rows = DataFrame({"mean": seconds.median(), "low": seconds.min(), "high": seconds.max()})
-        _error_bars(axis, rows.index, rows, "o-", label=str(way))
+        _error_bars(axis, rows.index, rows, "o-", capsize=3, label=str(way))
     axis.axhline(bound, color="0.3", linestyle=":", label="matrix products alone")
     axis.set(xlabel="networks trained at once", ylabel="seconds per network and epoch")
     axis.set(xscale="log", yscale="log", title=title)
@@ -360,7 +358,7 @@ def front(grades: DataFrame, full: tuple[int, float], title: str = "") -> Figure
     left.fill_between(best.parameters, best.low, best.high, color="0.2", alpha=0.2, linewidth=0)
     for rule, part in errors[errors.share.isna()].groupby("rule", sort=False):
         color, marker = looks[rule]
-        point = _error_bars(left, part.parameters, part, marker, 0, color=color)
+        point = _error_bars(left, part.parameters, part, marker, capsize=0, color=color)
         point.set(label=rule, markersize=7)
     left.plot(*full, "*", color="k", markersize=12, label="full network")
     left.set_xlabel("parameters")
@@ -369,7 +367,7 @@ def front(grades: DataFrame, full: tuple[int, float], title: str = "") -> Figure
     regret = summarize(grades[grades.share.notna() & (grades.rule != "optimal")], "regret", by)
     for rule, part in regret.groupby("rule", sort=False):
         color, marker = looks[rule]
-        _error_bars(right, part.share, part, f"{marker}-", 2, color=color, label=rule)
+        _error_bars(right, part.share, part, f"{marker}-", color=color, label=rule)
     right.axhline(0, color="0.3", linewidth=1)
     right.set_yscale("symlog", linthresh=0.01)
     right.set(xlabel="budget, share of the parameters", ylabel="test loss above the best's")
@@ -513,7 +511,7 @@ def compression(
         rows = part.sort_values(size)
         line = "" if form == "factors from the start" else "-"
         shape = "k*" if form == "dense" else next(markers) + line
-        points = _error_bars(axis, rows[size], rows, shape, 2, label=str(form))
+        points = _error_bars(axis, rows[size], rows, shape, label=str(form))
         points.set_markersize(12 if form == "dense" else 6)
     if published is not None:
         named = "published: dynamical low-rank training"
@@ -582,8 +580,8 @@ def retrieval(table: DataFrame, title: str = "") -> Figure:
         part = table[table.form == form].sort_values("share").rename(columns=columns)
         x = 100 * part.share + 0.7 * (place - (len(forms) - 1) / 2)
         line, color = ("--", next(grays)) if form in PUBLISHED else ("-", None)
-        shape = next(markers) + line
-        _error_bars(axis, x, part, shape, 2, color=color, label=form, linewidth=0.8)
+        look = {"color": color, "label": form, "linewidth": 0.8}
+        _error_bars(axis, x, part, next(markers) + line, **look)
     axis.axhline(0, color="k", linewidth=1)
     axis.set(xlabel="weights left in the encoder (%)", ylabel="points of recall@1 more than dense")
     axis.set(title=title, xticks=sorted(100 * table.share.unique()))
