@@ -147,8 +147,7 @@ def learning_curves(history: DataFrame, title: str = "") -> Figure:
 def against_stock(history: DataFrame, title: str = "") -> Figure:
     """The error of stock networks by epoch, and what every other method adds to it.
 
-    Left as in `learning_curves`; right the mean of the differences paired by seed, with its 95%
-    interval, on a scale that is linear below 0.1. ``history`` has a method "stock".
+    Left as in `learning_curves`; right the mean difference, paired by seed, with its 95% interval.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.8))
     figure.suptitle(title, x=0.01, ha="left")
@@ -172,9 +171,9 @@ def against_stock(history: DataFrame, title: str = "") -> Figure:
 
 
 def reproduction(places: Mapping[str, DataFrame], title: str = "") -> Figure:
-    """Single runs among many: bands hold 95% of the runs, dots are their means, crosses single.
+    """Single runs (crosses) among many: bands hold 95% of the runs, dots are their means.
 
-    ``places`` holds tables of `svdlib.study.evidence.statistics.placed`, by what the runs do, with
+    ``places`` has a table of `svdlib.study.evidence.statistics.placed` for each group of runs, with
     columns method, epoch, and value.
     """
     table = pd.concat(places, names=["group"]).reset_index("group")
@@ -214,7 +213,7 @@ def confusion(counts: DataFrame, title: str = "") -> Figure:
 
 
 def weight_pictures(weights: np.ndarray, title: str = "") -> Figure:
-    """The rows (n, 784) of a first layer as 28×28 pictures on one scale: red adds, blue takes."""
+    """The rows (n, 784) of a first layer as 28×28 pictures: red is positive, blue negative."""
     columns = min(len(weights), 8)
     rows = -(-len(weights) // columns)
     figure = plt.figure(figsize=(1.1 * columns, 1.15 * rows + 0.4))
@@ -238,10 +237,7 @@ def spectra(values: DataFrame, title: str = "") -> Figure:
 
 
 def sketch_grid(table: DataFrame, title: str = "") -> Figure:
-    """What rSVD adds to the error by oversampling: one panel per method and epoch, a line per q.
-
-    Columns method, epoch, p, q, mean, low, high.
-    """
+    """What rSVD adds to the error, by oversampling: columns method, epoch, p, q, mean, low, high."""
     figure, panels = _panels(table, ["method", "epoch"], title, (2.9, 3.6))
     for axis, (method, epoch), part in panels:
         shades = sns.light_palette(COLORS["rsvd"], part.q.nunique() + 1)[1:]
@@ -257,10 +253,7 @@ def sketch_grid(table: DataFrame, title: str = "") -> Figure:
 
 
 def effects(table: DataFrame, title: str = "") -> Figure:
-    """Paired differences with intervals, one row each; one panel per epoch, on its own scale.
-
-    Columns what, epoch, mean, low, high.
-    """
+    """Paired differences (columns what, epoch, mean, low, high), one panel per epoch."""
     names = list(table.what.unique())[::-1]
     ordered, size = table.sort_values("epoch", kind="stable"), (4.6, 0.42 * len(names) + 1.5)
     figure, panels = _panels(ordered, "epoch", title, size, 2, sharey=True)
@@ -278,7 +271,7 @@ def effects(table: DataFrame, title: str = "") -> Figure:
 def error_by_rank(table: DataFrame, reference: Sequence[float], title: str = "") -> Figure:
     """Final test error by rank and method: mean, 95% interval; lighter, best to worst network.
 
-    Columns method, rank, test_error; ``reference``: errors of stock networks (mean dashed).
+    Columns method, rank, test_error; ``reference`` has the errors of stock networks.
     """
     figure, axis = plt.subplots(figsize=(7.5, 4.0))
     for method, part in table.groupby("method", sort=False):
@@ -298,8 +291,7 @@ def error_by_rank(table: DataFrame, reference: Sequence[float], title: str = "")
 def speed(table: DataFrame, bound: float, title: str = "") -> Figure:
     """Seconds per network and epoch by the number of networks: median, minimum, and maximum.
 
-    Columns way, networks, seconds, with several rows per way and number; ``bound``, the time of
-    the matrix products alone, is a dotted line.
+    Columns way, networks, seconds; ``bound`` is the time of the matrix products alone.
     """
     figure, axis = plt.subplots(figsize=(7.5, 4.0))
     for way, part in table[table.way != "the products alone"].groupby("way", sort=False):
@@ -317,10 +309,7 @@ def speed(table: DataFrame, bound: float, title: str = "") -> Figure:
 
 
 def loss_profiles(profile: DataFrame, title: str = "") -> Figure:
-    """Increase of the loss by rank, one line per layer: mean and 95% interval over networks.
-
-    Columns layer, rank, increase, rows, columns, as `loss_profile` gives them for each network.
-    """
+    """Increase of the loss by rank (`loss_profile`), one line per layer: mean and 95% interval."""
     figure, axis = plt.subplots(figsize=(7.5, 3.8))
     names = [f"layer {row.layer}: {row.rows}×{row.columns}" for row in profile.itertuples()]
     table = profile.assign(method=names)
@@ -378,8 +367,7 @@ def front(grades: DataFrame, full: tuple[int, float], title: str = "") -> Figure
 def joint_map(joint: DataFrame, layers: Sequence[str], title: str = "") -> Figure:
     """The test error of every pair of ranks of the first two layers, the others full.
 
-    ``joint`` is what `joint_profile` returns, or a mean of several; ``layers`` are its columns of
-    ranks, at least two.
+    ``joint`` is a `joint_profile`, or a mean of several; ``layers`` are its columns of ranks.
     """
     rest = joint[list(layers[2:])]
     pairs = joint[rest.eq(rest.max()).all(axis=1)]
@@ -395,7 +383,7 @@ def joint_map(joint: DataFrame, layers: Sequence[str], title: str = "") -> Figur
 def joint_cloud(joint: DataFrame, best: DataFrame, points: DataFrame, title: str = "") -> Figure:
     """The loss of every combination of ranks (`joint_profile`) by its parameters.
 
-    ``best`` is their `front`; ``points`` to be named have columns rule, parameters, loss.
+    ``best`` is its `front`; the named ``points`` have columns rule, parameters, loss.
     """
     figure, axis = plt.subplots(figsize=(7.5, 4.2))
     axis.plot(joint.parameters, joint.loss, ".", color="0.75", markersize=3, label="combinations")
@@ -425,10 +413,9 @@ def profile_times(times: DataFrame, title: str = "") -> Figure:
 def sketch_errors(table: DataFrame, title: str = "") -> Figure:
     """Spectral error by oversampling: one panel per matrix, a line per number of power iterations.
 
-    Columns matrix, oversample, power_iters, error, bound, sharp_bound, worst, one row per draw, in
-    units of σ_{k+1}. ``bound`` (dashed) is that of the mean without power iterations,
-    ``sharp_bound`` (dotted) that with the row's, and ``worst``, above each panel, the largest error
-    that any Q can have. Bands hold 95% of the draws.
+    One row per draw, with columns matrix, oversample, power_iters, and in units of σ_{k+1} error,
+    bound (of the mean without power iterations), sharp_bound (with the row's power iterations), and
+    worst (the largest error that any Q can have). Bands hold 95% of the draws.
     """
     figure, panels = _panels(table, "matrix", title, (3.1, 4.0), sharey=True)
     counts = sorted(table.power_iters.unique())
@@ -455,8 +442,8 @@ def sketch_errors(table: DataFrame, title: str = "") -> Figure:
 def exact_or_randomized(table: DataFrame, title: str = "") -> Figure:
     """How many times faster a randomized SVD is than the fastest exact one, and its error.
 
-    One panel per spectrum, a row per shape, a column per rank. Columns spectrum, shape, rank; full,
-    truncated, randomized: seconds; error: of the randomized, over the best possible.
+    Columns spectrum, shape, rank; full, truncated, randomized (seconds); error (of the randomized
+    SVD over the best possible).
     """
     table = table.assign(ratio=table[["full", "truncated"]].min(axis=1) / table.randomized)
     shapes, limit = table["shape"].unique(), np.abs(np.log2(table.ratio)).max()
@@ -495,14 +482,10 @@ def svd_race(table: DataFrame, title: str = "") -> Figure:
 def compression(
     table: DataFrame, published: DataFrame | None = None, title: str = "", size: str = "parameters"
 ) -> Figure:
-    """Test error by size: mean and 95% interval of each form and size.
+    """Test error by size, "parameters" or "weights" (without biases): mean and 95% interval.
 
-    Sizes of one form are joined by lines, unless they are networks of different kinds.
-
-    Args:
-        table: columns form ("dense" is a star), size, mean, low, high (of the accuracy).
-        published: columns size, accuracy.
-        size: "parameters", or "weights" (without biases).
+    ``table`` has columns form ("dense" is a star), the size, and mean, low, high of the accuracy;
+    ``published`` has the size and accuracy.
     """
     figure, axis = plt.subplots(figsize=(7.5, 4.4))
     markers = cycle(MARKERS)
@@ -528,8 +511,7 @@ def compression(
 def payoff(table: DataFrame, side: int, title: str = "") -> Figure:
     """Seconds and parameters of a factorized square layer over those of the dense layer, by rank.
 
-    Below 1 the factors win. Columns batch, rank, ratio (of the seconds); the layer has ``side``
-    inputs and as many outputs.
+    Columns batch, rank, ratio (of the seconds); the layer has ``side`` inputs and outputs.
     """
     figure, axis = plt.subplots(figsize=(7.5, 3.8))
     ratios = table.pivot(index="rank", columns="batch", values="ratio")
@@ -548,8 +530,7 @@ def payoff(table: DataFrame, side: int, title: str = "") -> Figure:
 def share_kept(reports: DataFrame, title: str = "") -> Figure:
     """The share of its weights that each layer of a transformer keeps, one panel per network.
 
-    Columns share, layer ("….N.KIND"), rank (NaN if dense), parameters, dense_parameters; rows
-    without a number N in the layer's name are left out.
+    Columns share, layer, parameters, dense_parameters; only layers named "….NUMBER.KIND" are shown.
     """
     reports = reports.sort_values("share", ascending=False, kind="stable", ignore_index=True)
     names = reports.layer.str.extract(r"\.(?P<number>\d+)\.(?P<kind>.+)$")

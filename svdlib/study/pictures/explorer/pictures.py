@@ -110,7 +110,7 @@ def ranks_picture(cuts: Cuts) -> Callable[[Sequence[int]], bytes]:
 
 
 def weights_picture(cuts: Cuts, rank: int, columns: int = 5) -> bytes:
-    """The first layer's rows as pictures, at a rank: red adds, blue takes; one scale for all ranks."""
+    """The first layer's rows at a rank as pictures: red is positive, blue negative."""
     limit = float(cuts.weights(cuts.full[0]).abs().max())
     shades = ((cuts.weights(rank) / limit).clamp(-1, 1) + 1) / 2
     count, side = len(shades), round(shades.shape[1] ** 0.5)
@@ -123,7 +123,7 @@ def weights_picture(cuts: Cuts, rank: int, columns: int = 5) -> bytes:
 
 
 def sketch_picture(max_side: int) -> Callable[[Sketch], bytes]:
-    """A function that draws a sketch: the spectrum, what was found, the error, the best, the bound."""
+    """A function that draws a sketch: the spectrum, what was found, the errors, the bound."""
     figure = Figure(figsize=(7.5, 4), dpi=100)
     axis = figure.subplots()
     (spectrum,) = axis.plot([], [], color="0.6", label="singular values σᵢ")
@@ -191,7 +191,7 @@ def _digit(uri: str, label: int, before: list[float], after: list[float], scale:
     wrong = read != label
     verdict = f"a {label}, now read as {read}" if wrong else f"a {label}, still read"
     width, half = 14, 32
-    bars = ""
+    bars = f'<line x1="0" x2="{10 * width}" y1="{half}" y2="{half}" stroke="#bbb"/>'
     for digit, pair in enumerate(zip(before, after, strict=True)):
         for side, (value, color) in enumerate(zip(pair, ("#999999", HERE), strict=True)):
             height = half * abs(value) / scale
@@ -205,10 +205,10 @@ def _digit(uri: str, label: int, before: list[float], after: list[float], scale:
     weight = "bold" if wrong else "normal"
     return (
         f'<figure style="margin:0;line-height:1.3"><img src="{uri}" width="56" height="56" '
-        f'alt="{verdict}" style="image-rendering:pixelated"><figcaption style="font-weight:{weight}">'
-        f'{verdict}</figcaption><svg width="{10 * width}" height="{2 * half + 14}" '
-        f'font-size="10" role="img" aria-label="logits before and after">'
-        f'<line x1="0" x2="{10 * width}" y1="{half}" y2="{half}" stroke="#bbb"/>{bars}</svg></figure>'
+        f'alt="{verdict}" style="image-rendering:pixelated">'
+        f'<figcaption style="font-weight:{weight}">{verdict}</figcaption>'
+        f'<svg width="{10 * width}" height="{2 * half + 14}" font-size="10" role="img" '
+        f'aria-label="logits before and after">{bars}</svg></figure>'
     )
 
 

@@ -1,4 +1,4 @@
-"""A random sketch of a matrix with a chosen spectrum, against the best approximation and a bound."""
+"""A random sketch of a matrix with a chosen spectrum, its error, the best error, and a bound."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def static_html(panel: widgets.Widget) -> str:
 
 
 def save(panel: widgets.Widget, name: str, data: pd.DataFrame, folder: str | Path) -> None:
-    """Write the panel's pictures, one above another, and its data; nothing if ``folder`` is empty."""
+    """Write the panel's pictures in one column, and its data; nothing if ``folder`` is empty."""
     if not str(folder):
         return
     images = [w.value for w in _leaves(panel) if isinstance(w, widgets.Image)]

@@ -57,5 +57,5 @@ def test_a_sketch_and_learning_curves_are_drawn():
     assert draw(sketch(60, 40, 1.0, 5, 5, 0)) != draw(sketch(60, 40, 1.0, 5, 1, 0))
     run = pd.DataFrame({"run": "stock", "method": "stock", "epoch": [1, 2], "test_error": [9.0, 8],
                         "test_loss": [0.3, 0.2]})  # fmt: skip
-    none, one = pictures.curves_picture([], 2), pictures.curves_picture([run], 2)
-    assert pixels(none).shape == pixels(one).shape and none != one
+    empty, drawn = pictures.curves_picture([], 2), pictures.curves_picture([run], 2)
+    assert pixels(empty).shape == pixels(drawn).shape and empty != drawn
