@@ -71,12 +71,12 @@ def save(figure: Figure | None, name: str, data: DataFrame, folder: str | Path) 
 
 
 def _panels(
-    table: DataFrame, by: Any, title: str, size: tuple[float, float], pad: float = 0, **share: Any
+    table: DataFrame, by: Any, title: str, size: tuple[float, float], pad: float = 0, **options: Any
 ) -> tuple[Figure, list[tuple[Axes, Any, DataFrame]]]:
     """A row of panels (axes, key, rows), one per group of the table in order of appearance."""
     groups = list(table.groupby(by, sort=False))
     figsize = (size[0] * len(groups) + pad, size[1])
-    figure, axes = plt.subplots(1, len(groups), figsize=figsize, squeeze=False, **share)
+    figure, axes = plt.subplots(1, len(groups), figsize=figsize, squeeze=False, **options)
     figure.suptitle(title, x=0.01, ha="left")
     return figure, [(axis, *group) for axis, group in zip(axes[0], groups, strict=True)]
 
