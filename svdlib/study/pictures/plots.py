@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import LogNorm
@@ -18,11 +18,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from pandas import DataFrame
 
-from svdlib.study.evidence.statistics import interval, paired, prediction, summarize
+from svdlib.study.evidence.statistics import paired, prediction, summarize
 
 STYLE = Path(__file__).with_name("svdlib.mplstyle")
-COLORS = {
+COLORS: dict[Any, str] = {
     "stock": "#0072B2",
     "rsvd": "#D55E00",
     "rSVD every epoch": "#D55E00",
@@ -32,22 +33,35 @@ COLORS = {
     "truncSVD every step": "#7CCBB5",
 }
 OTHERS = ("#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933", "#000000")
-LABELS = {"stock": "stock", "rsvd": "rSVD", "truncsvd": "truncSVD"}
+LABELS: dict[Any, str] = {"stock": "stock", "rsvd": "rSVD", "truncsvd": "truncSVD"}
+MARKERS = "osD^vP"
+
+# SVD implementations, in colors other than those of the three methods.
+SVD_STYLES: dict[Any, dict[str, Any]] = {
+    "products alone": {"color": "0.3", "linestyle": ":"},
+    "svdlib": {"color": "#000000", "marker": "o"},
+    "torch.svd_lowrank": {"color": "#CC79A7", "marker": "s"},
+    "scikit-learn": {"color": "#E69F00", "marker": "D"},
+    "fbpca": {"color": "#56B4E9", "marker": "^"},
+    "SciPy svds": {"color": "0.6", "marker": "v"},
+    "SciPy interpolative": {"color": "0.6", "marker": "x", "linestyle": "--"},
+}
+
+# Compression methods from the literature, drawn in gray.
+PUBLISHED = ("plain", "FWSVD", "ASVD", "SVD-LLM")
 
 
 def style() -> None:
-    """Use the project's style for the figures and tables that follow: no sentence or row is cut."""
+    """Use the project's style for figures, and show tables in full."""
     plt.style.use(STYLE)
-    pd.set_option(
-        "display.max_colwidth", None, "display.max_columns", None, "display.max_rows", 500
-    )
+    pd.set_option("display.max_colwidth", None, "display.max_columns", None)
+    pd.set_option("display.max_rows", 500)
 
 
-def save(figure: Figure | None, name: str, data: pd.DataFrame, folder: str | Path) -> None:
-    """Write ``name``.png and its data as ``name``.csv; nothing if ``folder`` is empty.
+def save(figure: Figure | None, name: str, data: DataFrame, folder: str | Path) -> None:
+    """Write ``name``.png (if there is a figure) and ``name``.csv; nothing if ``folder`` is empty.
 
-    Without a figure, the data alone. The PNG carries no metadata, so that equal figures are equal
-    files.
+    The PNG carries no metadata, so that equal figures are equal files.
     """
     if not str(folder):
         return
@@ -56,70 +70,18 @@ def save(figure: Figure | None, name: str, data: pd.DataFrame, folder: str | Pat
     data.to_csv(Path(folder) / f"{name}.csv", index=False, float_format="%.6g")
 
 
-def learning_curves(history: pd.DataFrame, title: str = "") -> Figure:
-    """Test error and test loss by epoch: mean, its 95 % interval, and where 95 % of runs lie.
-
-    ``history`` is what `train` returns, of one call or of several concatenated.
-    """
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6))
-    for axis, value, label in (
-        (axes[0], "test_error", "test error (%)"),
-        (axes[1], "test_loss", "test loss (cross-entropy)"),
-    ):
-        _runs(axis, history, value)
-        _bands(axis, history, "epoch", value)
-        axis.set(xlabel="epoch", ylabel=label, yscale="log")
-        if value == "test_error":
-            to_hundred(axis)
-        plain(axis.yaxis)
-        whole(axis.xaxis)
-    axes[0].legend()
-    figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
-    return figure
+def _panels(
+    table: DataFrame, by: Any, title: str, size: tuple[float, float], pad: float = 0, **options: Any
+) -> tuple[Figure, list[tuple[Axes, Any, DataFrame]]]:
+    """A row of panels (axes, key, rows), one per group of the table in order of appearance."""
+    groups = list(table.groupby(by, sort=False))
+    figsize = (size[0] * len(groups) + pad, size[1])
+    figure, axes = plt.subplots(1, len(groups), figsize=figsize, squeeze=False, **options)
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure, [(axis, *group) for axis, group in zip(axes[0], groups, strict=True)]
 
 
-def against_stock(history: pd.DataFrame, title: str = "") -> Figure:
-    """The error of stock networks by epoch, and what each other method adds to it, seed by seed.
-
-    Left the mean with its 95 % interval and, lighter, where 95 % of the runs lie (not below the
-    best of them); right the mean of the paired differences with its 95 % interval, on a scale that
-    is linear below 0.1.
-
-    Args:
-        history: several calls of `train`, concatenated, with a method "stock".
-    """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.8))
-    stock = history[history.method == "stock"]
-    _runs(left, stock, "test_error")
-    _bands(left, stock, "epoch", "test_error")
-    left.set(xlabel="epoch", ylabel="test error (%)", title="stock", yscale="log")
-    to_hundred(left)
-    plain(left.yaxis)
-    added = pd.concat(
-        paired(part, "test_error", against="stock").assign(epoch=epoch)
-        for epoch, part in history.groupby("epoch")
-    )
-    for method, part in added.groupby("method", sort=False):
-        _line(right, part, "epoch", str(method))
-    right.axhline(0, color="0.3", linewidth=1)
-    right.set_yscale("symlog", linthresh=0.1)
-    right.set_yticks(_ticks(added.low.min(), added.high.max()))
-    right.yaxis.set_major_formatter("{x:g}")
-    right.set(xlabel="epoch", ylabel="points of test error", title="added to it")
-    right.legend()
-    for axis in (left, right):
-        whole(axis.xaxis)
-    figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
-    return figure
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten from 0.1 on, in both directions, as far as they are needed."""
-    steps = [step * 10.0**power for power in (-1, 0, 1) for step in (1, 2, 5)]
-    return [s for s in (*(-step for step in steps), 0, *steps) if min(low, 0) <= s <= max(high, 0)]
-
-
-def plain(axis: Axis) -> None:
+def plain_numbers(axis: Axis) -> None:
     """Plain numbers on a logarithmic axis, as many as its range has room for."""
     low, high = axis.get_view_interval()
     steps = (1, 2, 5) if high > 8 * low else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
@@ -128,237 +90,230 @@ def plain(axis: Axis) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def whole(axis: Axis) -> None:
-    """Whole numbers alone on an axis, of a single epoch too."""
-    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+def log_axis(axis: Axes, label: str) -> None:
+    """A logarithmic y axis with plain numbers, below 100 if in percent. Call it after drawing."""
+    axis.set(yscale="log", ylabel=label)
+    if label.endswith("(%)"):
+        axis.set_ylim(top=min(axis.get_ylim()[1], 100))
+    plain_numbers(axis.yaxis)
 
 
-def to_hundred(axis: Axes) -> None:
-    """No axis of errors, in per cent, goes beyond 100."""
-    axis.set_ylim(top=min(axis.get_ylim()[1], 100))
+def epoch_axis(axis: Axes) -> None:
+    """Only whole numbers on an x axis of epochs, even if there is a single one."""
+    axis.set_xlabel("epoch")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def _runs(axis: Axes, table: pd.DataFrame, value: str) -> None:
-    """Where 95 % of the runs lie, by epoch; not below the best of them."""
+def _mean_lines(axis: Axes, summary: DataFrame, x: str) -> None:
+    """Means and their 95% intervals (columns method, x, mean, low, high), one line per method."""
+    others = cycle(OTHERS)
+    for method, part in summary.groupby("method", sort=False):
+        color, label = COLORS.get(method) or next(others), LABELS.get(method, method)
+        axis.plot(part[x], part["mean"], "o-", color=color, label=label)
+        axis.fill_between(part[x], part.low, part.high, color=color, alpha=0.25, linewidth=0)
+
+
+def _error_bars(axis: Axes, x: Any, rows: DataFrame, fmt: str, **line: Any) -> Line2D:
+    """Means with error bars (columns mean, low, high). Returns the line without its bars."""
+    spread = np.stack([rows["mean"] - rows.low, rows.high - rows["mean"]])
+    return axis.errorbar(x, rows["mean"], spread, fmt=fmt, **line).lines[0]
+
+
+def _by_epoch(axis: Axes, table: DataFrame, value: str, label: str) -> None:
+    """Means by epoch with intervals; lighter, where 95% of runs lie, but not below the best run."""
     for method, part in table.groupby("method", sort=False):
         groups = part.groupby("epoch")[value]
-        ends = pd.DataFrame({epoch: prediction(v) for epoch, v in groups}).T
-        color = COLORS.get(str(method), "0.5")
-        low = ends.low.clip(lower=groups.min())
+        ends = groups.apply(prediction).unstack()
+        color, low = COLORS.get(method, "0.5"), ends.low.clip(lower=groups.min())
         axis.fill_between(ends.index, low, ends.high, color=color, alpha=0.12, linewidth=0)
+    _mean_lines(axis, summarize(table, value, ["method", "epoch"]), "epoch")
+    log_axis(axis, label)
+    epoch_axis(axis)
 
 
-def reproduction(places: Mapping[str, pd.DataFrame], title: str = "") -> Figure:
-    """Single runs among many: bands hold 95 % of the runs, dots are their means, crosses single.
+def learning_curves(history: DataFrame, title: str = "") -> Figure:
+    """Test error and test loss by epoch: mean, its 95% interval, and where 95% of runs lie.
 
-    Args:
-        places: tables of `svdlib.study.evidence.statistics.placed`, by what the runs do; columns method,
-            epoch, value.
+    ``history`` is what `train` returns, of one call or of several concatenated.
     """
-    first = next(iter(places.values()))
-    groups = first[["value", "epoch"]].drop_duplicates().sort_values("epoch", kind="stable")
-    methods = list(first.method.unique())
-    size = (2.9 * len(groups), 3.9)
-    figure, axes = plt.subplots(1, len(groups), figsize=size, squeeze=False)
-    shades = np.linspace(0.25, 0.6, len(places))
-    for axis, (value, epoch) in zip(axes[0], groups.itertuples(index=False), strict=True):
-        for number, (table, shade) in enumerate(zip(places.values(), shades, strict=True)):
-            for row in table[(table.value == value) & (table.epoch == epoch)].to_dict("records"):
-                x = methods.index(row["method"]) + 0.32 * (number - (len(places) - 1) / 2)
-                color = COLORS.get(row["method"])
-                bar = axis.plot([x, x], [row["low"], row["high"]], color=color, alpha=shade)
-                bar[0].set(linewidth=9, solid_capstyle="butt")
-                axis.plot(x, row["mean"], "o", color=color)
-                axis.plot(x, row["single"], "kx", markersize=8, markeredgewidth=2)
-        axis.set_xticks(range(len(methods)), [LABELS.get(m, m) for m in methods])
-        axis.set(title=f"{value}, epoch {epoch}", xlim=(-0.6, len(methods) - 0.4))
-    keys: list[Artist] = [
-        Patch(color="0.3", alpha=a, label=how) for how, a in zip(places, shades, strict=True)
-    ]
-    keys.append(Line2D([], [], color="k", marker="x", linestyle="", label="the single run"))
-    figure.legend(handles=keys, loc="outside lower center", ncols=len(keys))
-    figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6))
+    figure.suptitle(title, x=0.01, ha="left")
+    _by_epoch(left, history, "test_error", "test error (%)")
+    _by_epoch(right, history, "test_loss", "test loss (cross-entropy)")
+    left.legend()
     return figure
 
 
-def _bands(axis: Axes, table: pd.DataFrame, x: str, y: str) -> None:
-    """The mean and its 95 % interval, a line a method."""
-    summary = summarize(table, y, ["method", x])
-    for method, part in summary.groupby("method", sort=False):
-        _line(axis, part, x, str(method))
+def against_stock(history: DataFrame, title: str = "") -> Figure:
+    """The error of stock networks by epoch, and what every other method adds to it.
+
+    Left as in `learning_curves`; right the mean difference, paired by seed, with its 95% interval.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.8))
+    figure.suptitle(title, x=0.01, ha="left")
+    _by_epoch(left, history[history.method == "stock"], "test_error", "test error (%)")
+    left.set_title("stock")
+    added = pd.concat(
+        paired(part, "test_error", against="stock").assign(epoch=epoch)
+        for epoch, part in history.groupby("epoch")
+    )
+    _mean_lines(right, added, "epoch")
+    right.axhline(0, color="0.3", linewidth=1)
+    right.set_yscale("symlog", linthresh=0.1)
+    steps = [step * 10.0**power for power in (-1, 0, 1) for step in (1, 2, 5)]
+    low, high = min(added.low.min(), 0), max(added.high.max(), 0)
+    right.set_yticks([t for t in (*(-step for step in steps), 0, *steps) if low <= t <= high])
+    right.yaxis.set_major_formatter("{x:g}")
+    right.set(ylabel="points of test error", title="added to it")
+    right.legend()
+    epoch_axis(right)
+    return figure
 
 
-def _line(axis: Axes, part: pd.DataFrame, x: str, method: str) -> None:
-    color = COLORS.get(method)
-    if color is None:
-        taken = {line.get_color() for line in axis.lines}
-        color = next(other for other in OTHERS if other not in taken)
-    axis.plot(part[x], part["mean"], "o-", color=color, label=LABELS.get(method, method))
-    axis.fill_between(part[x], part.low, part.high, color=color, alpha=0.25, linewidth=0)
+def reproduction(places: Mapping[str, DataFrame], title: str = "") -> Figure:
+    """Single runs (crosses) among many: bands hold 95% of the runs, dots are their means.
+
+    ``places`` has a table of `svdlib.study.evidence.statistics.placed` for each group of runs, with
+    columns method, epoch, and value.
+    """
+    table = pd.concat(places, names=["group"]).reset_index("group")
+    methods, groups = list(table.method.unique()), list(places)
+    alphas = np.linspace(0.25, 0.6, len(groups))
+    table = table.sort_values("epoch", kind="stable")
+    figure, panels = _panels(table, ["value", "epoch"], title, (2.9, 3.9))
+    for axis, (value, epoch), part in panels:
+        for row in part.to_dict("records"):
+            group, color = groups.index(row["group"]), COLORS.get(row["method"])
+            x = methods.index(row["method"]) + 0.32 * (group - (len(groups) - 1) / 2)
+            bar = {"linewidth": 9, "solid_capstyle": "butt", "alpha": alphas[group]}
+            axis.plot([x, x], [row["low"], row["high"]], color=color, **bar)
+            axis.plot(x, row["mean"], "o", color=color)
+            axis.plot(x, row["single"], "kx", markersize=8, markeredgewidth=2)
+        axis.set_xticks(range(len(methods)), [LABELS.get(m, m) for m in methods])
+        axis.set(title=f"{value}, epoch {epoch}", xlim=(-0.6, len(methods) - 0.4))
+    bands = (Patch(color="0.3", alpha=a, label=g) for g, a in zip(groups, alphas, strict=True))
+    single = Line2D([], [], color="k", marker="x", linestyle="", label="the single run")
+    figure.legend(handles=[*bands, single], loc="outside lower center", ncols=len(groups) + 1)
+    return figure
 
 
-def confusion(counts: pd.DataFrame, title: str = "") -> Figure:
-    """A confusion matrix: rows are true classes, columns predicted ones, entries per cent.
+def confusion(counts: DataFrame, title: str = "") -> Figure:
+    """A confusion matrix in percent: rows are true classes, columns are predicted classes.
 
     Classes that are never predicted have their columns too.
     """
     figure, axis = plt.subplots(figsize=(5.4, 4.4))
     counts = counts.reindex(columns=counts.index, fill_value=0)
     share = 100 * counts.div(counts.sum(axis=1), axis=0)
-    sns.heatmap(
-        share,
-        annot=True,
-        fmt=".0f",
-        cmap="Blues",
-        vmin=0,
-        vmax=10,
-        cbar=False,
-        square=True,
-        ax=axis,
-    )
-    axis.set(
-        xlabel="predicted class (colours end at 10 %)",
-        ylabel="true class (rows add to 100 %)",
-        title=title,
-    )
+    colors = {"cmap": "Blues", "vmin": 0, "vmax": 10, "cbar": False}
+    sns.heatmap(share, annot=True, fmt=".0f", square=True, ax=axis, **colors)
+    axis.set(xlabel="predicted class (colours end at 10 %)", title=title)
+    axis.set_ylabel("true class (rows add to 100 %)")
     return figure
 
 
 def weight_pictures(weights: np.ndarray, title: str = "") -> Figure:
-    """The rows (n, 784) of a first layer as 28×28 pictures on one scale: red adds, blue takes."""
+    """The rows (n, 784) of a first layer as 28×28 pictures: red is positive, blue negative."""
     columns = min(len(weights), 8)
     rows = -(-len(weights) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.1 * columns, 1.15 * rows + 0.4))
+    figure = plt.figure(figsize=(1.1 * columns, 1.15 * rows + 0.4))
+    figure.suptitle(title, x=0.01, ha="left")
     limit = np.abs(weights).max()
-    for axis in np.ravel(axes):
-        axis.axis("off")
-    for axis, row in zip(np.ravel(axes), weights, strict=False):
+    for place, row in enumerate(weights, 1):
+        axis = figure.add_subplot(rows, columns, place)
         axis.imshow(row.reshape(28, 28), cmap="RdBu_r", vmin=-limit, vmax=limit)
-    figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
+        axis.axis("off")
     return figure
 
 
-def spectra(values: pd.DataFrame, title: str = "") -> Figure:
-    """Singular values by index, a panel a layer: columns layer, method, network, index, sigma.
-
-    Lines are means over networks, bands 95 % intervals.
-    """
-    layers = list(values.layer.unique())
-    figure, axes = plt.subplots(1, len(layers), figsize=(3.5 * len(layers), 3.3), squeeze=False)
-    for axis, layer in zip(axes[0], layers, strict=True):
-        _bands(axis, values[values.layer == layer], "index", "sigma")
+def spectra(values: DataFrame, title: str = "") -> Figure:
+    """Singular values (columns layer, method, network, index, sigma), one panel per layer."""
+    figure, panels = _panels(values, "layer", title, (3.5, 3.3))
+    for axis, layer, part in panels:
+        _mean_lines(axis, summarize(part, "sigma", ["method", "index"]), "index")
         axis.set(xlabel="index i", ylabel="singular value σᵢ", title=str(layer), ylim=(0, None))
-    axes[0][0].legend()
-    figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
+    figure.axes[0].legend()
     return figure
 
 
-def sketch_grid(table: pd.DataFrame, title: str = "") -> Figure:
-    """What rSVD adds to the error against oversampling, a panel a method and epoch, a line a q.
-
-    Columns method, epoch, p, q, mean, low, high.
-    """
-    groups = list(table.groupby(["method", "epoch"], sort=False))
-    figure, axes = plt.subplots(1, len(groups), figsize=(2.9 * len(groups), 3.6), squeeze=False)
-    for axis, ((method, epoch), part) in zip(axes[0], groups, strict=True):
+def sketch_grid(table: DataFrame, title: str = "") -> Figure:
+    """What rSVD adds to the error, by oversampling: columns method, epoch, p, q, mean, low, high."""
+    figure, panels = _panels(table, ["method", "epoch"], title, (2.9, 3.6))
+    for axis, (method, epoch), part in panels:
         shades = sns.light_palette(COLORS["rsvd"], part.q.nunique() + 1)[1:]
         for shift, ((q, rows), shade) in enumerate(zip(part.groupby("q"), shades, strict=True)):
-            spread = np.stack([rows["mean"] - rows.low, rows.high - rows["mean"]])
             x = rows.p + 0.08 * (shift - 1)
-            style = {"fmt": "o-", "capsize": 3, "color": shade, "label": f"q = {q}"}
-            axis.errorbar(x, rows["mean"], spread, **style)
+            _error_bars(axis, x, rows, "o-", capsize=3, color=shade, label=f"q = {q}")
         axis.axhline(0, color="0.3", linewidth=1)
-        axis.set_xticks(sorted(part.p.unique()))
         axis.set(xlabel="oversampling p", title=f"{method}, epoch {epoch}")
-        axis.title.set_fontsize(10)
-    axes[0][0].set_ylabel("points of test error added")
-    axes[0][-1].legend()
-    figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
+        axis.set_xticks(sorted(part.p.unique()))
+    figure.axes[0].set_ylabel("points of test error added")
+    figure.axes[-1].legend()
     return figure
 
 
-def effects(table: pd.DataFrame, title: str = "") -> Figure:
-    """Paired differences with intervals, a row each, a panel an epoch on a scale of its own.
-
-    Columns what, epoch, mean, low, high.
-    """
-    epochs = sorted(table.epoch.unique())
-    names = list(table.what.unique())
-    size = (4.6 * len(epochs) + 2, 0.42 * len(names) + 1.5)
-    figure, axes = plt.subplots(1, len(epochs), figsize=size, sharey=True, squeeze=False)
-    for axis, epoch in zip(axes[0], epochs, strict=True):
-        rows = table[table.epoch == epoch].set_index("what").loc[names]
-        spread = np.stack([rows["mean"] - rows.low, rows.high - rows["mean"]])
-        axis.errorbar(rows["mean"], np.arange(len(rows))[::-1], xerr=spread, fmt="o", capsize=3)
+def effects(table: DataFrame, title: str = "") -> Figure:
+    """Paired differences (columns what, epoch, mean, low, high), one panel per epoch."""
+    names = list(table.what.unique())[::-1]
+    ordered, size = table.sort_values("epoch", kind="stable"), (4.6, 0.42 * len(names) + 1.5)
+    figure, panels = _panels(ordered, "epoch", title, size, 2, sharey=True)
+    for axis, epoch, part in panels:
+        rows = part.set_index("what").loc[names]
+        spread = [rows["mean"] - rows.low, rows.high - rows["mean"]]
+        axis.errorbar(rows["mean"], range(len(names)), xerr=spread, fmt="o", capsize=3)
         axis.axvline(0, color="0.3", linewidth=1)
-        axis.set_yticks(np.arange(len(rows))[::-1], names)
+        axis.set_yticks(range(len(names)), names)
         axis.set(xlabel="points of test error", title=f"epoch {epoch}")
-        axis.set_ylim(-0.6, len(rows) - 0.4)
-    figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
+        axis.set_ylim(-0.6, len(names) - 0.4)
     return figure
 
 
-def error_by_rank(table: pd.DataFrame, reference: Sequence[float], title: str = "") -> Figure:
-    """Final test error against rank, by method: mean, 95 % interval; light: best to worst network.
+def error_by_rank(table: DataFrame, reference: Sequence[float], title: str = "") -> Figure:
+    """Final test error by rank and method: mean, 95% interval; lighter, best to worst network.
 
-    Args:
-        table: columns method, rank, test_error.
-        reference: errors of stock networks; their mean is a dashed line.
+    Columns method, rank, test_error; ``reference`` has the errors of stock networks.
     """
     figure, axis = plt.subplots(figsize=(7.5, 4.0))
     for method, part in table.groupby("method", sort=False):
         ends = part.groupby("rank").test_error.agg(["min", "max"])
-        color = COLORS.get(str(method), "0.5")
+        color = COLORS.get(method, "0.5")
         axis.fill_between(ends.index, ends["min"], ends["max"], color=color, alpha=0.1, linewidth=0)
-    _bands(axis, table, "rank", "test_error")
-    stock = interval(reference)
-    axis.axhline(stock["mean"], color=COLORS["stock"], linestyle="--", label="stock, full rank")
-    axis.set(xlabel="rank of every weight matrix", ylabel="test error (%)", title=title)
-    axis.set(yscale="log", xlim=(0.5, table["rank"].max() + 0.5))
-    to_hundred(axis)
-    plain(axis.yaxis)
-    axis.set_xticks(sorted(table["rank"].unique()))
+    _mean_lines(axis, summarize(table, "test_error", ["method", "rank"]), "rank")
+    stock, ranks = float(np.mean(reference)), sorted(table["rank"].unique())
+    axis.axhline(stock, color=COLORS["stock"], linestyle="--", label="stock, full rank")
+    axis.set(xlim=(0.5, ranks[-1] + 0.5), xticks=ranks, xlabel="rank of every weight matrix")
+    axis.set_title(title)
+    log_axis(axis, "test error (%)")
     axis.legend()
     return figure
 
 
-def speed(table: pd.DataFrame, bound: float, title: str = "") -> Figure:
-    """Seconds per network and epoch against the number of networks: median, least and most.
+def speed(table: DataFrame, bound: float, title: str = "") -> Figure:
+    """Seconds per network and epoch by the number of networks: median, minimum, and maximum.
 
-    Columns way, networks, seconds, several a way and number; ``bound``, the products alone, is
-    drawn as a line.
+    Columns way, networks, seconds; ``bound`` is the time of the matrix products alone.
     """
     figure, axis = plt.subplots(figsize=(7.5, 4.0))
     for way, part in table[table.way != "the products alone"].groupby("way", sort=False):
         seconds = part.groupby("networks").seconds
-        middle = seconds.median()
-        spread = [middle - seconds.min(), seconds.max() - middle]
-        axis.errorbar(middle.index, middle, spread, fmt="o-", capsize=3, label=str(way))
+        rows = DataFrame({"mean": seconds.median(), "low": seconds.min(), "high": seconds.max()})
+        _error_bars(axis, rows.index, rows, "o-", capsize=3, label=str(way))
     axis.axhline(bound, color="0.3", linestyle=":", label="matrix products alone")
-    axis.set(xscale="log", yscale="log", title=title)
     axis.set(xlabel="networks trained at once", ylabel="seconds per network and epoch")
+    axis.set(xscale="log", yscale="log", title=title)
     counts = sorted(table.networks.unique())
-    axis.set_xticks(counts, [str(count) for count in counts])
+    axis.set_xticks(counts, list(map(str, counts)))
     axis.minorticks_off()
     axis.legend()
     return figure
 
 
-def loss_profiles(profile: pd.DataFrame, title: str = "") -> Figure:
-    """Loss increase against rank, a line a layer: mean and 95 % interval over networks.
-
-    Columns layer, rank, increase, rows, columns, as `loss_profile` gives them for each network.
-    """
+def loss_profiles(profile: DataFrame, title: str = "") -> Figure:
+    """Increase of the loss by rank (`loss_profile`), one line per layer: mean and 95% interval."""
     figure, axis = plt.subplots(figsize=(7.5, 3.8))
-    named = profile.assign(
-        method="layer "
-        + profile.layer
-        + ": "
-        + profile.rows.astype(str)
-        + "×"
-        + profile["columns"].astype(str)
-    )
-    _bands(axis, named, "rank", "increase")
+    names = [f"layer {row.layer}: {row.rows}×{row.columns}" for row in profile.itertuples()]
+    table = profile.assign(method=names)
+    _mean_lines(axis, summarize(table, "increase", ["method", "rank"]), "rank")
     axis.axhline(0, color="0.3", linewidth=1)
     axis.set(xlabel="rank of this layer, the others full", ylabel="increase of the validation loss")
     axis.set_title(title)
@@ -371,140 +326,107 @@ def loss_profiles(profile: pd.DataFrame, title: str = "") -> Figure:
     return figure
 
 
-def front(grades: pd.DataFrame, full: tuple[int, float], title: str = "") -> Figure:
-    """Rules for ranks against the best ranks of as many parameters, means and 95 % intervals.
+def front(grades: DataFrame, full: tuple[int, float], title: str = "") -> Figure:
+    """Rules for ranks against the best ranks of the same size, with means and 95% intervals.
 
-    Left the test error of rules that choose their own size, beside the front of the best;
-    right the test loss over the best of the same budget, of rules that take one.
+    Left the test error of rules that choose their own size, beside the front of the best ranks;
+    right, for rules that take a budget, the test loss above that of the best ranks within it.
 
-    Args:
-        grades: what `svdlib.study.evidence.grading.grade` returns, of several networks with a column seed.
-        full: parameters and test error of the full network.
+    ``grades`` is what `svdlib.study.evidence.grading.grade` returns, of several networks;
+    ``full`` has the parameters and the test error of the full network.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), width_ratios=(3, 2))
-    under = grades[grades.share.notna()]
-    best = under[under.rule == "optimal"]
-    line = summarize(best, "error", ["share"]).assign(
-        parameters=best.groupby("share", sort=False).parameters.mean().values
-    )
-    left.plot(line.parameters, line["mean"], "-", color="0.2", label="the best ranks", zorder=1)
-    left.fill_between(line.parameters, line.low, line.high, color="0.2", alpha=0.2, linewidth=0)
-    styles = dict(zip(grades.rule.unique(), _styles(), strict=False))
-    own = grades[grades.share.isna()]
-    points = summarize(own, "error", ["rule"]).assign(
-        parameters=own.groupby("rule", sort=False).parameters.mean().values
-    )
-    for row in points.to_dict("records"):
-        ends = [[row["mean"] - row["low"]], [row["high"] - row["mean"]]]
-        color, marker = styles[row["rule"]]
-        bar = left.errorbar(row["parameters"], row["mean"], ends, fmt=marker, color=color)
-        bar.lines[0].set(label=row["rule"], markersize=7)
+    figure.suptitle(title, x=0.01, ha="left")
+    colors, markers = cycle(sns.color_palette("colorblind")), cycle(MARKERS + "*X<>p")
+    looks = {rule: (next(colors), next(markers)) for rule in grades.rule.unique()}
+    by = ["rule", "share"]
+    sizes = grades.groupby(by, sort=False, dropna=False).parameters.mean()
+    errors = summarize(grades, "error", by).assign(parameters=sizes.values)
+    best = errors[(errors.rule == "optimal") & errors.share.notna()]
+    left.plot(best.parameters, best["mean"], "-", color="0.2", label="the best ranks", zorder=1)
+    left.fill_between(best.parameters, best.low, best.high, color="0.2", alpha=0.2, linewidth=0)
+    for rule, part in errors[errors.share.isna()].groupby("rule", sort=False):
+        color, marker = looks[rule]
+        point = _error_bars(left, part.parameters, part, marker, capsize=0, color=color)
+        point.set(label=rule, markersize=7)
     left.plot(*full, "*", color="k", markersize=12, label="full network")
-    left.set(yscale="log", xlabel="parameters", ylabel="test error (%)")
-    to_hundred(left)
-    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    left.yaxis.set_major_formatter("{x:g}")
-    left.minorticks_off()
+    left.set_xlabel("parameters")
+    log_axis(left, "test error (%)")
     left.legend(fontsize=8.5, loc="upper right")
-    regret = summarize(under[under.rule != "optimal"], "regret", ["rule", "share"])
+    regret = summarize(grades[grades.share.notna() & (grades.rule != "optimal")], "regret", by)
     for rule, part in regret.groupby("rule", sort=False):
-        spread = np.stack([part["mean"] - part.low, part.high - part["mean"]])
-        color, marker = styles[rule]
-        style = {"fmt": f"{marker}-", "color": color, "label": rule, "capsize": 2}
-        right.errorbar(part.share, part["mean"], spread, **style)
+        color, marker = looks[rule]
+        _error_bars(right, part.share, part, f"{marker}-", color=color, label=rule)
     right.axhline(0, color="0.3", linewidth=1)
     right.set_yscale("symlog", linthresh=0.01)
     right.set(xlabel="budget, share of the parameters", ylabel="test loss above the best's")
     right.legend(fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
     return figure
 
 
-def _styles() -> Iterator[tuple[tuple[float, float, float], str]]:
-    """Colours and markers without end, each pair different from those before."""
-    colors = itertools.cycle(sns.color_palette("colorblind", 10))
-    markers = itertools.cycle("osD^vP*X<>p")
-    return zip(colors, markers, strict=False)
-
-
-def joint_map(joint: pd.DataFrame, layers: Sequence[str], title: str = "") -> Figure:
+def joint_map(joint: DataFrame, layers: Sequence[str], title: str = "") -> Figure:
     """The test error of every pair of ranks of the first two layers, the others full.
 
-    Args:
-        joint: what `joint_profile` returns, or a mean of several.
-        layers: its columns of ranks, two at least.
+    ``joint`` is a `joint_profile`, or a mean of several; ``layers`` are its columns of ranks.
     """
-    whole = joint[joint[list(layers[2:])].eq(joint[list(layers[2:])].max()).all(axis=1)]
-    error = (100 - whole.pivot(index=layers[1], columns=layers[0], values="accuracy"))[::-1]
+    rest = joint[list(layers[2:])]
+    pairs = joint[rest.eq(rest.max()).all(axis=1)]
+    error = (100 - pairs.pivot(index=layers[1], columns=layers[0], values="accuracy"))[::-1]
     figure, axis = plt.subplots(figsize=(0.42 * error.shape[1] + 1.2, 0.28 * len(error) + 1.2))
     norm = LogNorm(min(max(error.min().min(), 0.1), 45), 90)
-    sns.heatmap(
-        error, annot=True, fmt=".0f", cmap="viridis_r", norm=norm, cbar=False, ax=axis,
-        annot_kws={"size": 8},
-    )  # fmt: skip
+    text = {"annot": True, "fmt": ".0f", "annot_kws": {"size": 8}}
+    sns.heatmap(error, cmap="viridis_r", norm=norm, cbar=False, ax=axis, **text)
     axis.set(xlabel="rank of the first layer", ylabel="rank of the second layer", title=title)
     return figure
 
 
-def joint_cloud(
-    joint: pd.DataFrame, best: pd.DataFrame, points: pd.DataFrame, title: str = ""
-) -> Figure:
-    """Every combination of ranks by parameters and loss, the front of the best, and some points.
+def joint_cloud(joint: DataFrame, best: DataFrame, points: DataFrame, title: str = "") -> Figure:
+    """The loss of every combination of ranks (`joint_profile`) by its parameters.
 
-    Args:
-        joint: what `joint_profile` returns.
-        best: what `front` makes of it.
-        points: columns rule, parameters, loss.
+    ``best`` is its `front`; the named ``points`` have columns rule, parameters, loss.
     """
     figure, axis = plt.subplots(figsize=(7.5, 4.2))
     axis.plot(joint.parameters, joint.loss, ".", color="0.75", markersize=3, label="combinations")
     best = best[best.excess == 0]
     axis.step(best.parameters, best.loss, where="post", color="0.2", label="the best of them")
-    for row, marker in zip(points.to_dict("records"), "osD^vP", strict=False):
+    for row, marker in zip(points.to_dict("records"), MARKERS, strict=False):
         axis.plot(row["parameters"], row["loss"], marker, markersize=8, label=row["rule"])
-    axis.set(xscale="log", yscale="log", xlabel="parameters", ylabel="validation loss")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter("{x:g}")
+    axis.set(xscale="log", xlabel="parameters", title=title)
+    log_axis(axis, "validation loss")
     axis.minorticks_off()
-    axis.set_title(title)
     axis.legend()
     return figure
 
 
-def profile_times(times: pd.DataFrame, title: str = "") -> Figure:
-    """Seconds of a loss profile: a row a network (the index), a column a way; ``bound`` dotted."""
+def profile_times(times: DataFrame, title: str = "") -> Figure:
+    """Seconds of a loss profile by network (the index) and way (the columns); ``bound`` dotted."""
     figure, axis = plt.subplots(figsize=(7.5, 4.0))
-    places = range(len(times))
-    for way in times.drop(columns="bound"):
-        axis.plot(places, times[way], "o-", label=str(way))
-    axis.plot(places, times.bound, ":", color="0.3", label="products behind the layer alone")
+    ways = times.drop(columns="bound")
+    axis.plot(ways.index, ways, "o-", label=list(ways))
+    axis.plot(times.bound, ":", color="0.3", label="products behind the layer alone")
     axis.set(yscale="log", ylabel="seconds for all layers and ranks", title=title)
-    axis.set_xticks(places, list(times.index))
     axis.set_xlim(-0.2, len(times) - 0.8)
     axis.legend()
     return figure
 
 
-def sketch_errors(table: pd.DataFrame, title: str = "") -> Figure:
-    """Spectral error against oversampling, a panel a matrix, a line a number of power iterations.
+def sketch_errors(table: DataFrame, title: str = "") -> Figure:
+    """Spectral error by oversampling: one panel per matrix, a line per number of power iterations.
 
-    Columns matrix, oversample, power_iters, error, bound, sharp_bound, worst: a row a draw, in
-    units of σ_{k+1}; ``bound`` is that of the mean without power iterations (dashed),
-    ``sharp_bound`` with those of the row (dotted, in its colour), ``worst`` the largest error that
-    any Q can have, told above each panel. Bands hold 95 % of the draws.
+    One row per draw, with columns matrix, oversample, power_iters, and in units of σ_{k+1} error,
+    bound (of the mean without power iterations), sharp_bound (with the row's power iterations), and
+    worst (the largest error that any Q can have). Bands hold 95% of the draws.
     """
-    names = list(dict.fromkeys(table.matrix))
-    figure, axes = plt.subplots(1, len(names), figsize=(3.1 * len(names), 4.0), sharey=True)
+    figure, panels = _panels(table, "matrix", title, (3.1, 4.0), sharey=True)
     counts = sorted(table.power_iters.unique())
     colors = sns.light_palette(COLORS["rsvd"], len(counts) + 1)[:0:-1]
-    for axis, name in zip(np.atleast_1d(axes), names, strict=True):
-        part = table[table.matrix == name]
+    for axis, name, part in panels:
         for q, color in zip(counts, colors, strict=True):
-            drawn = part[part.power_iters == q].groupby("oversample")
-            low, high = drawn.error.quantile(0.025), drawn.error.quantile(0.975)
-            axis.plot(drawn.error.mean(), "o-", color=color, label=f"mean, q = {q}")
+            draws = part[part.power_iters == q].groupby("oversample")
+            low, high = draws.error.quantile(0.025), draws.error.quantile(0.975)
+            axis.plot(draws.error.mean(), "o-", color=color, label=f"mean, q = {q}")
             axis.fill_between(low.index, low, high, color=color, alpha=0.25, linewidth=0)
-            axis.plot(drawn.sharp_bound.first(), ":", color=color, label=f"sharper bound, q = {q}")
+            axis.plot(draws.sharp_bound.first(), ":", color=color, label=f"sharper bound, q = {q}")
         printed = part.groupby("oversample").bound.first()
         axis.plot(printed, "--", color="0.3", label="printed bound, q = 0")
         axis.axhline(1, color="0.6", linewidth=1)
@@ -512,193 +434,135 @@ def sketch_errors(table: pd.DataFrame, title: str = "") -> Figure:
         worst = f"{part.worst.iloc[0]:,.1f}".removesuffix(".0")
         axis.set_title(f"{name}\nworst Q: {worst}", fontsize=10)
         axis.yaxis.set_major_formatter("{x:g}")
-    np.atleast_1d(axes)[0].set_ylabel("error / best possible")
+    figure.axes[0].set_ylabel("error / best possible")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right center")
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
     return figure
 
 
-def exact_or_randomized(table: pd.DataFrame, title: str = "") -> Figure:
-    """How many times faster a randomized SVD is than the fastest exact one, and what its error is.
+def exact_or_randomized(table: DataFrame, title: str = "") -> Figure:
+    """How many times faster a randomized SVD is than the fastest exact one, and its error.
 
-    A panel a spectrum, a row a shape, a column a rank. Columns spectrum, shape, rank; full,
-    truncated, randomized: seconds; error: of the randomized, over the best possible.
+    Columns spectrum, shape, rank; full, truncated, randomized (seconds); error (of the randomized
+    SVD over the best possible).
     """
     table = table.assign(ratio=table[["full", "truncated"]].min(axis=1) / table.randomized)
-    spectra, shapes = (list(dict.fromkeys(table[name])) for name in ("spectrum", "shape"))
-    limit = np.abs(np.log2(table.ratio)).max()
-    size = (0.9 + 1.05 * table["rank"].nunique() * len(spectra), 0.6 * len(shapes) + 1.2)
-    figure, axes = plt.subplots(1, len(spectra), figsize=size, sharey=True, squeeze=False)
-    for axis, spectrum in zip(axes[0], spectra, strict=True):
-        part = table[table.spectrum == spectrum]
-        ratio, error = (
-            part.pivot(index="shape", columns="rank", values=value).loc[shapes]
-            for value in ("ratio", "error")
-        )
-        sns.heatmap(
-            np.log2(ratio),
-            annot=ratio.map("{:.2g}×\n".format) + error.map("error {:.3f}".format),
-            fmt="",
-            annot_kws={"fontsize": 8.5},
-            cmap="vlag_r",
-            vmin=-limit,
-            vmax=limit,
-            cbar=False,
-            linewidths=1,
-            ax=axis,
-        )
+    shapes, limit = table["shape"].unique(), np.abs(np.log2(table.ratio)).max()
+    colors = {"cmap": "vlag_r", "vmin": -limit, "vmax": limit, "cbar": False, "linewidths": 1}
+    size = (1.05 * table["rank"].nunique(), 0.6 * len(shapes) + 1.2)
+    figure, panels = _panels(table, "spectrum", title, size, 0.9, sharey=True)
+    for axis, spectrum, part in panels:
+        grid = part.pivot(index="shape", columns="rank", values=["ratio", "error"]).loc[shapes]
+        text = grid.ratio.map("{:.2g}×\n".format) + grid.error.map("error {:.3f}".format)
+        text_style = {"fmt": "", "annot_kws": {"fontsize": 8.5}}
+        sns.heatmap(np.log2(grid.ratio), annot=text, ax=axis, **text_style, **colors)
         axis.set(ylabel="", title=f"{spectrum} spectrum")
         axis.tick_params(axis="y", rotation=0)
         axis.grid(visible=False)
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
     return figure
 
 
-# Apart from the colours of the three methods.
-WAYS = {
-    "products alone": {"color": "0.3", "linestyle": ":"},
-    "svdlib": {"color": "#000000", "marker": "o"},
-    "torch.svd_lowrank": {"color": "#CC79A7", "marker": "s"},
-    "scikit-learn": {"color": "#E69F00", "marker": "D"},
-    "fbpca": {"color": "#56B4E9", "marker": "^"},
-    "SciPy svds": {"color": "0.6", "marker": "v"},
-    "SciPy interpolative": {"color": "0.6", "marker": "x", "linestyle": "--"},
-}
-
-
-def svd_race(table: pd.DataFrame, title: str = "") -> Figure:
-    """Seconds against rank, a panel a shape, a line a way; ``products alone`` dotted."""
-    shapes = list(dict.fromkeys(table["shape"]))
-    figure, axes = plt.subplots(1, len(shapes), figsize=(2.9 * len(shapes), 3.8), sharey=True)
-    for axis, shape in zip(np.atleast_1d(axes), shapes, strict=True):
-        for way, part in table[table["shape"] == shape].groupby("way", sort=False):
-            axis.plot(part["rank"], part.seconds, label=way, **WAYS.get(str(way), {}))
-        axis.set(xscale="log", yscale="log", xlabel="rank", title=shape)
+def svd_race(table: DataFrame, title: str = "") -> Figure:
+    """Seconds by rank: one panel per shape, a line per way; ``products alone`` dotted."""
+    figure, panels = _panels(table, "shape", title, (2.9, 3.8), sharey=True)
+    for axis, shape, part in panels:
+        for way, rows in part.groupby("way", sort=False):
+            axis.plot(rows["rank"], rows.seconds, label=way, **SVD_STYLES.get(way, {}))
         ranks = sorted(table["rank"].unique())
+        axis.set(xscale="log", yscale="log", xlabel="rank", title=shape)
         axis.set_xticks(ranks, list(map(str, ranks)))
+        axis.minorticks_off()
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.minorticks_off()
-    np.atleast_1d(axes)[0].set_ylabel("seconds")
-    shown = {line.get_label(): line for axis in np.atleast_1d(axes) for line in axis.lines}
-    figure.legend(shown.values(), shown.keys(), loc="outside right center")
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
+    figure.axes[0].set_ylabel("seconds")
+    lines = {line.get_label(): line for axis in figure.axes for line in axis.lines}
+    figure.legend(handles=list(lines.values()), loc="outside right center")
     return figure
 
 
 def compression(
-    table: pd.DataFrame,
-    published: pd.DataFrame | None = None,
-    title: str = "",
-    size: str = "parameters",
+    table: DataFrame, published: DataFrame | None = None, title: str = "", size: str = "parameters"
 ) -> Figure:
-    """Test error against size: mean and 95 % interval of each form and size.
+    """Test error by size, "parameters" or "weights" (without biases): mean and 95% interval.
 
-    Sizes of one form are joined, but for those that are networks of different kinds.
-
-    Args:
-        table: columns form ("dense" is a star), size, mean, low, high (of the accuracy).
-        published: columns size, accuracy.
-        size: "parameters", or "weights" (without biases).
+    ``table`` has columns form ("dense" is a star), the size, and mean, low, high of the accuracy;
+    ``published`` has the size and accuracy.
     """
     figure, axis = plt.subplots(figsize=(7.5, 4.4))
-    markers = itertools.cycle("osD^vP")
-    for form, part in table.groupby("form", sort=False):
+    markers = cycle(MARKERS)
+    errors = table.assign(mean=100 - table["mean"], low=100 - table.high, high=100 - table.low)
+    for form, part in errors.groupby("form", sort=False):
         rows = part.sort_values(size)
-        error = 100 - rows["mean"]
-        spread = np.stack([rows.high - rows["mean"], rows["mean"] - rows.low])
-        style = "" if form == "factors from the start" else "-"
-        shape = "k*" if form == "dense" else next(markers) + style
-        bar = axis.errorbar(rows[size], error, spread, fmt=shape, label=str(form), capsize=2)
-        bar.lines[0].set_markersize(12 if form == "dense" else 6)
+        line = "" if form == "factors from the start" else "-"
+        shape = "k*" if form == "dense" else next(markers) + line
+        points = _error_bars(axis, rows[size], rows, shape, label=str(form))
+        points.set_markersize(12 if form == "dense" else 6)
     if published is not None:
         named = "published: dynamical low-rank training"
         axis.plot(published[size], 100 - published.accuracy, "x", color="0.35", label=named)
     label = {"weights": "weights (biases not counted)"}.get(size, size)
-    axis.set(xscale="log", yscale="log", xlabel=label, ylabel="test error (%)", title=title)
-    to_hundred(axis)
-    for scale in (axis.xaxis, axis.yaxis):
-        plain(scale)
+    axis.set(xscale="log", xlabel=label, title=title)
+    log_axis(axis, "test error (%)")
+    plain_numbers(axis.xaxis)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axis.legend(fontsize=8.5)
     return figure
 
 
-def payoff(table: pd.DataFrame, side: int, title: str = "") -> Figure:
-    """Seconds and parameters of a factorized square layer, over the dense one's, by rank.
+def payoff(table: DataFrame, side: int, title: str = "") -> Figure:
+    """Seconds and parameters of a factorized square layer over those of the dense layer, by rank.
 
-    Columns batch, rank, ratio (of the seconds); ``side`` is the layer's number of inputs and of
-    outputs. Below 1 the factors win.
+    Columns batch, rank, ratio (of the seconds); the layer has ``side`` inputs and outputs.
     """
     figure, axis = plt.subplots(figsize=(7.5, 3.8))
-    for batch, part in table.groupby("batch", sort=False):
-        axis.plot(part["rank"], part.ratio, "o-", label=f"seconds, batch {batch}")
-    ranks = np.array(sorted(table["rank"].unique()))
-    axis.plot(ranks, 2 * ranks / side, ":", color="0.3", label="parameters and multiply-adds")
+    ratios = table.pivot(index="rank", columns="batch", values="ratio")
+    axis.plot(ratios, "o-", label=[f"seconds, batch {batch}" for batch in ratios])
+    parameters = 2 * ratios.index / side
+    axis.plot(ratios.index, parameters, ":", color="0.3", label="parameters and multiply-adds")
     axis.axhline(1, color="0.3", linewidth=1)
     axis.set(xscale="log", yscale="log", xlabel="rank", ylabel="factorized / dense", title=title)
-    axis.set_xticks(ranks, list(map(str, ranks)))
+    axis.set_xticks(ratios.index, list(map(str, ratios.index)))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.minorticks_off()
     axis.legend()
     return figure
 
 
-def kept(reports: pd.DataFrame, title: str = "") -> Figure:
-    """The share of its weights that each layer of a transformer keeps, a panel a network.
+def share_kept(reports: DataFrame, title: str = "") -> Figure:
+    """The share of its weights that each layer of a transformer keeps, one panel per network.
 
-    Columns share, layer ("….N.KIND"), rank (NaN if dense), parameters, dense_parameters; rows
-    without a number N in the layer's name are left out.
+    Columns share, layer, parameters, dense_parameters; only layers named "….NUMBER.KIND" are shown.
     """
-    reports = reports.reset_index(drop=True)
+    reports = reports.sort_values("share", ascending=False, kind="stable", ignore_index=True)
     names = reports.layer.str.extract(r"\.(?P<number>\d+)\.(?P<kind>.+)$")
     table = reports.join(names).dropna(subset="number")
-    table["kept"] = (table.parameters / table.dense_parameters).clip(upper=1)
-    shares = sorted(table.share.unique(), reverse=True)
-    figure, axes = plt.subplots(
-        1, len(shares), figsize=(2.4 + 2.9 * len(shares), 3.4), sharey=True, squeeze=False
-    )
-    for axis, share in zip(axes[0], shares, strict=True):
-        part = table[table.share == share]
-        grid = part.pivot(index="kind", columns="number", values="kept")
-        grid = grid.loc[part.kind.unique()]
-        sns.heatmap(100 * grid, ax=axis, vmin=0, vmax=100, cmap="viridis", annot=True, fmt=".0f")
+    table["percent"] = (100 * table.parameters / table.dense_parameters).clip(upper=100)
+    figure, panels = _panels(table, "share", "", (2.9, 3.4), 2.4, sharey=True)
+    figure.suptitle(f"{title} (%)", fontsize=12, x=0.01, ha="left")
+    colors = {"vmin": 0, "vmax": 100, "cmap": "viridis", "cbar": False}
+    for axis, share, part in panels:
+        grid = part.pivot(index="kind", columns="number", values="percent")
+        sns.heatmap(grid.loc[part.kind.unique()], ax=axis, annot=True, fmt=".0f", **colors)
         axis.set_title(f"{share:.0%} left", fontweight="normal", fontsize=11)
         axis.set(xlabel="layer", ylabel="")
-        axis.collections[0].colorbar.remove()
-    figure.suptitle(f"{title} (%)", x=0.01, ha="left", fontweight="bold")
     return figure
 
 
-# What these papers do, or anybody, in grey.
-OF_OTHERS = ("plain", "FWSVD", "ASVD", "SVD-LLM")
-
-
-def retrieval(table: pd.DataFrame, title: str = "") -> Figure:
-    """Differences of recall@1 to the dense network, with 95 % intervals, by share and form.
+def retrieval(table: DataFrame, title: str = "") -> Figure:
+    """Change of recall@1 from the dense network, with 95% intervals, by share and form.
 
     Columns form, share, more_recall, more_recall_low, more_recall_high.
     """
     figure, axis = plt.subplots(figsize=(8, 4.6))
     table = table[table.form != "dense"]
     forms = table.groupby("form").more_recall.mean().sort_values(ascending=False).index
-    markers, greys = itertools.cycle("osD^vP"), itertools.cycle(["0.2", "0.4", "0.55", "0.7"])
+    markers, grays = cycle(MARKERS), cycle(["0.2", "0.4", "0.55", "0.7"])
+    columns = {"more_recall": "mean", "more_recall_low": "low", "more_recall_high": "high"}
     for place, form in enumerate(forms):
-        part = table[table.form == form].sort_values("share")
-        low, high = part.more_recall - part.more_recall_low, part.more_recall_high
-        spread = np.stack([low, high - part.more_recall])
-        at = 100 * part.share + 0.7 * (place - (len(forms) - 1) / 2)
-        theirs = form in OF_OTHERS
-        axis.errorbar(
-            at,
-            part.more_recall,
-            spread,
-            fmt=next(markers) + ("--" if theirs else "-"),
-            color=next(greys) if theirs else None,
-            label=form,
-            capsize=2,
-            linewidth=0.8,
-        )
+        part = table[table.form == form].sort_values("share").rename(columns=columns)
+        x = 100 * part.share + 0.7 * (place - (len(forms) - 1) / 2)
+        line, color = ("--", next(grays)) if form in PUBLISHED else ("-", None)
+        look = {"color": color, "label": form, "linewidth": 0.8}
+        _error_bars(axis, x, part, next(markers) + line, **look)
     axis.axhline(0, color="k", linewidth=1)
     axis.set(xlabel="weights left in the encoder (%)", ylabel="points of recall@1 more than dense")
     axis.set(title=title, xticks=sorted(100 * table.share.unique()))

@@ -183,10 +183,16 @@ def test_other_plots():
     forms = rule.rename(columns={"rule": "form"}).assign(milliseconds=1.0)
     rows = pd.DataFrame({"batch": 1, "rank": [2, 4], "ratio": [0.1, 0.2]})
     published = pd.DataFrame({"accuracy": [90.0], "parameters": [10]})
+    layers = ["embeddings", "layer.0.query", "layer.1.query"]
+    kept = pd.DataFrame({"layer": layers * 2, "parameters": 5, "dense_parameters": [10, 10, 4] * 2})
+    recall = pd.DataFrame({"form": ["dense", "plain", "ours"], "share": [1.0, 0.5, 0.5]})
+    more = {"more_recall": -2.0, "more_recall_low": -3.0, "more_recall_high": 1.0}
     drawn = [
         figures.compression(forms),
         figures.compression(pd.concat([forms, forms.assign(form="dense")]), published),
         figures.payoff(rows, side=16),
+        figures.share_kept(kept.assign(share=[0.5] * 3 + [0.8] * 3)),
+        figures.retrieval(recall.assign(**more)),
         figures.sketch_errors(sketches),
         figures.exact_or_randomized(exact),
         figures.svd_race(ways),

@@ -1,7 +1,7 @@
-"""The explorer: panels to move by hand. State and pictures are here, the notebook is layout.
+"""The explorer: panels to move by hand.
 
 `cuts` and `sketches` answer questions about one network and one matrix in milliseconds; `runs`
-trains and keeps what was trained; `pictures` draws frames; `panels` binds them to widgets.
+trains networks and keeps them; `pictures` draws frames; `panels` binds them to widgets.
 """
 
 from svdlib.study.pictures.explorer.cuts import Cuts

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -16,108 +13,57 @@ from svdlib.ranks.front import front, layers_of
 from svdlib.ranks.joint import joint_profile
 
 
-@dataclass(frozen=True, eq=False)
 class Cuts:
-    """A perceptron, linear layers with ReLU between, decomposed once, and images to look at.
+    """A perceptron (linear layers with ReLU between), decomposed once, and images to look at.
 
-    With W_l = U Σ Vᵀ the first layer's V_rᵀ x are the first r numbers of Vᵀ x, known for all
-    images; what is left of a forward pass at ranks (r_1, r_2, …) is small.
+    With the first layer's W = U Σ Vᵀ, the numbers Vᵀ x of all images are computed once. A forward
+    pass at ranks (r_1, r_2, …) starts from their first r_1, so that little is left to do.
 
     Attributes:
-        layers: the names of its layers.
-        factors: the singular value decomposition (U, σ, Vᵀ) of each.
-        biases: of each.
+        layers: names of the layers.
+        full: full rank of each layer.
+        factors: singular value decomposition (U, σ, Vᵀ) of each layer.
+        biases: bias of each layer, 0 without one.
         x, y: images (n, features) and labels (n,).
-        joint: what `joint_profile` finds on them: the loss at every combination of ranks.
+        joint: the loss at every combination of ranks (`joint_profile`).
+        best: the front of the best combinations, by number of parameters.
+
+    >>> _ = torch.manual_seed(0)
+    >>> net = nn.Sequential(nn.Linear(9, 4), nn.ReLU(), nn.Linear(4, 3))
+    >>> cuts = Cuts(net, torch.rand(20, 9), torch.arange(20) % 3)
+    >>> cuts.layers, cuts.full, len(cuts.joint)
+    (['0', '2'], (4, 3), 20)
     """
 
-    layers: list[str]
-    factors: list[tuple[Tensor, Tensor, Tensor]]
-    biases: list[Tensor]
-    x: Tensor
-    y: Tensor
-    joint: pd.DataFrame
-
-    @classmethod
     @torch.no_grad()
-    def of(cls, model: nn.Sequential, x: Tensor, y: Tensor) -> Cuts:
-        """Decompose a model, and measure it at every combination of ranks.
-
-        >>> _ = torch.manual_seed(0)
-        >>> net = nn.Sequential(nn.Linear(9, 4), nn.ReLU(), nn.Linear(4, 3))
-        >>> cuts = Cuts.of(net, torch.rand(20, 9), torch.arange(20) % 3)
-        >>> cuts.layers, cuts.full, len(cuts.joint)
-        (['0', '2'], (4, 3), 20)
-        """
-        joint = joint_profile(model, x, y, progress=False)
-        layers = [layer for layer in model if isinstance(layer, nn.Linear)]
-        return cls(
-            layers=layers_of(joint),
-            factors=[
-                torch.linalg.svd(layer.weight.double().cpu(), full_matrices=False)
-                for layer in layers
-            ],
-            biases=[
-                torch.zeros(len(layer.weight)).double()
-                if layer.bias is None
-                else layer.bias.double().cpu()
-                for layer in layers
-            ],
-            x=x.cpu(),
-            y=y.cpu(),
-            joint=joint,
-        )
-
-    @property
-    def full(self) -> tuple[int, ...]:
-        """The full rank of each layer."""
-        return tuple(len(sigma) for _, sigma, _ in self.factors)
-
-    @property
-    def combinations(self) -> int:
-        """How many choices of ranks there are, none and full included."""
-        return math.prod(rank + 1 for rank in self.full)
-
-    @cached_property
-    def best(self) -> pd.DataFrame:
-        """The front of the best combinations, in the order of their parameters."""
+    def __init__(self, model: nn.Sequential, x: Tensor, y: Tensor) -> None:
+        self.joint = joint_profile(model, x, y, progress=False)
+        self.layers = layers_of(self.joint)
         best = front(self.joint)
-        return best[best.excess == 0].reset_index(drop=True)
-
-    @cached_property
-    def _places(self) -> dict[tuple[int, ...], int]:
+        self.best = best[best.excess == 0].reset_index(drop=True)
+        linear = [layer for layer in model if isinstance(layer, nn.Linear)]
+        matrices = [layer.weight.double().cpu() for layer in linear]
+        self.factors = [torch.linalg.svd(matrix, full_matrices=False) for matrix in matrices]
+        self.biases = [0 if layer.bias is None else layer.bias.double().cpu() for layer in linear]
+        self.full = tuple(len(sigma) for _, sigma, _ in self.factors)
+        self.x, self.y = x.cpu(), y.cpu()
         ranks = self.joint[self.layers].itertuples(index=False, name=None)
-        return {each: place for place, each in enumerate(ranks)}
-
-    @cached_property
-    def _codes(self) -> Tensor:
-        return self.x.double() @ self.factors[0][2].mT
-
-    @cached_property
-    def _dense(self) -> Tensor:
-        return self.logits(self.full)
+        self._places = {key: place for place, key in enumerate(ranks)}
+        self._codes = self.x.double() @ self.factors[0][2].mT
+        self._full_logits = self.logits(self.full)
 
     @torch.no_grad()
     def logits(self, ranks: Sequence[int]) -> Tensor:
-        """The outputs (n, classes) for all images, in float64.
-
-        >>> _ = torch.manual_seed(0)
-        >>> net, x = nn.Sequential(nn.Linear(9, 4), nn.ReLU(), nn.Linear(4, 3)), torch.rand(20, 9)
-        >>> cuts = Cuts.of(net, x, torch.arange(20) % 3)
-        >>> torch.allclose(cuts.logits((4, 3)).float(), net(x), atol=1e-6)
-        True
-        """
-        hidden = self._codes[:, : ranks[0]]
-        for number, (rank, (U, sigma, Vh), bias) in enumerate(
-            zip(ranks, self.factors, self.biases, strict=True)
-        ):
-            if number:
-                hidden = hidden.relu() @ Vh[:rank].mT
-            hidden = hidden @ (U[:, :rank] * sigma[:rank]).mT + bias
+        """The outputs (n, classes) for all images, in float64."""
+        hidden = self.x
+        layers = zip(ranks, self.factors, self.biases, strict=True)
+        for number, (rank, (U, sigma, Vh), bias) in enumerate(layers):
+            codes = hidden.relu() @ Vh[:rank].mT if number else self._codes[:, :rank]
+            hidden = codes @ (U[:, :rank] * sigma[:rank]).mT + bias
         return hidden
 
     def weights(self, rank: int) -> Tensor:
-        """The first layer's matrix (m, features) of that rank."""
+        """The first layer's matrix (m, features) at this rank."""
         U, sigma, Vh = self.factors[0]
         return (U[:, :rank] * sigma[:rank]) @ Vh[:rank]
 
@@ -126,30 +72,21 @@ class Cuts:
         return self.joint.iloc[self._places[tuple(ranks)]]
 
     def best_within(self, parameters: int) -> pd.Series:
-        """The combination with the least loss among those with no more parameters."""
-        able = np.searchsorted(self.best.parameters.to_numpy(), parameters, side="right")
-        return self.best.iloc[max(int(able) - 1, 0)]
+        """The combination with the smallest loss among those with no more parameters."""
+        count = np.searchsorted(self.best.parameters.to_numpy(), parameters, side="right")
+        return self.best.iloc[max(int(count) - 1, 0)]
 
     def misread(self, ranks: Sequence[int], count: int = 12) -> tuple[Tensor, Tensor, Tensor]:
-        """Images that the network reads rightly and this cut most clearly misreads, or nearly.
+        """Images that the full network reads correctly and this cut most clearly misreads.
 
-        In the order of the margin that the cut leaves: the logit of the right class less the
-        largest other. Below zero the image is misread.
+        They are sorted by the margin after the cut: the logit of the correct class minus the
+        largest other one. Below zero the image is misread.
 
         Returns:
             their indices (count,), and the logits (count, classes) before and after the cut.
-
-        >>> _ = torch.manual_seed(0)
-        >>> net = nn.Sequential(nn.Linear(9, 4), nn.ReLU(), nn.Linear(4, 3))
-        >>> x = torch.rand(20, 9)
-        >>> cuts = Cuts.of(net, x, net(x).argmax(1))
-        >>> at, before, after = cuts.misread((1, 1), count=3)
-        >>> bool((before.argmax(1) == cuts.y[at]).all()), after.shape
-        (True, torch.Size([3, 3]))
         """
-        after, before = self.logits(ranks), self._dense
-        margin = _margin(after, self.y)
-        margin[_margin(before, self.y) <= 0] = torch.inf
+        before, after = self._full_logits, self.logits(ranks)
+        margin = _margin(after, self.y).where(_margin(before, self.y) > 0, torch.inf)
         at = margin.argsort(stable=True)[:count]
         return at, before[at], after[at]
 

@@ -1,4 +1,4 @@
-"""Trainings that are watched while they go, stopped at will, and kept to be compared."""
+"""Trainings to watch, stop, keep, and compare."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pandas as pd
 
@@ -18,20 +19,15 @@ from svdlib.study.pictures.plots import LABELS
 
 
 class Stopped(Exception):
-    """A training that was told to stop."""
+    """A training was stopped by its user."""
 
 
 @dataclass
 class Session:
-    """What was trained on one data set, one training at a time.
+    """What was trained on one data set, one training at a time, all of the same length.
 
-    Attributes:
-        data: what is trained on.
-        sizes: the networks' widths.
-        epochs: of every training, so that all can be compared.
-        runs: the histories (`train`) of what was trained, each with a column ``run``: what was
-            chosen, in words; "stock" for the stock networks that go along.
-        nets: the networks last trained, the stock ones first.
+    ``runs`` has the trainings' histories (`train`) with a column ``run``: the projection in words,
+    or "stock". ``nets`` are the networks trained last, the stock networks first.
     """
 
     data: Data
@@ -49,15 +45,13 @@ class Session:
         watch: Callable[[pd.DataFrame], object] | None = None,
         progress: bool = False,
     ) -> pd.DataFrame:
-        """Train so many stock networks, and as many from the same seeds with this projection.
+        """Train ``seeds`` stock networks, and as many with this projection from the same seeds.
 
-        Args:
-            watch: called with the history so far, after every epoch.
-            progress: show a progress bar.
+        ``watch`` is called after every epoch with the history so far.
 
         Returns:
-            the history, which is also kept in ``runs``; of a training that was stopped, what
-            there was of it, if that is an epoch at least.
+            the history, which is also added to ``runs``. If the training was stopped it has the
+            complete epochs; without any it is not added.
 
         Raises:
             RuntimeError: another training is under way.
@@ -72,90 +66,69 @@ class Session:
             raise RuntimeError("a training is under way; stop it, or wait for its end")
         try:
             self._stop.clear()
-            numbers = list(range(seeds))
-            choices = [None] * seeds + ([choice] * seeds if choice else [])
-            nets = MLPEnsemble(
-                self.sizes, seeds=numbers * (1 + bool(choice)), device=self.data.device
-            )
-            self.nets = nets
-            history, seen = pd.DataFrame(), 0
+            choices = [None, choice] if choice else [None]
+            repeated = [c for c in choices for _ in range(seeds)]
+            numbers = list(range(seeds)) * len(choices)
+            nets = self.nets = MLPEnsemble(self.sizes, seeds=numbers, device=self.data.device)
+            history = pd.DataFrame()
 
             def look(rows: list[dict[str, object]]) -> None:
-                nonlocal history, seen
+                nonlocal history
                 if self._stop.is_set():
                     raise Stopped
-                if len(rows) > seen:
-                    seen = len(rows)
-                    history = _named(pd.DataFrame(rows), choice)
+                if len(rows) > len(history):
+                    history = pd.DataFrame(rows)
+                    stock = history.method == "stock"
+                    history["run"] = history.method.where(stock, describe(choice))
                     if watch:
                         watch(history)
 
+            options: dict[str, Any] = {"projection": repeated, "watch": look, "progress": progress}
             with contextlib.suppress(Stopped):
-                train(
-                    nets,
-                    self.data,
-                    epochs=self.epochs,
-                    projection=choices,
-                    watch=look,
-                    progress=progress,
-                )
+                train(nets, self.data, epochs=self.epochs, **options)
             if len(history):
                 self.runs.append(history)
             return history
         finally:
             self._busy.release()
 
-    @property
-    def busy(self) -> bool:
-        """Whether a training is under way."""
-        return self._busy.locked()
-
     def stop(self) -> None:
-        """End the training that is under way, within some steps; what it has found stays."""
+        """End the training that is under way within a few steps, and keep its complete epochs."""
         self._stop.set()
 
     def table(self) -> pd.DataFrame:
-        """A row a run: what was chosen, networks, epochs, its test error, and what it adds to stock.
+        """One row per run: networks, epochs, test error, and what its projection adds to it.
 
-        Both after the run's last epoch, the second paired by seed, with 95 % intervals.
+        Errors are those after the run's last epoch; differences are paired by seed, with 95%
+        intervals.
         """
         rows = []
         for history in self.runs:
             last = history[history.epoch == history.epoch.max()]
-            other = last[last.method != "stock"]
-            shown = other if len(other) else last
-            row = {
-                "run": shown.run.iloc[0],
-                "networks": len(shown),
-                "epochs": int(shown.epoch.iloc[0]),
-                "test error (%)": round(shown.test_error.mean(), 2),
-                "points added to stock": "",
-            }
-            if len(other):
-                added = paired(last, "test_error", against="stock").iloc[0]
-                row["points added to stock"] = (
-                    told(added) if len(shown) > 1 else f"{added['mean']:.2f}"
-                )
-            rows.append(row)
+            added = paired(last, "test_error", against="stock")
+            shown = last[last.method != "stock"] if len(added) else last
+            rows.append(
+                {
+                    "run": shown.run.iloc[0],
+                    "networks": len(shown),
+                    "epochs": int(shown.epoch.iloc[0]),
+                    "test error (%)": round(shown.test_error.mean(), 2),
+                    "points added to stock": told(added.iloc[0]) if len(added) else "",
+                }
+            )
         return pd.DataFrame(rows)
 
 
-def named(choice: Projection | None) -> str:
+def describe(choice: Projection | None) -> str:
     """A projection in words.
 
-    >>> named(Projection("rsvd", 10, every="epoch", oversample=2, power_iters=0))
+    >>> describe(Projection("rsvd", 10, every="epoch", oversample=2, power_iters=0))
     'rSVD, rank 10, p = 2, q = 0, every epoch'
     """
     if choice is None:
         return "stock"
-    sketch = (
-        f" p = {choice.oversample}, q = {choice.power_iters}," if choice.method == "rsvd" else ""
-    )
-    often = f"{choice.every} steps" if isinstance(choice.every, int) else choice.every
-    return f"{LABELS[choice.method]}, rank {choice.rank},{sketch} every {often}"
-
-
-def _named(history: pd.DataFrame, choice: Projection | None) -> pd.DataFrame:
-    return history.assign(
-        run=history.method.map(lambda m: "stock" if m == "stock" else named(choice))
-    )
+    every = f"{choice.every} steps" if isinstance(choice.every, int) else choice.every
+    parts = [LABELS[choice.method], f"rank {choice.rank}", f"every {every}"]
+    if choice.method == "rsvd":
+        parts[2:2] = [f"p = {choice.oversample}", f"q = {choice.power_iters}"]
+    return ", ".join(parts)

@@ -16,15 +16,15 @@ from svdlib.study.pictures.explorer.pictures import data_uri
 
 
 def show(panel: widgets.Widget) -> None:
-    """Display a panel; where no kernel answers for it, `still` stands in its place."""
-    view = panel._repr_mimebundle_()
-    display({**view, "text/plain": "a panel of widgets", "text/html": still(panel)}, raw=True)
+    """Display a panel; where no kernel answers for it, `static_html` stands in its place."""
+    views = {"text/plain": "a panel of widgets", "text/html": static_html(panel)}
+    display({**panel._repr_mimebundle_(), **views}, raw=True)
 
 
-def still(panel: widgets.Widget) -> str:
+def static_html(panel: widgets.Widget) -> str:
     """A panel's words and pictures as they are now, as HTML.
 
-    >>> still(widgets.VBox([widgets.HTML("rank 3"), widgets.IntSlider(3)]))
+    >>> static_html(widgets.VBox([widgets.HTML("rank 3"), widgets.IntSlider(3)]))
     '<div>rank 3</div>'
     """
     parts = []
@@ -32,28 +32,25 @@ def still(panel: widgets.Widget) -> str:
         if isinstance(widget, widgets.HTML) and widget.value:
             parts.append(f"<div>{widget.value}</div>")
         elif isinstance(widget, widgets.Image):
-            source = data_uri(_small(widget.value))
-            parts.append(
-                f'<img alt="a picture of the panel" style="max-width:100%" src="{source}">'
-            )
+            packed = io.BytesIO()
+            Image.open(io.BytesIO(widget.value)).save(packed, "png", optimize=True)
+            source = f'style="max-width:100%" src="{data_uri(packed.getvalue())}"'
+            parts.append(f'<img alt="a picture of the panel" {source}>')
     return "".join(parts)
 
 
 def save(panel: widgets.Widget, name: str, data: pd.DataFrame, folder: str | Path) -> None:
-    """Write the panel's pictures, one above another, and its data; nothing if ``folder`` is empty."""
+    """Write the panel's pictures in one column, and its data; nothing if ``folder`` is empty."""
     if not str(folder):
         return
-    parts = [
-        Image.open(io.BytesIO(widget.value))
-        for widget in _leaves(panel)
-        if isinstance(widget, widgets.Image)
-    ]
-    whole = Image.new("RGB", (max(p.width for p in parts), sum(p.height for p in parts)), "white")
-    top = 0
-    for part in parts:
-        whole.paste(part, (0, top))
-        top += part.height
-    whole.save(Path(folder) / f"{name}.png", optimize=True)
+    images = [w.value for w in _leaves(panel) if isinstance(w, widgets.Image)]
+    pictures = [Image.open(io.BytesIO(image)) for image in images]
+    size = max(p.width for p in pictures), sum(p.height for p in pictures)
+    page, top = Image.new("RGB", size, "white"), 0
+    for picture in pictures:
+        page.paste(picture, (0, top))
+        top += picture.height
+    page.save(Path(folder) / f"{name}.png", optimize=True)
     plots.save(None, name, data, folder)
 
 
@@ -63,10 +60,3 @@ def _leaves(widget: widgets.Widget) -> Iterator[widgets.Widget]:
             yield from _leaves(child)
     else:
         yield widget
-
-
-def _small(picture: bytes) -> bytes:
-    """A PNG made for speed, packed."""
-    stream = io.BytesIO()
-    Image.open(io.BytesIO(picture)).save(stream, "png", optimize=True)
-    return stream.getvalue()

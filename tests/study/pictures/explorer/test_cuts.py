@@ -15,7 +15,7 @@ def made():
     for layer in net[::2]:  # classes that inputs decide, not biases
         nn.init.zeros_(layer.bias)
     x = 3 * torch.randn(200, 16)
-    return net, Cuts.of(net, x, (net(x) + 0.1 * torch.randn(200, 4)).argmax(1))
+    return net, Cuts(net, x, (net(x) + 0.1 * torch.randn(200, 4)).argmax(1))
 
 
 @pytest.mark.parametrize("ranks", [(6, 5, 4), (1, 2, 3), (0, 0, 0), (4, 0, 4), (3, 5, 1)])
@@ -39,15 +39,15 @@ def test_logits_and_row_are_those_of_the_projected_network(made, ranks):
 
 def test_the_table_holds_every_combination(made):
     _, cuts = made
-    assert len(cuts.joint) == cuts.combinations == 7 * 6 * 5
+    assert len(cuts.joint) == 7 * 6 * 5
 
 
 def test_the_best_with_no_more_parameters_is_found_by_trying_all(made):
     _, cuts = made
     for parameters in sorted(set(cuts.joint.parameters)):
-        able = cuts.joint[cuts.joint.parameters <= parameters]
+        eligible = cuts.joint[cuts.joint.parameters <= parameters]
         best = cuts.best_within(parameters)
-        assert best.loss == able.loss.min()
+        assert best.loss == eligible.loss.min()
         assert best.parameters <= parameters
 
 

@@ -26,7 +26,7 @@ def cuts():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(16, 6), nn.ReLU(), nn.Linear(6, 4))
     x = torch.rand(50, 16)
-    return explorer.Cuts.of(net, x, net(x).argmax(1))
+    return explorer.Cuts(net, x, net(x).argmax(1))
 
 
 def test_a_slider_changes_numbers_pictures_and_digits(cuts):
@@ -41,7 +41,7 @@ def test_a_slider_changes_numbers_pictures_and_digits(cuts):
 
 
 def test_the_matrix_panel_says_when_nothing_is_random_any_more():
-    panel = explorer.matrix_panel(most=60)
+    panel = explorer.matrix_panel(max_side=60)
     by_name = {s.description: s for s in leaves(panel, (widgets.IntSlider, widgets.FloatSlider))}
     assert "exact" not in words(panel)
     by_name["p"].value = 100
@@ -51,7 +51,7 @@ def test_the_matrix_panel_says_when_nothing_is_random_any_more():
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "error"),
     [
         ("", "rank must be from 1 to 15, not nothing"),
         ("0", "rank must be from 1 to 15, not 0"),
@@ -62,12 +62,12 @@ def test_the_matrix_panel_says_when_nothing_is_random_any_more():
         ("²", "not ²"),
     ],
 )
-def test_bad_fields_say_so_beside_themselves(text, said):
+def test_bad_fields_say_so_beside_themselves(text, error):
     field = Field("rank", "10", 1, 15)
     field.text.value = text
-    assert field.value is None and said in field.said.value
+    assert field.value is None and error in field.message.value
     field.text.value = " 7 "
-    assert field.value == 7 and not field.said.value
+    assert field.value == 7 and not field.message.value
 
 
 def waited(what, seconds=60):
@@ -84,7 +84,7 @@ def test_train_draws_and_tells_and_stop_stops(mnist):
     fields = {text.description: text for text in leaves(panel, widgets.Text)}
     fields["rank"].value = "none"
     train.click()
-    assert not session.busy and "mend" in words(panel) and not session.runs
+    assert not train.disabled and "correct the fields" in words(panel) and not session.runs
     fields["rank"].value, fields["seeds"].value = "5", "2"
     train.click()
     assert waited(lambda: session.runs and not train.disabled)

@@ -6,7 +6,7 @@ import pandas as pd
 from PIL import Image
 
 from svdlib.study.pictures import explorer
-from svdlib.study.pictures.explorer.stills import still
+from svdlib.study.pictures.explorer.stills import static_html
 from svdlib.study.running.execute import refreshed
 
 
@@ -18,7 +18,7 @@ def picture(width, height):
 
 def test_a_still_holds_the_words_and_the_pictures():
     panel = widgets.VBox([widgets.HBox([picture(4, 3)]), widgets.HTML("so"), widgets.HTML("")])
-    text = still(panel)
+    text = static_html(panel)
     assert text.count("<img") == 1 and text.endswith("<div>so</div>")
 
 
@@ -27,8 +27,8 @@ def test_saved_pictures_stand_one_above_another(tmp_path):
     data = pd.DataFrame({"a": [1]})
     explorer.save(panel, "09_x", data, "")
     explorer.save(panel, "09_x", data, tmp_path)
-    with Image.open(tmp_path / "09_x.png") as whole:
-        assert whole.size == (9, 5)
+    with Image.open(tmp_path / "09_x.png") as page:
+        assert page.size == (9, 5)
     assert (tmp_path / "09_x.csv").read_text() == "a\n1\n"
 
 
