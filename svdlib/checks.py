@@ -99,25 +99,6 @@ def finite(tensor: Tensor, what: str) -> None:
         raise ValueError(f"{what} has NaN or infinite entries; it must be finite")
 
 
-def labels(y: Tensor, classes: int | None = None, ignored: int | None = None) -> None:
-    """Refuse what are no class numbers from 0, or not of a model with so many outputs.
-
-    >>> labels(torch.tensor([0, 3]), classes=3)
-    Traceback (most recent call last):
-    ValueError: labels run to 3 but the model has 3 outputs
-    """
-    if y.dtype != torch.int64:
-        raise ValueError(
-            f"labels must be class numbers of type torch.int64, not {y.dtype}; for other targets "
-            "give objective=(model, batch) -> losses (n,)"
-        )
-    if bool(((y < 0) & (y != ignored) if ignored is not None else y < 0).any()):
-        more = "" if ignored is None else f" (or {ignored})"
-        raise ValueError(f"labels must be at least 0{more}, not {int(y.min())}")
-    if classes is not None and y.numel() and int(y.max()) >= classes:
-        raise ValueError(f"labels run to {int(y.max())} but the model has {classes} outputs")
-
-
 # Frames of the library and of what wraps its functions are not where a caller reads a warning.
 OWN = (str(Path(__file__).parent), contextlib.__file__, str(Path(torch.utils.__file__).parent))
 

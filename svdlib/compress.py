@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,31 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from svdlib import checks, clock, threads
-from svdlib.bars import bar
-from svdlib.layers.calibrate import Fit, Mask, fit, input_sums
+from svdlib.layers.calibrate import Fit, Mask, fits_of, lost_by
 from svdlib.layers.cost import WHOLE_MODEL, cost, counted
-from svdlib.layers.factorize import BATCH, Fits, factorized, one_after_another, shown
-from svdlib.network.batches import Batch, Batches, batches, first_batch, refuse_generator
+from svdlib.layers.factorize import BATCH, Fits, factorized, one_after_another
+from svdlib.network.batches import Batches, batches, first_batch, refuse_generator
 from svdlib.network.calls import Call, Objective
 from svdlib.network.chain import task_of
-from svdlib.network.kinds import Layer, max_factor_rank
-from svdlib.network.low_rank import low_rank_layers, tied
-from svdlib.network.opened import READ, Network
-from svdlib.network.task import Task
-from svdlib.ranks.allocate import Choices, allocate, choices, least
-from svdlib.ranks.profile import profile_of
+from svdlib.network.low_rank import low_rank_layers
+from svdlib.network.opened import Network
+from svdlib.ranks.plan import plan_of
+from svdlib.ranks.sensitivity import GRID, added_losses, sensitivities
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-# The ranks of a layer at which its loss is measured; between them it is drawn straight.
-GRID = 10
-
-# What the output's whole error counts for beside the largest rise of the loss.
-LITTLE = 1e-3
-
-# Halvings of the interval in which the smallest network within an increase is looked for.
-HALVINGS = 7
 
 # Timed runs of the report.
 REPEATS = 3
@@ -160,29 +146,30 @@ def compress(
     seconds = checks.number(seconds, "seconds")
     if low_rank_layers(model):
         raise ValueError("the model has factorized layers already; give svdlib.merge(model)")
-    data = x if y is None else (x, y)
     inputs = x if calibration is None else calibration
-    for each in (data, inputs):
+    for each in (x, inputs):
         refuse_generator(each, "compress")
     net = Network.copy_of(model)
-    names = _named(list(net.layers), include, exclude)
+    names = net.matching(include, exclude)
     with net.measuring():
         start = clock.now()
-        task = task_of(net, data, None, objective, accuracy)
+        task = task_of(net, x, y, objective, accuracy)
         task.measure()
         one_pass = clock.now() - start
         few = first_batch(inputs, BATCH)
-        layers = _eligible(net, names, few, call)
-        fits = _fits(net, layers, inputs, call, mask, progress)
+        layers = net.replaceable(names, few, call)
+        own = net.untied(layers)
+        fits: dict[str, Fit | None] = dict.fromkeys(layers.keys() - own)
+        fits |= fits_of(net, own, batches(inputs, BATCH), call, mask, progress)
         layers = {name: layer for name, layer in layers.items() if name in fits}
+        if not layers:
+            raise ValueError(f"calibration reaches no layer, such as {own[0]!r}")
+        errors = {name: lost_by(layers[name], fits[name]) for name in layers}
         work = counted(net, few, call)
-        errors = {name: _lost(layers[name], fits[name]) for name in layers}
-        estimate = one_pass * (GRID + 1) * len(layers)
-        if estimate <= seconds:
-            rises = _losses(task, layers, f"profile, about {estimate:.0f} s", progress)
-            errors = _either(rises, errors)
+        if (estimate := one_pass * (GRID + 1) * len(layers)) <= seconds:
+            errors = sensitivities(task, layers, errors, estimate, progress)
     worth = work["multiply_adds" if kind == "multiply_adds" else "parameters"].astype(float)
-    plan = _plan(layers, errors, worth, multiple_of)
+    plan = plan_of(net, layers, errors, worth, multiple_of, f"{kind}={budget:g}")
 
     def made(ranks: Mapping[str, int]) -> nn.Module:
         small = Network.copy_of(net.model)
@@ -197,23 +184,23 @@ def compress(
         with net.measuring(small):
             return task.means(lambda: [nullcontext(small)], 1)["increase"][1]
 
-    asked = f"{kind}={budget:g}"
+    slow: list[str] = []
     while True:
+        plan = plan.without(slow)
         spent = budget * plan.total
         if kind == "increase":
-            spent = _smallest(plan, added, budget, progress)
-        small = made(ranks := plan.ranks(spent, asked))
-        slow = _slower(small, few, call) if faster else []
-        if not slow:
+            spent = plan.smallest(added, budget, progress)
+        small = made(ranks := plan.ranks(spent))
+        costs = cost(small, few, call=call, repeats=REPEATS).set_index("layer")
+        thin = costs["rank"].notna() & (costs.index != WHOLE_MODEL)
+        slow = costs.index[thin & (costs.seconds >= costs.dense_seconds)].tolist()
+        if not faster or not slow:
             break
-        plan, asked = plan.without(slow), f"{kind}={budget:g} with faster=True"
     single = one_pass * len(ranks) <= seconds
-    report = _report(net, small, ranks, task, single, progress)
-    costs = cost(small, few, call=call, repeats=REPEATS).set_index("layer")
-    report = report.join(costs, how="right")
+    losses = added_losses(net, small, ranks, task, single, progress)
     net.warn()
-    losses = ["loss_added", "se"]
-    report = report[[*(name for name in report if name not in losses), *losses]]
+    sides = pd.DataFrame({name: layer.shape for name, layer in net.layers.items()})
+    report = sides.set_axis(["rows", "columns"]).T.join(costs, how="right").join(losses)
     return Compressed(small, ranks, report.rename_axis("layer").reset_index())
 
 
@@ -232,216 +219,3 @@ def _budget(**budgets: float | None) -> tuple[str, float]:
             f"{kind} must be a share of the whole model's, between 0 and 1, not {value:g}"
         )
     return kind, value
-
-
-def _named(names: list[str], include: Iterable[str] | None, exclude: Iterable[str]) -> list[str]:
-    """The layers that these names and patterns leave."""
-    wanted = ["*"] if include is None else checks.several(include, "include", '["encoder.*"]')
-    barred = checks.several(exclude, "exclude", '["encoder.*"]')
-    for pattern in (*wanted, *barred) if names else ():
-        fits = isinstance(pattern, str) and any(fnmatchcase(name, pattern) for name in names)
-        if not fits:
-            raise ValueError(
-                f"include and exclude name layers; {pattern!r} fits none of {', '.join(names)}"
-            )
-    return [
-        name
-        for name in names
-        if any(fnmatchcase(name, pattern) for pattern in wanted)
-        and not any(fnmatchcase(name, pattern) for pattern in barred)
-    ]
-
-
-def _eligible(net: Network, names: list[str], few: Batch, call: Call | None) -> dict[str, Layer]:
-    """Those of the layers that can be factorized; why others can't is in ``net.left``."""
-    layers = net.choose(None, "compress", replace=True)
-    left = {**net.left, **dict.fromkeys(net.weights_read(layers, few, call), READ)}
-    for group in tied(net.layers):
-        if not set(group) <= set(names) - left.keys():
-            others = [name for name in group if name not in left]
-            left |= dict.fromkeys(others, "its weight is shared with a layer that is left")
-    net.left = {name: why for name, why in left.items() if name in names}
-    found = {name: layers[name] for name in names if name in layers and name not in left}
-    if not found:
-        raise ValueError("the model has no layer that could be factorized, of those asked for")
-    return found
-
-
-def _fits(
-    net: Network,
-    layers: Mapping[str, Layer],
-    inputs: Batches,
-    call: Call | None,
-    mask: Mask | None,
-    progress: bool,
-) -> dict[str, Fit | None]:
-    """The fits of all layers that calibration reaches; None of those that share a weight."""
-    alone = net.untied(layers)
-    sums = input_sums(
-        net, alone, shown(batches(inputs, BATCH), progress, "calibration"), call, mask
-    )
-    unseen = [name for name in alone if name not in sums]
-    if unseen and len(unseen) == len(layers):
-        raise ValueError(f"calibration reaches no layer, such as {unseen[0]!r}")
-    net.left |= dict.fromkeys(unseen, "calibration does not reach it")
-    found: dict[str, Fit | None] = {}
-    for name in shown(list(layers), progress, "eigenvectors"):
-        if name not in unseen:
-            found[name] = fit(layers[name], sums.pop(name)) if name in sums else None
-    return found
-
-
-def _lost(layer: Layer, found: Fit | None) -> np.ndarray:
-    """The share of its output's variance, or of its own squares, that a layer loses at each rank."""
-    if found is not None:
-        return found.errors().cpu().numpy()
-    squares = torch.linalg.svdvals(layer.matrix().double()).square()
-    kept = np.append(0.0, squares.reshape(-1, squares.shape[-1]).sum(0).cumsum(0).cpu().numpy())
-    return 1 - kept / kept[-1] if kept[-1] > 0 else np.zeros_like(kept)
-
-
-def _losses(
-    task: Task, layers: Mapping[str, Layer], description: str, progress: bool
-) -> dict[str, np.ndarray]:
-    """What the loss rises by at each rank of each layer alone, measured at some of them."""
-    errors = {}
-    for name, layer in bar(layers.items(), progress=progress, desc=description, leave=False):
-        limit, full = max(1, max_factor_rank(*layer.shape)), layer.full_rank
-        grid = np.unique(np.linspace(1, limit, GRID).round().astype(int)).tolist()
-        table = profile_of(task, {name: layer}, grid, progress=False)
-        ranks, rises = [*table["rank"], full], [*table["increase"], 0.0]
-        errors[name] = np.interp(np.arange(full + 1), ranks, rises)
-    return errors
-
-
-def _either(
-    rises: Mapping[str, np.ndarray], lost: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """What the loss rises by; where a higher rank makes it no better, the output's error decides."""
-    falling = {name: np.minimum.accumulate(rise).clip(min=0) for name, rise in rises.items()}
-    share = LITTLE * (max(each.max() for each in falling.values()) or 1.0)
-    return {name: each + share * lost[name] for name, each in falling.items()}
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Ranks under any budget.
-
-    Args:
-        options: what each weight may become, by its first layer.
-        ties: for each of these all layers with that weight.
-        fixed, total: what all else costs, and the whole model.
-    """
-
-    options: Mapping[str, Choices]
-    ties: Mapping[str, list[str]]
-    fixed: float
-    total: float
-
-    @property
-    def least(self) -> float:
-        return self.fixed + least(self.options)
-
-    def ranks(self, spent: float, told: str = "") -> dict[str, int]:
-        """Those below full rank, of a model that costs at most so much."""
-        if spent < self.least:
-            raise ValueError(
-                f"{told} can't be met: with the lowest ranks in all layers that can be factorized "
-                f"{self.least / self.total:.4f} of the whole model is left"
-            )
-        found = allocate(self.options, spent - self.fixed)
-        return {
-            name: rank
-            for first, rank in found.items()
-            if rank < self.options[first].ranks[-1]
-            for name in self.ties[first]
-        }
-
-    def without(self, names: Iterable[str]) -> _Plan:
-        """With these layers dense."""
-        options = dict(self.options)
-        for first, each in self.options.items():
-            if set(names) & set(self.ties[first]):
-                options[first] = Choices(each.ranks[-1:], each.costs[-1:], each.errors[-1:])
-        return replace(self, options=options)
-
-
-def _plan(
-    layers: Mapping[str, Layer],
-    errors: Mapping[str, np.ndarray],
-    worth: pd.Series,
-    multiple_of: int,
-) -> _Plan:
-    """What there is to choose from, by what each layer is worth: its parameters or its work."""
-    shared = {group[0]: group for group in tied(layers)}
-    later = {name for group in shared.values() for name in group[1:]}
-    groups_of = {name: shared.get(name, [name]) for name in layers if name not in later}
-    options, total = {}, float(worth[WHOLE_MODEL])
-    fixed = total
-    for first, names in groups_of.items():
-        m, n = layers[first].shape
-        whole = float(layers[first].weight.numel())
-        if worth.name == "multiply_adds":
-            # an embedding multiplies nothing until it is factorized
-            multiplies = all(layers[name].multiplies for name in names)
-            whole = float(worth[names].sum()) if multiplies else 0.0
-        if whole > 0 and max_factor_rank(m, n) >= multiple_of:
-            options[first] = choices(m, n, errors[first], cost=whole, multiple_of=multiple_of)
-            fixed -= whole
-    if not options:
-        raise ValueError("no layer of those asked for gets cheaper at any rank")
-    return _Plan(options, groups_of, fixed, total)
-
-
-def _smallest(
-    plan: _Plan, added: Callable[[Mapping[str, int]], float], increase: float, progress: bool
-) -> float:
-    """The smallest cost of a network found to add no more loss, by halving the interval."""
-    low, high = plan.least, plan.total
-    for step in bar(range(1 + HALVINGS), progress=progress, desc="budgets", leave=False):
-        middle = (low + high) / 2 if step else low
-        if added(plan.ranks(middle)) <= increase:
-            high = middle
-        else:
-            low = middle
-        if high == plan.least:
-            break
-    return high
-
-
-def _slower(small: nn.Module, few: Batch, call: Call | None) -> list[str]:
-    """The factorized layers that take no less time than they did dense."""
-    table = cost(small, few, call=call, repeats=REPEATS)
-    thin = table["rank"].notna() & (table.layer != WHOLE_MODEL)
-    return table.layer[thin & (table.seconds >= table.dense_seconds)].tolist()
-
-
-def _report(
-    net: Network,
-    small: nn.Module,
-    ranks: Mapping[str, int],
-    task: Task,
-    single: bool,
-    progress: bool,
-) -> pd.DataFrame:
-    """Shapes and added losses, by layer; with ``single`` also of each layer alone."""
-    thin = low_rank_layers(small)
-    groups = {name: group for group in tied(net.layers) for name in group}
-    names = list(thin) if single else []
-
-    def variants() -> Iterator[AbstractContextManager[nn.Module | None]]:
-        for name in names:
-            yield net.with_modules({each: thin[each] for each in groups.get(name, [name])})
-        yield nullcontext(small)
-
-    with net.measuring(small):
-        means = task.means(variants, len(names) + 1, progress)
-    losses = pd.DataFrame(
-        {"loss_added": means["increase"][1:], "se": means["se"][1:]}, index=[*names, WHOLE_MODEL]
-    )
-    for name, loss in losses.loss_added.items():
-        if not math.isfinite(loss):
-            found = dict(ranks) if name == WHOLE_MODEL else {name: thin[str(name)].rank}
-            raise ValueError(f"ranks {found} give NaN or infinite losses on these data")
-    shapes = {name: layer.shape for name, layer in net.layers.items()}
-    return pd.DataFrame(shapes, index=["rows", "columns"]).T.join(losses, how="outer")

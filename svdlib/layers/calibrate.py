@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from svdlib import checks
+from svdlib.bars import bar
 from svdlib.network.batches import Batch, copied
 from svdlib.network.calls import Call, run
 from svdlib.network.kinds import Layer
@@ -150,44 +152,31 @@ def _root(C: Tensor) -> Tensor:
     return torch.linalg.cholesky(C + more * torch.eye(C.shape[-1], dtype=C.dtype, device=C.device))
 
 
-class _Calls:
-    """What layers are called with, as a network is run on batches."""
+def fits_of(
+    net: Network,
+    names: Iterable[str],
+    batches: Iterable[Batch],
+    call: Call | None,
+    mask: Mask | None,
+    progress: bool,
+) -> Iterator[tuple[str, Fit]]:
+    """The fits of those layers that calibration reaches, one at a time. See `input_sums`."""
+    names = list(names)
+    shown = bar(batches, progress=progress, desc="calibration", delay=3, leave=False)
+    sums = input_sums(net, names, shown, call, mask)
+    unseen = [name for name in names if name not in sums]
+    net.left |= dict.fromkeys(unseen, "calibration does not reach it")
+    for name in list(sums):
+        yield name, fit(net.layers[name], sums.pop(name))
 
-    def __init__(self, net: Network, call: Call | None, mask: Mask | None) -> None:
-        self.net, self.call, self.mask = net, call, mask
-        self.keep: Tensor | None = None
-        self.masked: list[bool] = []
 
-    def run(
-        self,
-        names: Iterable[str],
-        batches: Iterable[Batch],
-        note: Callable[[str, Tensor], None],
-        after: Callable[[], bool] = lambda: False,
-    ) -> None:
-        """``note(name, x)`` at every call of the layers, ``after()`` each batch: whether to stop.
-
-        Raises:
-            ValueError: a mask that fits no layer, batches that the model does not take.
-        """
-
-        def before(name: str, inputs: tuple[Tensor, ...]) -> None:
-            self.masked.append(self.net.layers[name].is_masked(inputs[0], self.keep))
-            note(name, inputs[0])
-
-        with torch.no_grad(), self.net.hooked(names, before=before):
-            for batch in batches:
-                if torch.is_tensor(batch):
-                    checks.finite(batch, "calibration")
-                self.keep = _kept(batch, self.mask)
-                run(self.net.model, batch, self.call)
-                if after():
-                    break
-        if self.mask is not None and self.keep is not None and self.masked and not any(self.masked):
-            shape = (*self.keep.shape, "features")
-            raise ValueError(
-                f"mask gives places {tuple(self.keep.shape)}, and no layer has such inputs, {shape}"
-            )
+def lost_by(layer: Layer, found: Fit | None) -> np.ndarray:
+    """The share of its output's variance, or of its own squares, that a layer loses at each rank."""
+    if found is not None:
+        return found.errors().cpu().numpy()
+    squares = torch.linalg.svdvals(layer.matrix().double()).square()
+    kept = np.append(0.0, squares.reshape(-1, squares.shape[-1]).sum(0).cumsum(0).cpu().numpy())
+    return 1 - kept / kept[-1] if kept[-1] > 0 else np.zeros_like(kept)
 
 
 def _kept(batch: Batch, mask: Mask | None) -> Tensor | None:
@@ -200,6 +189,15 @@ def _kept(batch: Batch, mask: Mask | None) -> Tensor | None:
     inputs = batch[0] if isinstance(batch, tuple | list) and len(batch) else batch
     found = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     return found != 0 if isinstance(found, Tensor) and found.ndim == 2 else None
+
+
+def _check_mask(mask: Mask | None, keep: Tensor | None, masked: Sequence[bool]) -> None:
+    """Refuse a caller's mask that fits no input of any layer."""
+    if mask is not None and keep is not None and masked and not any(masked):
+        raise ValueError(
+            f"mask gives places {tuple(keep.shape)}, and no layer has such inputs, "
+            f"{(*keep.shape, 'features')}"
+        )
 
 
 def _vectors_of(layer: Layer, x: Tensor) -> tuple[object, ...]:
@@ -224,23 +222,27 @@ def input_sums(
             not take.
     """
     sums: dict[str, Sums] = {}
+    keep: Tensor | None = None
+    masked: list[bool] = []
     latest: list[Any] = [None, None, []]
-    calls = _Calls(net, call, mask)
+
+    def start(batch: Batch) -> None:
+        nonlocal keep
+        if torch.is_tensor(batch):
+            checks.finite(batch, "calibration")
+        keep, latest[:] = _kept(batch, mask), [None, None, []]
 
     def note(name: str, x: Tensor) -> None:
         layer = net.layers[name]
         what = _vectors_of(layer, x)
         if latest[0] is not x or latest[1] != what:
-            blocks = layer.blocks(x, calls.keep)
-            latest[:] = [x, what, [(len(block), *layer.sums(block)) for block in blocks]]
+            latest[:] = [x, what, [(len(b), *layer.sums(b)) for b in layer.blocks(x, keep)]]
         for found in latest[2]:
             sums.setdefault(name, Sums()).add(*found)
+        masked.append(layer.is_masked(x, keep))
 
-    def after() -> bool:
-        latest[:] = [None, None, []]
-        return False
-
-    calls.run(names, batches, note, after)
+    net.watch(names, batches, call, note, start)
+    _check_mask(mask, keep, masked)
     for name, each in sums.items():
         each.check(name)
     return {name: each for name, each in sums.items() if each.count}
@@ -270,6 +272,16 @@ def call_order(
     several: set[str] = set()
     together: dict[str, str] = {}  # with the layer before it
 
+    keep: Tensor | None = None
+    masked: list[bool] = []
+
+    def start(batch: Batch) -> bool:
+        nonlocal keep
+        called.clear()
+        keep, latest[:] = _kept(batch, mask), [None, None]
+        earlier.update(first)
+        return len(first) == len(names)
+
     def note(name: str, x: Tensor) -> None:
         what = _vectors_of(net.layers[name], x)
         if name in called:
@@ -280,14 +292,10 @@ def call_order(
                 together[name] = called[-1]
         called.append(name)
         latest[:] = [x, what]
+        masked.append(net.layers[name].is_masked(x, keep))
 
-    def after() -> bool:
-        called.clear()
-        latest[:] = [None, None]
-        earlier.update(first)
-        return len(first) == len(names)
-
-    _Calls(net, call, mask).run(names, batches, note, after)
+    net.watch(names, batches, call, note, start)
+    _check_mask(mask, keep, masked)
     groups: list[list[str]] = []
     for name in first:
         mate = together.get(name)

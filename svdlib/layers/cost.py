@@ -14,13 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from svdlib import checks, clock, threads
 from svdlib.layers.factorize import merge
-from svdlib.network.batches import Batch, Batches, copied_to, first_batch, tensors
-from svdlib.network.calls import Call, prepared, run
+from svdlib.network.batches import Batch, Batches, first_batch, tensors
+from svdlib.network.calls import Call, run
 from svdlib.network.kinds import Layer
 from svdlib.network.modes import evaluating
 from svdlib.network.opened import Network
-
-WHOLE_MODEL = "whole model"
+from svdlib.network.timing import WHOLE_MODEL, seconds_of
 
 
 @threads.plain()
@@ -69,7 +68,7 @@ def cost(
     runs: dict[str, list[dict[str, float]]] = {prefix: [] for prefix in nets}
     for _ in range(1 + repeats):
         for prefix, twin in given.items():
-            runs[prefix].append(_seconds(twin, nets[prefix], x, call))
+            runs[prefix].append(seconds_of(nets[prefix], twin, x, call))
     for prefix, table in tables.items():
         timed = pd.DataFrame(runs[prefix][1:]).median()
         table["seconds"] = timed.reindex(table.index)
@@ -184,22 +183,3 @@ PRODUCTS = {
     "convolution": (0, 1),
     "_native_multi_head_attention": (0, 7),
 }
-
-
-def _seconds(model: nn.Module, net: Network, x: Batch, call: Call | None) -> dict[str, float]:
-    """Seconds of one run of the model, and of each layer in another, of the model opened."""
-    taken = dict.fromkeys(net.layers, 0.0)
-    started: dict[str, float] = {}
-    device = next((part.device for part in tensors(copied_to(model, x))), torch.device("cpu"))
-
-    def start(name: str, inputs: tuple[Tensor, ...]) -> None:
-        started[name] = clock.now(device)
-
-    def stop(name: str, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        taken[name] += clock.now(device) - started[name]
-
-    with evaluating(model):
-        whole = clock.median(prepared(model, copied_to(model, x), call), 1, warmup=0, device=device)
-    with net.hooked(net.layers, stop, start):
-        run(net.model, x, call)
-    return {**taken, WHOLE_MODEL: whole}

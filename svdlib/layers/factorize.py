@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
-from typing import Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from svdlib import checks, threads
 from svdlib.bars import bar
-from svdlib.layers.calibrate import Mask, call_order, fit, input_sums, paired_sums
-from svdlib.linalg.svd import truncated_svd
+from svdlib.layers.calibrate import Mask, call_order, fit, fits_of, paired_sums
 from svdlib.network.attention import pack_
 from svdlib.network.batches import Batches, batches, refuse_generator
 from svdlib.network.calls import Call
 from svdlib.network.kinds import Layer
-from svdlib.network.low_rank import LowRank, kind, low_rank_layers, thin_twins, tied
+from svdlib.network.low_rank import Approximations, LowRank, low_rank_layers, thin_twins
 from svdlib.network.opened import READ, Network, duplicate, merge_
-
-Step = TypeVar("Step")
 
 # Inputs of a call, where calibration is a single batch.
 BATCH = 128
@@ -113,7 +109,7 @@ def factorize(
     net, named = Network.copy_of(model), isinstance(ranks, Mapping)
     earlier = low_rank_layers(duplicate(model))
     chosen = _chosen(net, ranks, earlier)
-    fits: Fits = without_data(net, chosen)
+    fits: Fits = dict.fromkeys(net.untied(chosen)).items()
     with torch.random.fork_rng(devices=[]):  # a DataLoader draws random numbers
         if calibration is not None:
             data = batches(calibration, BATCH)
@@ -125,24 +121,18 @@ def factorize(
                     )
                 net.leave(name, READ)
             chosen = {name: rank for name, rank in chosen.items() if name not in net.left}
-            names = net.untied(chosen)
             if sequential:
-                dense = Network.copy_of(model)
-                fits = one_after_another(net, dense, names, calibration, call, mask, progress)
+                dense, own = Network.copy_of(model), net.untied(chosen)
+                fits = one_after_another(net, dense, own, calibration, call, mask, progress)
             else:
-                fits = together(net, names, chain([few], data), call, mask, progress)
+                own = net.untied(chosen)
+                fits = fits_of(net, own, chain([few], data), call, mask, progress)
         for name, layer in earlier.items():
             if name not in chosen:
                 net.put(name, layer)
         small = factorized(net, chosen, fits)
     net.warn()
     return small
-
-
-class Approximations(Protocol):
-    """Factors of any rank of a layer's matrix, and what its bias changes by, see `Fit.at`."""
-
-    def at(self, rank: int) -> tuple[Tensor, Tensor, Tensor | None]: ...
 
 
 # Layers' fits, None where it is the truncated SVD. Each layer is replaced before the next is asked
@@ -184,36 +174,17 @@ def factorized(net: Network, ranks: Mapping[str, int], fits: Fits) -> nn.Module:
     """
     layers = {name: net.layers[name] for name in ranks}
     twins = thin_twins(layers, ranks)
-    shared = [name for names in tied(layers) for name in names]
-    unseen = set(layers) - set(shared)
-    count = len(layers)
-    for name, found in chain(dict.fromkeys(shared).items(), fits):
-        _fill(twins[name], layers[name], found)
+    own = net.untied(layers)
+    unseen = set(own)
+    shared = dict.fromkeys(name for name in layers if name not in unseen)
+    for name, found in chain(shared.items(), fits):
+        twins[name].fill_(layers[name], found)
         net.put(name, twins[name])
         unseen.discard(name)
-    if unseen and len(unseen) == count:
-        raise ValueError(f"calibration does not reach layer {next(iter(layers))!r}, nor any other")
-    net.left |= dict.fromkeys(unseen, "calibration does not reach it")
+    if unseen and len(unseen) == len(layers):
+        raise ValueError(f"calibration does not reach layer {own[0]!r}, nor any other")
+    net.left |= {name: "calibration does not reach it" for name in own if name in unseen}
     return net.closed()
-
-
-def without_data(net: Network, ranks: Mapping[str, int]) -> Iterator[tuple[str, None]]:
-    """No fit: the truncated SVD of each."""
-    yield from dict.fromkeys(net.untied(ranks)).items()
-
-
-def together(
-    net: Network,
-    names: Iterable[str],
-    data: Batches,
-    call: Call | None,
-    mask: Mask | None,
-    progress: bool,
-) -> Iterator[tuple[str, Approximations]]:
-    """Fits on the inputs in the dense network, from one pass over the batches."""
-    sums = input_sums(net, names, shown(data, progress, "calibration"), call, mask)
-    for name in list(sums):
-        yield name, fit(net.layers[name], sums.pop(name))
 
 
 def one_after_another(
@@ -227,17 +198,12 @@ def one_after_another(
 ) -> Iterator[tuple[str, Approximations]]:
     """Fits in the order of the calls, each on the inputs that those cut before it leave."""
     order, once = call_order(net, names, batches(calibration, BATCH), call, mask)
-    for group in shown(order, progress, "layers"):
+    for group in bar(order, progress=progress, desc="layers", delay=3, leave=False):
         alone = once.issuperset(group)
         data = batches(calibration, BATCH)
         sums = paired_sums(dense, net, group, data, call, mask, alone)
         for name in sums:
             yield name, fit(net.layers[name], sums[name])
-
-
-def shown(steps: Iterable[Step], progress: bool, what: str) -> Iterable[Step]:
-    """With a progress bar, once it takes longer than some seconds."""
-    return bar(steps, progress=progress, desc=what, delay=3, leave=False)
 
 
 @threads.making()
@@ -263,22 +229,3 @@ def _ranks(layers: Mapping[str, Layer], ranks: float | Mapping[str, int]) -> dic
             raise ValueError(f"a fraction of the ranks must be between 0 and 1, not {ranks}")
         return {name: max(1, round(ranks * layer.full_rank)) for name, layer in layers.items()}
     return dict.fromkeys(layers, checks.positive_int(ranks, "rank"))
-
-
-def _fill(thin: LowRank, layer: Layer, found: Approximations | None) -> None:
-    """Give two thin layers the factors of a layer's matrix, the best in itself or by a fit."""
-    A, shift = layer.matrix(), None
-    if found is None:
-        U, S, Vh = truncated_svd(A, thin.rank)
-    else:
-        left, right, shift = found.at(thin.rank)
-        inner, S, Vh = truncated_svd(right.to(A.dtype), thin.rank)
-        U = left.to(A.dtype) @ inner
-    root = S.sqrt()
-    parts = (root.unsqueeze(-1) * Vh, U * root.unsqueeze(-2))
-    for factor, part in zip(thin.factors, parts, strict=True):
-        factor.weight.copy_(kind(factor).to_weight(part))
-        factor.weight.requires_grad_(layer.weight.requires_grad)
-    if layer.bias is not None and thin.bias is not None:
-        moved = layer.bias if shift is None else layer.bias + shift.flatten().to(layer.bias.dtype)
-        thin.bias.copy_(moved).requires_grad_(layer.bias.requires_grad)

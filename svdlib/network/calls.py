@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svdlib import checks
 from svdlib.network.batches import Batch, copied_to, described
 
 Call = Callable[[nn.Module, Batch], Any]
@@ -214,13 +213,32 @@ def _class_second(z: Tensor, y: Tensor) -> Tensor:
 
 def cross_entropy(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Of scores (n, classes, …) and targets (n, …): losses and shares of right answers, (n,)."""
-    checks.labels(y, z.shape[1], ignored=IGNORED)
+    check_labels(y, z.shape[1], ignored=IGNORED)
     counted = y != IGNORED
     each = F.cross_entropy(z, y, reduction="none", ignore_index=IGNORED).reshape(len(y), -1)
     right = ((z.argmax(1) == y) & counted).reshape(len(y), -1)
     places = counted.reshape(len(y), -1).sum(1)
     some = places > 0
     return (each.sum(1) / places)[some], (right.sum(1) / places)[some]
+
+
+def check_labels(y: Tensor, classes: int | None = None, ignored: int | None = None) -> None:
+    """Refuse what are no class numbers from 0, or not of a model with so many outputs.
+
+    >>> check_labels(torch.tensor([0, 3]), classes=3)
+    Traceback (most recent call last):
+    ValueError: labels run to 3 but the model has 3 outputs
+    """
+    if y.dtype != torch.int64:
+        raise ValueError(
+            f"labels must be class numbers of type torch.int64, not {y.dtype}; for other targets "
+            "give objective=(model, batch) -> losses (n,)"
+        )
+    if bool(((y < 0) & (y != ignored) if ignored is not None else y < 0).any()):
+        more = "" if ignored is None else f" (or {ignored})"
+        raise ValueError(f"labels must be at least 0{more}, not {int(y.min())}")
+    if classes is not None and y.numel() and int(y.max()) >= classes:
+        raise ValueError(f"labels run to {int(y.max())} but the model has {classes} outputs")
 
 
 def judged(

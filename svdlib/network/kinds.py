@@ -87,6 +87,12 @@ class Layer:
         return min(self.shape)
 
     @property
+    def max_factor_rank(self) -> int:
+        """The largest rank at which two factors store fewer numbers than the matrix."""
+        m, n = self.shape
+        return (m * n - 1) // (m + n)
+
+    @property
     def max_rank(self) -> int:
         """The largest rank that its matrix can have: that of its factors, if it is factorized."""
         return self.full_rank
@@ -461,12 +467,3 @@ def stored(rank: int, m: int, n: int) -> int:
     (40, 100)
     """
     return min(rank * (m + n), m * n)
-
-
-def max_factor_rank(m: int, n: int) -> int:
-    """The largest rank at which two factors store fewer numbers than an m × n matrix.
-
-    >>> max_factor_rank(10, 10)
-    4
-    """
-    return (m * n - 1) // (m + n)

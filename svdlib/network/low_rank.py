@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from svdlib.linalg.svd import SVD
+from svdlib.linalg.svd import SVD, truncated_svd
 from svdlib.network.kinds import ATTRIBUTES, Layer, TransposedLinear, layer_of
+
+
+class Approximations(Protocol):
+    """Factors of any rank of a layer's matrix, and what its bias changes by, see `svdlib.layers.calibrate.Fit`."""
+
+    def at(self, rank: int) -> tuple[Tensor, Tensor, Tensor | None]: ...
 
 
 class LowRank(nn.Sequential):
@@ -76,6 +82,24 @@ class LowRank(nn.Sequential):
     def bias(self) -> Tensor | None:
         """The bias of the second factor."""
         return kind(self.factors[1]).bias
+
+    def fill_(self, layer: Layer, found: Approximations | None) -> None:
+        """Take the factors of a layer's matrix, the best in itself or by a fit."""
+        A, shift = layer.matrix(), None
+        if found is None:
+            U, S, Vh = truncated_svd(A, self.rank)
+        else:
+            left, right, shift = found.at(self.rank)
+            inner, S, Vh = truncated_svd(right.to(A.dtype), self.rank)
+            U = left.to(A.dtype) @ inner
+        root = S.sqrt()
+        parts = (root.unsqueeze(-1) * Vh, U * root.unsqueeze(-2))
+        for factor, part in zip(self.factors, parts, strict=True):
+            factor.weight.copy_(kind(factor).to_weight(part))
+            factor.weight.requires_grad_(layer.weight.requires_grad)
+        if layer.bias is not None and self.bias is not None:
+            moved = 0.0 if shift is None else shift.flatten().to(layer.bias.dtype)
+            self.bias.copy_(layer.bias + moved).requires_grad_(layer.bias.requires_grad)
 
 
 def kind(factor: nn.Module) -> Layer:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import filter as filter_names
 from functools import cached_property
 from typing import Any, cast
 
@@ -186,14 +187,63 @@ class Network:
                         found.setdefault(id(each), f"{name}.{attribute}".lstrip("."))
         return found
 
+    @cached_property
+    def ties(self) -> list[list[str]]:
+        """The names of layers that share one weight, a list for each such weight."""
+        return tied(self.layers)
+
+    def first_of_ties(self, names: Collection[str]) -> dict[str, str]:
+        """For each of these layers that shares its weight with another of them, the first that does."""
+        groups = [[name for name in group if name in names] for group in self.ties]
+        return {name: group[0] for group in groups if len(group) > 1 for name in group}
+
     def is_shared(self, layer: Layer) -> bool:
         """Whether another module has the layer's weight too."""
         owners = self._owners.get(id(layer.weight), ())
         return any(module is not layer.module for _, module in owners)
 
+    def matching(self, include: Iterable[str] | None, exclude: Iterable[str]) -> list[str]:
+        """The names of layers that fit one of the patterns to include, and none to exclude.
+
+        Raises:
+            ValueError: a pattern that fits no layer.
+        """
+        wanted = ["*"] if include is None else checks.several(include, "include", '["encoder.*"]')
+        barred = checks.several(exclude, "exclude", '["encoder.*"]')
+        for pattern in (*wanted, *barred) if self.layers else ():
+            if not isinstance(pattern, str) or not filter_names(self.layers, pattern):
+                raise ValueError(
+                    f"include and exclude name layers; {pattern!r} fits none of "
+                    f"{', '.join(self.layers)}"
+                )
+        chosen = {name for pattern in wanted for name in filter_names(self.layers, pattern)}
+        left = {name for pattern in barred for name in filter_names(self.layers, pattern)}
+        return [name for name in self.layers if name in chosen - left]
+
+    def replaceable(
+        self, names: Iterable[str], batch: Batch, call: Call | None
+    ) -> dict[str, Layer]:
+        """Those of the layers that can be replaced, as a call shows; why others can't is in ``left``.
+
+        Raises:
+            ValueError: there is none.
+        """
+        names = list(names)
+        layers = self.choose(None, "compress", replace=True)
+        self.left |= dict.fromkeys(self.weights_read(layers, batch, call), READ)
+        for group in self.ties:
+            if not set(group) <= set(names) - self.left.keys():
+                others = [name for name in group if name not in self.left]
+                self.left |= dict.fromkeys(others, "its weight is shared with a layer that is left")
+        self.left = {name: why for name, why in self.left.items() if name in names}
+        found = {n: layers[n] for n in names if n in layers and n not in self.left}
+        if not found:
+            raise ValueError("the model has no layer that could be factorized, of those asked for")
+        return found
+
     def check_ties(self, ranks: Mapping[str, int], verb: str) -> None:
         """Refuse ranks for only one of layers that share a weight, or different ones."""
-        for names in tied(self.layers):
+        for names in self.ties:
             given = {name: ranks.get(name) for name in names}
             if len(set(given.values())) > 1:
                 name = next(name for name in names if given[name])
@@ -211,12 +261,12 @@ class Network:
 
     def leave(self, name: str, reason: str) -> None:
         """Leave a layer as it is, and those that share its weight."""
-        groups = [names for names in tied(self.layers) if name in names]
+        groups = [names for names in self.ties if name in names]
         self.left |= dict.fromkeys(groups[0] if groups else [name], reason)
 
     def untied(self, names: Iterable[str]) -> list[str]:
         """Those of the layers that share no weight."""
-        shared = {name for group in tied(self.layers) for name in group}
+        shared = {name for group in self.ties for name in group}
         return [name for name in names if name not in shared]
 
     # Changing it.
@@ -269,6 +319,26 @@ class Network:
         modules = {name: self.layers[name].module for name in names}
         with evaluating(self.model), hooked(modules, after, before), uncompiled(self.model):
             yield
+
+    def watch(
+        self,
+        names: Iterable[str],
+        data: Iterable[Batch],
+        call: Call | None,
+        note: Callable[[str, Tensor], None],
+        start: Callable[[Batch], bool | None],
+    ) -> None:
+        """Run it on batches, with ``note(name, x)`` wherever one of the layers gets an input x.
+
+        Args:
+            start: called before each batch; where it is true, no more are run.
+        """
+        before = lambda name, inputs: note(name, inputs[0])
+        with torch.no_grad(), self.hooked(names, before=before):
+            for batch in data:
+                if start(batch):
+                    break
+                run(self.model, batch, call)
 
     def weights_read(self, names: Iterable[str], batch: Batch, call: Call | None) -> list[str]:
         """Those of the layers whose weight a call of the model reads without calling them.

@@ -12,7 +12,6 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from svdlib import checks
 from svdlib.bars import bar
 from svdlib.network.batches import (
     Batch,
@@ -23,7 +22,7 @@ from svdlib.network.batches import (
     is_single,
     tensors,
 )
-from svdlib.network.calls import Objective, judged
+from svdlib.network.calls import Objective, check_labels, judged
 from svdlib.network.kinds import Layer
 from svdlib.network.modes import hooked
 from svdlib.network.opened import Network
@@ -316,4 +315,4 @@ def check_data(x: Tensor, y: Tensor) -> None:
         raise ValueError("the data are empty; the loss needs at least one image")
     if y.shape != (len(x),):
         raise ValueError(f"{len(x)} inputs need labels of shape ({len(x)},), not {tuple(y.shape)}")
-    checks.labels(y)
+    check_labels(y)

@@ -15,10 +15,9 @@ from svdlib.network.batches import batches, copied
 from svdlib.network.calls import class_losses
 from svdlib.network.chain import CACHED, task_of
 from svdlib.network.kinds import Layer
-from svdlib.network.low_rank import tied
 from svdlib.network.opened import Network
 from svdlib.network.task import MEMORY, check_data
-from svdlib.ranks.profile import profiled_layers, with_ties
+from svdlib.ranks.profile import profiled_layers
 
 METHODS = ("output", "gradient", "fisher")
 
@@ -93,11 +92,11 @@ def predicted_profile(
             name: tuple(torch.linalg.svd(layer.matrix(), full_matrices=False))
             for name, layer in layers.items()
         }
-        for first, *others in tied(layers):
+        shared = net.first_of_ties(layers)
+        for name, first in shared.items():
             U, S, Vh = factors[first]
-            for name in others:
-                turned = layers[name].transposed != layers[first].transposed
-                factors[name] = (Vh.mT, S, U.mT) if turned else (U, S, Vh)
+            turned = layers[name].transposed != layers[first].transposed
+            factors[name] = (Vh.mT, S, U.mT) if turned else (U, S, Vh)
         loss = task.measure()
         size = task.size if task.mixes else min(task.size or 1, max(1, CACHED // task.width))
         terms: dict[str, list[Tensor]] = {name: [] for name in layers}
@@ -105,10 +104,15 @@ def predicted_profile(
             for name, found in _terms(net, layers, factors, batch, by):
                 terms[name].append(found)
     each = {name: torch.cat(found).double() for name, found in terms.items()}
-    for names in tied(layers):
-        each |= dict.fromkeys(names, torch.stack([each[name] for name in names]).sum(0))
-    tables = [_table(name, factors[name], each[name], by, loss) for name in layers]
-    profile = with_ties(pd.concat(tables, ignore_index=True), layers)
+    total = {name: each[name] for name in layers if shared.get(name, name) == name}
+    for name, first in shared.items():
+        total[first] = total[first] + each[name] if name != first else total[first]
+    tables = [
+        _table(name, factors[name], total[shared.get(name, name)], by, loss) for name in layers
+    ]
+    profile = pd.concat(tables, ignore_index=True)
+    if shared:
+        profile["shared"] = profile.layer.replace(shared)
     profile.attrs["loss"] = loss
     return profile
 

@@ -12,7 +12,6 @@ from svdlib.network.batches import Batches
 from svdlib.network.calls import Objective
 from svdlib.network.chain import task_of
 from svdlib.network.kinds import Layer
-from svdlib.network.low_rank import tied
 from svdlib.network.opened import Network
 from svdlib.network.task import MEMORY, Sweep, Task
 
@@ -110,32 +109,22 @@ def profile_of(
     task: Task, layers: Mapping[str, Layer], ranks: Iterable[int] | None, progress: bool
 ) -> pd.DataFrame:
     """`loss_profile` of these layers of an opened network."""
-    first = {name: names[0] for names in tied(layers) for name in names}
+    first = task.net.first_of_ties(layers)
     measured = {name: layer for name, layer in layers.items() if first.get(name, name) == name}
-    profile = pd.concat(
-        [sweep.table(ranks, progress) for sweep in task.sweeps(measured)], ignore_index=True
-    )
+    tables = [sweep.table(ranks, progress) for sweep in task.sweeps(measured)]
+    profile = pd.concat(tables, ignore_index=True)
     if "matrices" in profile:
         profile["matrices"] = profile.matrices.fillna(1).astype(int)
     if first:  # the same numbers of all that share a weight, and so the same rank by any rule
         parts = []
-        for name, layer in layers.items():
+        for name in layers:
             same = profile[profile.layer == first.get(name, name)]
-            rows, columns = layer.shape
+            rows, columns = layers[name].shape
             parts.append(same.assign(layer=name, rows=rows, columns=columns))
         profile = pd.concat(parts, ignore_index=True)
+        profile["shared"] = profile.layer.replace(first)
     profile.attrs["loss"] = task.loss
-    return with_ties(profile, layers)
-
-
-def with_ties(profile: pd.DataFrame, layers: Mapping[str, Layer]) -> pd.DataFrame:
-    """A table of layers with a column "shared", where weights are shared: the first of those tied.
-
-    >>> with_ties(pd.DataFrame({"layer": ["0"]}), {"0": Layer(nn.Linear(3, 3))}).columns.tolist()
-    ['layer']
-    """
-    first = {name: names[0] for names in tied(layers) for name in names}
-    return profile.assign(shared=profile.layer.replace(first)) if first else profile
+    return profile
 
 
 def profiled_layers(net: Network, names: Iterable[str] | None) -> dict[str, Layer]:
@@ -199,7 +188,7 @@ def search_ranks(
         layers = profiled_layers(net, None)
         net.warn()
         found: dict[str, int] = {}
-        shared = {name: names[0] for names in tied(layers) for name in names}
+        shared = net.first_of_ties(layers)
         for name, layer in layers.items():
             if shared.get(name, name) in found:
                 found[name] = found[shared[name]]
