@@ -311,7 +311,7 @@ def bootstrapped(
     return pd.Series(row)
 
 
-def told(table: pd.DataFrame) -> pd.DataFrame:
+def recall_table(table: pd.DataFrame) -> pd.DataFrame:
     """Recall and MRR with their differences to the dense network, a row a form and share.
 
     Columns form, share, recall, mrr, and those of `bootstrapped`.

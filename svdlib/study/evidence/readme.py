@@ -11,7 +11,7 @@ import pandas as pd
 
 from svdlib import files
 from svdlib.study.evidence import records
-from svdlib.study.evidence.statistics import interval, paired, placed, prediction, told
+from svdlib.study.evidence.statistics import interval, locate, paired, prediction, with_interval
 
 ROOT = Path(__file__).parents[3]
 NAMES = {"stock": "stock", "rsvd": "rSVD (p = 2, q = 0)", "truncsvd": "truncSVD"}
@@ -67,7 +67,7 @@ def _finding() -> str:
         "Cutting every weight matrix to rank 10 after each of ten epochs costs the paper's network "
         f"{cost['truncsvd']} points of error on MNIST, {cost['rsvd']} where the SVD is randomized "
         f"(n = {runs.seed.nunique():,}). Ranks that are the best for its layers, which the paper "
-        f"called unfeasible to find, keep {told(kept, 0)} % of its parameters for a loss within "
+        f"called unfeasible to find, keep {with_interval(kept, 0)} % of its parameters for a loss within "
         f"0.01 (n = {len(best)})."
     )
 
@@ -84,8 +84,8 @@ def _share(parameters: float) -> str:
 @cache
 def _among(every: str) -> pd.DataFrame:
     """Where the paper's single runs lie."""
-    paper = records.published("keene")
-    return placed(_headline(every), paper, ["accuracy", "loss"], ["method", "epoch"])
+    paper = records.from_paper("keene")
+    return locate(_headline(every), paper, ["accuracy", "loss"], ["method", "epoch"])
 
 
 def _curves() -> str:
@@ -98,7 +98,7 @@ def _curves() -> str:
             early = prediction(first[first.method == method].accuracy)
             late = prediction(last[last.method == method].accuracy)
             cost = added.get(method, "")
-            yield name, f"{told(early, 1)} %", f"{told(late, 1)} %", cost
+            yield name, f"{with_interval(early, 1)} %", f"{with_interval(late, 1)} %", cost
 
     heads = ("method", "accuracy, epoch 1 [95 % of runs]", "epoch 10 [95 % of runs]")
     count = f"n = {runs.seed.nunique():,}"
@@ -132,9 +132,9 @@ def _ranks_below_ten() -> str:
     table = table[(table.dataset == "MNIST") & (table.method == "truncsvd")]
     by_seed = table.set_index("seed")
     wide = {rank: by_seed[by_seed["rank"] == rank].test_error for rank in range(1, 16)}
-    nine, five = (told(interval(wide[rank] - wide[10])) for rank in (9, 5))
+    nine, five = (with_interval(interval(wide[rank] - wide[10])) for rank in (9, 5))
     most = max(range(2, 11), key=lambda rank: (wide[rank - 1] - wide[rank]).mean())
-    above, below = (told(interval(wide[rank]), 0) for rank in (most, most - 1))
+    above, below = (with_interval(interval(wide[rank]), 0) for rank in (most, most - 1))
     return (
         f"Rank 9 instead of 10 costs {nine} points (truncSVD every epoch, n = {len(wide[9])}), rank "
         f"5 {five}. The break is between ranks {most} and {most - 1}, with {above} and {below} % "
@@ -146,7 +146,7 @@ def _ranks_below_ten() -> str:
 def _gains(table: pd.DataFrame, value: str, against: str, column: str) -> dict[str, str]:
     """Paired differences to a group as texts, by group."""
     rows = paired(table, value, against=against, column=column)
-    return {str(row[column]): told(row) for _, row in rows.iterrows()}
+    return {str(row[column]): with_interval(row) for _, row in rows.iterrows()}
 
 
 def _own_ranks() -> dict[str, pd.DataFrame]:
@@ -172,13 +172,16 @@ def _rules() -> str:
 
     def rows() -> Iterator[tuple[str, ...]]:
         yield "full network", "100 %", f"{100 - whole.accuracy:.1f} %", "", ""
-        error = f"{told(interval(best.error), 1)} %"
+        error = f"{with_interval(interval(best.error), 1)} %"
         yield "the best ranks, loss within 0.01", _share(best.parameters.mean()), error, "", ""
         for rule, name in names.items():
             part = table[rule]
-            error, needed = f"{told(interval(part.error), 1)} %", _share(part.needed.mean())
+            error, needed = (
+                f"{with_interval(interval(part.error), 1)} %",
+                _share(part.needed.mean()),
+            )
             kept = _share(part.parameters.mean())
-            yield name, kept, error, told(interval(part.regret), 3), needed
+            yield name, kept, error, with_interval(interval(part.regret), 3), needed
 
     heads = ("rule", "parameters kept", "test error", "test loss above the best's of that size")
     return _table(rows(), *heads, "parameters that would do")
@@ -188,7 +191,9 @@ def _alone() -> str:
     table = _results("ranks")
     under = table[(table.dataset == "MNIST") & (table.rule == "budget")]
     losses = {share: interval(under[under.share == share].regret) for share in (0.6, 0.5, 0.4, 0.3)}
-    return ", ".join(f"{told(lost, 3)} at {100 * share:.0f} %" for share, lost in losses.items())
+    return ", ".join(
+        f"{with_interval(lost, 3)} at {100 * share:.0f} %" for share, lost in losses.items()
+    )
 
 
 def _shrunk() -> str:
@@ -200,7 +205,7 @@ def _shrunk() -> str:
 
     def rows() -> Iterator[tuple[str, ...]]:
         for what, part in table.groupby("what", sort=False):
-            accuracy = f"{told(interval(part.accuracy))} %"
+            accuracy = f"{with_interval(interval(part.accuracy))} %"
             yield str(what), f"{part.weights.max():,}", accuracy, gained.get(str(what), "")
 
     heads = ("form, parameters at most", "weights", "test accuracy", "points gained over dense")

@@ -152,7 +152,7 @@ def reproduction(places: Mapping[str, pd.DataFrame], title: str = "") -> Figure:
     """Single runs among many: bands hold 95 % of the runs, dots are their means, crosses single.
 
     Args:
-        places: tables of `svdlib.study.evidence.statistics.placed`, by what the runs do; columns method,
+        places: tables of `svdlib.study.evidence.statistics.locate`, by what the runs do; columns method,
             epoch, value.
     """
     first = next(iter(places.values()))

@@ -13,7 +13,7 @@ from svdlib.data import Data
 from svdlib.ensemble.networks import MLPEnsemble
 from svdlib.ensemble.projection import Projection
 from svdlib.ensemble.training import train
-from svdlib.study.evidence.statistics import paired, told
+from svdlib.study.evidence.statistics import paired, with_interval
 from svdlib.study.pictures.plots import LABELS
 
 
@@ -134,7 +134,7 @@ class Session:
             if len(other):
                 added = paired(last, "test_error", against="stock").iloc[0]
                 row["points added to stock"] = (
-                    told(added) if len(shown) > 1 else f"{added['mean']:.2f}"
+                    with_interval(added) if len(shown) > 1 else f"{added['mean']:.2f}"
                 )
             rows.append(row)
         return pd.DataFrame(rows)
