@@ -81,7 +81,7 @@ def test_the_optimum_regrets_nothing_and_every_rule_is_there(graded):
 def test_the_sum_of_single_increases_is_that_of_loss_profile(graded):
     model, here, *_ = graded
     joint = svdlib.joint_profile(model, *here, progress=False)
-    alone = grading.one_at_a_time(joint)
+    alone = grading.summed_increases(joint)
     profile = svdlib.loss_profile(model, *here, progress=False)
     single = profile.set_index(["layer", "rank"]).increase
     for at, row in joint.iloc[::17].iterrows():
