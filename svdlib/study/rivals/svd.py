@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -38,21 +37,11 @@ def slow_decay(m: int, n: int, generator: torch.Generator) -> Tensor:
     return left @ right + 1e-3 * noise / max(m, n) ** 0.5
 
 
-def gaussian(m: int, n: int, generator: torch.Generator) -> Tensor:
-    """A float32 matrix (m, n) of normal numbers: its singular values are nearly flat.
-
-    >>> gaussian(30, 20, torch.Generator().manual_seed(0)).shape
-    torch.Size([30, 20])
-    """
-    return torch.randn(m, n, generator=generator)
-
-
-SPECTRA = {"decaying": slow_decay, "flat": gaussian}
-
-
 def ways(A: Tensor, rank: int, generator: torch.Generator) -> dict[str, Callable[[], Any]]:
-    """Each way's call for U, S and Vh of this float32 matrix, with the same sketch size and power
-    iterations where it has them."""
+    """Calls for U, S and Vh of a float32 matrix, by way.
+
+    Sketch size and power iterations are the same for all ways that have them.
+    """
     import fbpca
     from scipy.linalg import interpolative
     from scipy.sparse.linalg import svds
@@ -68,24 +57,21 @@ def ways(A: Tensor, rank: int, generator: torch.Generator) -> dict[str, Callable
         U, S, V = interpolative.svd(array.astype("float64"), rank)
         return U, S, V.T
 
-    settings: dict[str, Any] = {"n_iter": POWER_ITERS}
-    sketch: dict[str, Any] = {"oversample": OVERSAMPLE, "power_iters": POWER_ITERS}
-    found: dict[str, Callable[[], Any]] = {
-        "svdlib": partial(randomized_svd, A, rank, generator=generator, **sketch),
+    sketch = {"n_oversamples": OVERSAMPLE, "n_iter": POWER_ITERS, "random_state": 0}
+    calls: dict[str, Callable[[], Any]] = {
+        "svdlib": partial(randomized_svd, A, rank, generator=generator),
         "torch.svd_lowrank": torch_lowrank,
-        "scikit-learn": partial(
-            scikit_svd, array, rank, n_oversamples=OVERSAMPLE, random_state=0, **settings
-        ),
-        "fbpca": partial(fbpca.pca, array, rank, raw=True, l=columns, **settings),
+        "scikit-learn": partial(scikit_svd, array, rank, **sketch),
+        "fbpca": partial(fbpca.pca, array, rank, raw=True, n_iter=POWER_ITERS, l=columns),
     }
     if A.numel() * rank < LIMIT:
-        found["SciPy svds"] = partial(svds, array, rank, random_state=0)
-        found["SciPy interpolative"] = interpolative_svd
-    return found
+        calls["SciPy svds"] = partial(svds, array, rank, random_state=0)
+        calls["SciPy interpolative"] = interpolative_svd
+    return calls
 
 
 def products(A: Tensor, columns: int, power_iters: int) -> None:
-    """The products with A that a randomized SVD can't do without, and nothing else."""
+    """The products with A that a randomized SVD cannot do without, and nothing else."""
     left, right = A.new_ones(columns, A.shape[0]), A.new_ones(A.shape[1], columns)
     for _ in range(power_iters + 1):
         A @ right
@@ -93,15 +79,12 @@ def products(A: Tensor, columns: int, power_iters: int) -> None:
 
 
 def svd_race(
-    shapes: Sequence[tuple[int, int]],
-    ranks: Sequence[int],
-    repeats: int = 3,
-    progress: bool = True,
+    shapes: Sequence[tuple[int, int]], ranks: Sequence[int], repeats: int = 3, progress: bool = True
 ) -> pd.DataFrame:
     """Every way on a `slow_decay` matrix of each shape, on the CPU, in one run.
 
     Returns:
-        columns shape, rank, way, seconds (the median; ways that take over 0.3 s run once),
+        Columns shape, rank, way, seconds (the median; ways that take over 0.3 s run once), and
         error: Frobenius, as a multiple of the smallest of that shape and rank.
     """
     rows = []
@@ -132,14 +115,15 @@ def exact_or_randomized(
 ) -> pd.DataFrame:
     """Seconds of LAPACK's (or cuSOLVER's) SVD, `truncated_svd` and `randomized_svd`, with errors.
 
-    Each shape has a matrix of each spectrum (`SPECTRA`). The exact ways find all terms whatever
-    the rank: they are timed once a matrix, at the smallest rank. The sketch has p = 10, or less
-    where it would span everything, so that it is always one.
+    Each shape has a matrix of a decaying spectrum (`slow_decay`) and a Gaussian one, whose spectrum
+    is nearly flat. The exact ways find all terms whatever the rank: they are timed once per matrix,
+    at the smallest rank. The sketch has p = 10, or less where it would span everything, so that it
+    is always a sketch.
 
     Returns:
-        a row a spectrum, shape and rank (below the shorter side): spectrum, shape, rank; full,
+        A row per spectrum, shape and rank (below the shorter side): spectrum, shape, rank; full,
         truncated, randomized, the median seconds; error, error_low, error_high, the mean with its
-        95 % interval of five sketches' Frobenius errors over the best possible, ‖A − A_k‖; and
+        95% interval of five sketches' Frobenius errors over the best possible, ‖A − A_k‖; and
         zero, that of the zero matrix, ‖A‖ / ‖A − A_k‖.
 
     Raises:
@@ -149,37 +133,35 @@ def exact_or_randomized(
         raise ValueError(f"none of the ranks {list(ranks)} is below the shorter side of a shape")
     rows = []
     generator = torch.Generator().manual_seed(0)
-    for (spectrum, make), (m, n) in itertools.product(SPECTRA.items(), shapes):
-        A = make(m, n, generator).to(device)
+    for spectrum, (m, n) in itertools.product(("decaying", "flat"), shapes):
+        flat = spectrum == "flat"
+        A = torch.randn(m, n, generator=generator) if flat else slow_decay(m, n, generator)
+        A = A.to(device)
         fitting = sorted(rank for rank in ranks if rank < min(m, n))
         case = {"spectrum": spectrum, "shape": f"{m}×{n}"}
-        rows += [{**case, **row} for row in _times_and_errors(A, fitting, repeats)]
+        exact = {
+            "full": partial(torch.linalg.svd, A, full_matrices=False),
+            "truncated": partial(truncated_svd, A, min(fitting, default=0)),
+        }
+        seconds = _seconds(exact, repeats, device) if fitting else {}
+        sigma, sketches = torch.linalg.svdvals(A).double(), torch.Generator(device).manual_seed(0)
+        for rank in fitting:
+            p = min(OVERSAMPLE, min(m, n) - rank - 1)
+            sketch = partial(randomized_svd, A, rank, oversample=p, generator=sketches)
+            best = sigma[rank:].norm()
+            mean = interval([(_norm(A - sketch().matrix()) / best).item() for _ in range(SKETCHES)])
+            errors = {"error": mean["mean"], "error_low": mean["low"], "error_high": mean["high"]}
+            errors["zero"] = (_norm(A) / best).item()
+            randomized = _seconds({"randomized": sketch}, repeats, device)
+            rows.append({**case, "rank": rank, **seconds, **randomized, **errors})
     return pd.DataFrame(rows)
 
 
-def _times_and_errors(A: Tensor, ranks: Sequence[int], repeats: int) -> list[dict[str, float]]:
-    if not ranks:
-        return []
-    timed = partial(clock.median, repeats=repeats, device=A.device)
-    sigma = torch.linalg.svdvals(A).double()
-    exact = {
-        "full": timed(partial(torch.linalg.svd, A, full_matrices=False)),
-        "truncated": timed(partial(truncated_svd, A, ranks[0])),
-    }
-    generator = torch.Generator(A.device).manual_seed(0)
-    rows = []
-    for rank in ranks:
-        p = min(OVERSAMPLE, min(A.shape) - rank - 1)
-        sketch = partial(randomized_svd, A, rank, oversample=p, generator=generator)
-        best = sigma[rank:].norm()
-        found = (sketch() for _ in range(SKETCHES))
-        errors = interval([(_norm(A - svd.matrix()) / best).item() for svd in found])
-        errors = errors.drop("n").rename(
-            {"mean": "error", "low": "error_low", "high": "error_high"}
-        )
-        zero = (_norm(A) / best).item()
-        rows.append({"rank": rank, **exact, "randomized": timed(sketch), **errors, "zero": zero})
-    return rows
+def _seconds(
+    calls: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device
+) -> dict[str, float]:
+    """The median seconds of each call."""
+    return {name: clock.median(call, repeats, device=device) for name, call in calls.items()}
 
 
 def _norm(A: Tensor) -> Tensor:
@@ -192,19 +174,15 @@ def batch_times(
     """Seconds of the SVDs of a batch of Gaussian matrices, by each exact way in turn.
 
     Returns:
-        a row a round: round, svd (`torch.linalg.svd`), truncated_svd; medians of the repeats.
+        A row per round: round, svd (`torch.linalg.svd`), truncated_svd; medians of the repeats.
     """
     A = torch.randn(batch, m, n, generator=torch.Generator(device).manual_seed(0), device=device)
-    timed = partial(clock.median, repeats=repeats, device=device)
-    rows = [
-        (
-            each,
-            timed(partial(torch.linalg.svd, A, full_matrices=False)),
-            timed(partial(truncated_svd, A, rank)),
-        )
-        for each in range(rounds)
-    ]
-    return pd.DataFrame(rows, columns=["round", "svd", "truncated_svd"])
+    calls = {
+        "svd": partial(torch.linalg.svd, A, full_matrices=False),
+        "truncated_svd": partial(truncated_svd, A, rank),
+    }
+    rows = [{"round": number} | _seconds(calls, repeats, device) for number in range(rounds)]
+    return pd.DataFrame(rows)
 
 
 def paper_call_times(
@@ -213,15 +191,18 @@ def paper_call_times(
     """Seconds of the two calls of the paper's code, on matrices of its network's shapes, in turn.
 
     Returns:
-        a row a round and layer: round, shape, svd (`torch.linalg.svd`), svd_lowrank
+        A row per round and layer: round, shape, svd (`torch.linalg.svd`), svd_lowrank
         (`torch.svd_lowrank`); medians of the repeats.
     """
-    timed = partial(clock.median, repeats=repeats, device=device)
     generator = torch.Generator(device).manual_seed(0)
-    matrices = [torch.randn(m, n, generator=generator, device=device) for n, m in pairwise(sizes)]
+    shapes = [(m, n) for n, m in itertools.pairwise(sizes)]
+    matrices = [torch.randn(*shape, generator=generator, device=device) for shape in shapes]
     rows = []
-    for each, A in itertools.product(range(rounds), matrices):
-        exact = timed(partial(torch.linalg.svd, A, full_matrices=False))
-        sketch = timed(partial(torch.svd_lowrank, A, min(rank, *A.shape)))
-        rows.append((each, "×".join(map(str, A.shape)), exact, sketch))
-    return pd.DataFrame(rows, columns=["round", "shape", "svd", "svd_lowrank"])
+    for number, A in itertools.product(range(rounds), matrices):
+        calls = {
+            "svd": partial(torch.linalg.svd, A, full_matrices=False),
+            "svd_lowrank": partial(torch.svd_lowrank, A, min(rank, *A.shape)),
+        }
+        case = {"round": number, "shape": "×".join(map(str, A.shape))}
+        rows.append(case | _seconds(calls, repeats, device))
+    return pd.DataFrame(rows)
