@@ -89,7 +89,7 @@ def test_ranks_count_the_documents_that_are_nearer():
     queries = torch.tensor(
         [[1.0, 0, 0, 0], [0.9, 0.5, 0, 0], [0.3, 0.2, 0.1, 0.0], [0.5, 0.5, 0.5, 0.5]]
     )
-    found = retrieval.ranks(queries, documents)
+    found = retrieval.document_places(queries, documents)
     assert found.tolist() == [1, 2, 3, 1]
     scores = retrieval.scores(found)
     assert scores == {"recall": 50.0, "mrr": pytest.approx((1 + 1 / 2 + 1 / 3 + 1) / 4)}
@@ -98,18 +98,18 @@ def test_ranks_count_the_documents_that_are_nearer():
 def test_bootstrap_is_paired():
     """What is better by the same at every query is so in every draw; all else is a mean of draws."""
     found = np.array([1, 1, 1, 1])
-    row = retrieval.bootstrapped(found, np.array([2, 2, 2, 2]))
+    row = retrieval.paired_bootstrap(found, np.array([2, 2, 2, 2]))
     assert row.more_recall == row.more_recall_low == row.more_recall_high == 100
     assert row.more_mrr == row.more_mrr_low == row.more_mrr_high == 0.5
     against = np.array([1, 2] * 200)
-    row = retrieval.bootstrapped(np.ones(400, dtype=int), against, draws=4000)
+    row = retrieval.paired_bootstrap(np.ones(400, dtype=int), against, draws=4000)
     assert row.more_recall == 50 and row.more_mrr == 0.25
     # a binomial share of 400 draws, normal by now: 1.96 standard errors of 2.5 per cent
     assert row.more_recall_low == pytest.approx(50 - 4.9, abs=0.6)
     assert row.more_recall_high == pytest.approx(50 + 4.9, abs=0.6)
-    reverse = retrieval.bootstrapped(against, np.ones(400, dtype=int), draws=4000)
+    reverse = retrieval.paired_bootstrap(against, np.ones(400, dtype=int), draws=4000)
     assert reverse.more_recall_low == pytest.approx(-row.more_recall_high)
-    assert row.equals(retrieval.bootstrapped(np.ones(400, dtype=int), against, draws=4000))
+    assert row.equals(retrieval.paired_bootstrap(np.ones(400, dtype=int), against, draws=4000))
 
 
 class Tokenizer:

@@ -157,6 +157,33 @@ def exact_or_randomized(
     return pd.DataFrame(rows)
 
 
+def call_times(
+    shapes: Sequence[tuple[int, ...]],
+    rank: int,
+    device: torch.device,
+    repeats: int,
+    rounds: int = 5,
+) -> pd.DataFrame:
+    """Seconds of an SVD's calls on Gaussian matrices, or stacks of them, all in turn.
+
+    Returns:
+        A row per round and shape: round, shape, svd (`torch.linalg.svd`), svd_lowrank
+        (`torch.svd_lowrank`), truncated_svd; medians of the repeats.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    matrices = [torch.randn(*shape, generator=generator, device=device) for shape in shapes]
+    rows = []
+    for number, A in itertools.product(range(rounds), matrices):
+        calls = {
+            "svd": partial(torch.linalg.svd, A, full_matrices=False),
+            "svd_lowrank": partial(torch.svd_lowrank, A, min(rank, *A.shape[-2:])),
+            "truncated_svd": partial(truncated_svd, A, min(rank, *A.shape[-2:])),
+        }
+        case = {"round": number, "shape": "×".join(map(str, A.shape))}
+        rows.append(case | _seconds(calls, repeats, device))
+    return pd.DataFrame(rows)
+
+
 def _seconds(
     calls: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device
 ) -> dict[str, float]:
@@ -166,43 +193,3 @@ def _seconds(
 
 def _norm(A: Tensor) -> Tensor:
     return torch.linalg.vector_norm(A, dtype=torch.float64)
-
-
-def batch_times(
-    batch: int, m: int, n: int, rank: int, device: torch.device, repeats: int = 6, rounds: int = 5
-) -> pd.DataFrame:
-    """Seconds of the SVDs of a batch of Gaussian matrices, by each exact way in turn.
-
-    Returns:
-        A row per round: round, svd (`torch.linalg.svd`), truncated_svd; medians of the repeats.
-    """
-    A = torch.randn(batch, m, n, generator=torch.Generator(device).manual_seed(0), device=device)
-    calls = {
-        "svd": partial(torch.linalg.svd, A, full_matrices=False),
-        "truncated_svd": partial(truncated_svd, A, rank),
-    }
-    rows = [{"round": number} | _seconds(calls, repeats, device) for number in range(rounds)]
-    return pd.DataFrame(rows)
-
-
-def paper_call_times(
-    sizes: Sequence[int], rank: int, device: torch.device, repeats: int = 20, rounds: int = 5
-) -> pd.DataFrame:
-    """Seconds of the two calls of the paper's code, on matrices of its network's shapes, in turn.
-
-    Returns:
-        A row per round and layer: round, shape, svd (`torch.linalg.svd`), svd_lowrank
-        (`torch.svd_lowrank`); medians of the repeats.
-    """
-    generator = torch.Generator(device).manual_seed(0)
-    shapes = [(m, n) for n, m in itertools.pairwise(sizes)]
-    matrices = [torch.randn(*shape, generator=generator, device=device) for shape in shapes]
-    rows = []
-    for number, A in itertools.product(range(rounds), matrices):
-        calls = {
-            "svd": partial(torch.linalg.svd, A, full_matrices=False),
-            "svd_lowrank": partial(torch.svd_lowrank, A, min(rank, *A.shape)),
-        }
-        case = {"round": number, "shape": "×".join(map(str, A.shape))}
-        rows.append(case | _seconds(calls, repeats, device))
-    return pd.DataFrame(rows)
