@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,11 +24,7 @@ SKETCHES = 5
 
 
 def slow_decay(m: int, n: int, generator: torch.Generator) -> Tensor:
-    """A float32 matrix (m, n) with σ_j near 1/√j for 512 terms, and noise of norm about 1e-3.
-
-    >>> slow_decay(30, 20, torch.Generator().manual_seed(0)).shape
-    torch.Size([30, 20])
-    """
+    """A float32 matrix (m, n) with σ_j near 1/√j for 512 terms, and noise of norm about 1e-3."""
     terms = min(512, m, n)
     sigma = torch.arange(1, terms + 1, dtype=torch.float32).rsqrt()
     left = torch.randn(m, terms, generator=generator) * sigma / m**0.5
@@ -131,38 +127,34 @@ def exact_or_randomized(
     """
     if not any(rank < min(shape) for rank in ranks for shape in shapes):
         raise ValueError(f"none of the ranks {list(ranks)} is below the shorter side of a shape")
+    timed = partial(clock.median, repeats=repeats, device=device)
+    norm = partial(torch.linalg.vector_norm, dtype=torch.float64)
     rows = []
     generator = torch.Generator().manual_seed(0)
     for spectrum, (m, n) in itertools.product(("decaying", "flat"), shapes):
         flat = spectrum == "flat"
         A = torch.randn(m, n, generator=generator) if flat else slow_decay(m, n, generator)
-        A = A.to(device)
         fitting = sorted(rank for rank in ranks if rank < min(m, n))
+        if not fitting:
+            continue
+        A = A.to(device)
+        full = timed(partial(torch.linalg.svd, A, full_matrices=False))
+        truncated = timed(partial(truncated_svd, A, fitting[0]))
         case = {"spectrum": spectrum, "shape": f"{m}×{n}"}
-        exact = {
-            "full": partial(torch.linalg.svd, A, full_matrices=False),
-            "truncated": partial(truncated_svd, A, min(fitting, default=0)),
-        }
-        seconds = _seconds(exact, repeats, device) if fitting else {}
         sigma, sketches = torch.linalg.svdvals(A).double(), torch.Generator(device).manual_seed(0)
         for rank in fitting:
             p = min(OVERSAMPLE, min(m, n) - rank - 1)
             sketch = partial(randomized_svd, A, rank, oversample=p, generator=sketches)
             best = sigma[rank:].norm()
-            mean = interval([(_norm(A - sketch().matrix()) / best).item() for _ in range(SKETCHES)])
-            errors = {"error": mean["mean"], "error_low": mean["low"], "error_high": mean["high"]}
-            errors["zero"] = (_norm(A) / best).item()
-            randomized = _seconds({"randomized": sketch}, repeats, device)
-            rows.append({**case, "rank": rank, **seconds, **randomized, **errors})
+            error = interval([(norm(A - sketch().matrix()) / best).item() for _ in range(SKETCHES)])
+            row = {"rank": rank, "full": full, "truncated": truncated, "randomized": timed(sketch)}
+            row |= {"error": error["mean"], "error_low": error["low"], "error_high": error["high"]}
+            rows.append({**case, **row, "zero": (norm(A) / best).item()})
     return pd.DataFrame(rows)
 
 
 def call_times(
-    shapes: Sequence[tuple[int, ...]],
-    rank: int,
-    device: torch.device,
-    repeats: int,
-    rounds: int = 5,
+    shapes: Sequence[Sequence[int]], rank: int, device: torch.device, repeats: int, rounds: int = 5
 ) -> pd.DataFrame:
     """Seconds of an SVD's calls on Gaussian matrices, or stacks of them, all in turn.
 
@@ -170,26 +162,15 @@ def call_times(
         A row per round and shape: round, shape, svd (`torch.linalg.svd`), svd_lowrank
         (`torch.svd_lowrank`), truncated_svd; medians of the repeats.
     """
+    timed = partial(clock.median, repeats=repeats, device=device)
     generator = torch.Generator(device).manual_seed(0)
     matrices = [torch.randn(*shape, generator=generator, device=device) for shape in shapes]
     rows = []
     for number, A in itertools.product(range(rounds), matrices):
-        calls = {
-            "svd": partial(torch.linalg.svd, A, full_matrices=False),
-            "svd_lowrank": partial(torch.svd_lowrank, A, min(rank, *A.shape[-2:])),
-            "truncated_svd": partial(truncated_svd, A, min(rank, *A.shape[-2:])),
-        }
-        case = {"round": number, "shape": "×".join(map(str, A.shape))}
-        rows.append(case | _seconds(calls, repeats, device))
+        k = min(rank, *A.shape[-2:])
+        row = {"round": number, "shape": "×".join(map(str, A.shape))}
+        row["svd"] = timed(partial(torch.linalg.svd, A, full_matrices=False))
+        row["svd_lowrank"] = timed(partial(torch.svd_lowrank, A, k))
+        row["truncated_svd"] = timed(partial(truncated_svd, A, k))
+        rows.append(row)
     return pd.DataFrame(rows)
-
-
-def _seconds(
-    calls: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device
-) -> dict[str, float]:
-    """The median seconds of each call."""
-    return {name: clock.median(call, repeats, device=device) for name, call in calls.items()}
-
-
-def _norm(A: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(A, dtype=torch.float64)
