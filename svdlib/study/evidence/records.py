@@ -17,10 +17,9 @@ if TYPE_CHECKING:  # would bring Jupyter along
     from svdlib.study.running.parameters import Values
 
 RESULTS = Path(__file__).parents[3] / "results"
-BESIDE = RESULTS.with_name("notebooks")
 
 
-def from_paper(name: str, folder: Path = BESIDE) -> pd.DataFrame:
+def from_paper(name: str) -> pd.DataFrame:
     """Numbers that others printed: ``published_NAME.csv`` beside the notebooks.
 
     Raises:
@@ -29,7 +28,7 @@ def from_paper(name: str, folder: Path = BESIDE) -> pd.DataFrame:
     >>> list(from_paper("keene"))
     ['method', 'epoch', 'accuracy', 'loss']
     """
-    path = folder / f"published_{name}.csv"
+    path = RESULTS.with_name("notebooks") / f"published_{name}.csv"
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is not there; run the notebooks from a clone of the project"

@@ -25,8 +25,8 @@ def interval(values: ArrayLike, level: float = 0.95) -> pd.Series:
     return pd.Series({"n": n, "mean": mean, "low": mean - half, "high": mean + half})
 
 
-def prediction(values: ArrayLike, level: float = 0.95) -> pd.Series:
-    """n, mean, and the ends of the interval into which one more run would fall.
+def prediction(values: ArrayLike) -> pd.Series:
+    """n, mean, and the ends of the interval into which one more run falls with 95% probability.
 
     The ends are quantiles for 100 values or more. For fewer, they assume normal runs: Student's t
     with √(1 + 1/n) standard deviations. A single value has no interval: its ends are NaN.
@@ -37,11 +37,11 @@ def prediction(values: ArrayLike, level: float = 0.95) -> pd.Series:
     [-2.97, 6.97]
     """
     x = np.asarray(values, float)
-    ends = interval(x, level)
+    ends = interval(x)
     half = (ends["high"] - ends["mean"]) * np.sqrt(len(x) + 1)
     ends["low"], ends["high"] = ends["mean"] - half, ends["mean"] + half
     if len(x) >= 100:
-        ends["low"], ends["high"] = np.quantile(x, [(1 - level) / 2, (1 + level) / 2])
+        ends["low"], ends["high"] = np.quantile(x, [0.025, 0.975])
     return ends
 
 
@@ -71,19 +71,17 @@ def summarize(table: pd.DataFrame, value: str, by: Sequence[str]) -> pd.DataFram
     return pd.DataFrame(rows)
 
 
-def paired(
-    table: pd.DataFrame, value: str, against: str, column: str = "method", unit: str = "seed"
-) -> pd.DataFrame:
-    """The difference of each group to the group ``against``, unit by unit, as `interval`.
+def paired(table: pd.DataFrame, value: str, against: Any, column: str = "method") -> pd.DataFrame:
+    """The difference of each group to the group ``against``, seed by seed, as `interval`.
 
-    Pairing takes the spread between units out of the comparison.
+    Pairing takes the spread between seeds out of the comparison.
 
     >>> runs = pd.DataFrame({"method": ["a", "a", "b", "b"], "seed": [0, 1, 0, 1],
     ...                      "error": [1.0, 5.0, 2.0, 6.5]})
     >>> paired(runs, "error", against="a")[["method", "mean"]].values.tolist()
     [['b', 1.25]]
     """
-    wide = table.pivot(index=unit, columns=column, values=value)
+    wide = table.pivot(index="seed", columns=column, values=value)
     rows = [
         {column: group, **interval((wide[group] - wide[against]).dropna())}
         for group in table[column].unique()

@@ -95,13 +95,11 @@ def random_basis(side: int, columns: int, generator: torch.Generator) -> Tensor:
     return torch.linalg.qr(torch.randn(side, columns, dtype=torch.float64, generator=generator)).Q
 
 
-def stepped(
-    m: int, n: int, rank: int, generator: torch.Generator, step: float = 1e6
-) -> dict[str, Tensor]:
-    """Matrices (m, n) on which a bad sketch fails: k singular values of ``step``, then a tail.
+def stepped(m: int, n: int, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Matrices (m, n) on which a bad sketch fails: k singular values of 10⁶, then a tail.
 
     The tail is flat (σ_{k+i} = 1), slow (1/√i) or fast (0.8^(i−1)). A Q that ignores A has an
-    error of about ``step`` σ_{k+1}, far above every bound.
+    error of about 10⁶ σ_{k+1}, far above every bound.
 
     >>> A = stepped(4, 5, rank=2, generator=torch.Generator().manual_seed(0))["slow tail"]
     >>> torch.linalg.svdvals(A)[2:]
@@ -111,7 +109,7 @@ def stepped(
     tails = {"flat tail": torch.ones_like(i), "slow tail": (1 + i).rsqrt(), "fast tail": 0.8**i}
     matrices = {}
     for name, tail in tails.items():
-        sigma = torch.cat([tail.new_full((rank,), step), tail])
+        sigma = torch.cat([tail.new_full((rank,), 1e6), tail])
         left, right = (random_basis(side, len(sigma), generator) for side in (m, n))
         matrices[name] = (left * sigma) @ right.mT
     return matrices
