@@ -39,14 +39,6 @@ def grade(
     Returns:
         The table of `regrets`, of the rules that choose their own size (share NaN) and of those
         under each budget; and the `joint_profile` on the test images.
-
-    >>> import torch
-    >>> _ = torch.manual_seed(0)
-    >>> net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
-    >>> data = torch.rand(20, 8), torch.arange(20) % 3
-    >>> grades, joint = grade(net, data, data, tolerance=0.01, shares=[0.8])
-    >>> grades[grades.rule == "optimal"].regret.tolist()
-    [0.0, 0.0]
     """
     x, y = validation
     joint = joint_profile(model, x, y, progress=False)  # type: ignore[arg-type]

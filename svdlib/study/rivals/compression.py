@@ -28,12 +28,7 @@ class Product:
 
 
 def svd_llm(model: nn.Module, ranks: Mapping[str, int], data: Sequence[Batch]) -> nn.Module:
-    """SVD-LLM's data whitening (Wang et al. 2024, section 3.1): the SVD of W S, X Xᵀ = S Sᵀ.
-
-    >>> _ = torch.manual_seed(0)
-    >>> svd_llm(nn.Sequential(nn.Linear(30, 20)), {"0": 2}, [torch.rand(64, 30)])[0].rank
-    2
-    """
+    """SVD-LLM's data whitening (Wang et al. 2024, section 3.1): the SVD of W S, X Xᵀ = S Sᵀ."""
     layers = {name: matrix_layers(model)[name] for name in ranks}
     sums = input_sums(model, layers, data, None, None)
 
@@ -50,12 +45,7 @@ def svd_llm(model: nn.Module, ranks: Mapping[str, int], data: Sequence[Batch]) -
 def asvd(
     model: nn.Module, ranks: Mapping[str, int], data: Sequence[Batch], alpha: float = 0.5
 ) -> nn.Module:
-    """ASVD (Yuan et al. 2023, section 3.2): the SVD of W D, D the inputs' mean sizes to the α.
-
-    >>> _ = torch.manual_seed(0)
-    >>> asvd(nn.Sequential(nn.Linear(30, 20)), {"0": 2}, [torch.rand(64, 30)])[0].rank
-    2
-    """
+    """ASVD (Yuan et al. 2023, section 3.2): the SVD of W D, D the inputs' mean sizes to the α."""
     layers = {name: matrix_layers(model)[name] for name in ranks}
     sizes: dict[str, Any] = dict.fromkeys(layers, 0)
 

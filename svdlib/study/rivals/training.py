@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from threading import Event
 from typing import Any
@@ -200,7 +200,7 @@ def product_bound(sizes: Sequence[int], data: Data) -> float:
     return 2 * products * len(data.train_x) / product_rate(data.device, repeats=1)
 
 
-Entrants = Mapping[tuple[str, str, int], Epoch]
+Entrants = dict[tuple[str, str, int], Epoch]  # by projection, way and number of networks
 
 
 def entrants(
@@ -223,7 +223,7 @@ def entrants(
     """
     if projection and projection.every != "step":
         raise ValueError(f"the race is of projections every step, not every {projection.every!r}")
-    epochs: dict[tuple[str, str, int], Epoch] = {
+    epochs: Entrants = {
         (name, "the paper's way", 1): paper_epoch(sizes, data, projection),
         (name, "the products alone", 1): partial(product_bound, sizes, data),
     }
@@ -257,8 +257,8 @@ def race(entrants: Entrants, repeats: int = 5, progress: bool = True) -> pd.Data
     return pd.DataFrame(rows, columns=["projection", "way", "networks", "round", "seconds"])
 
 
-def ratios(table: pd.DataFrame, way: str = "svdlib") -> pd.DataFrame:
-    """How many times as long the others take as ``way``, round by round, from a race's table.
+def ratios(table: pd.DataFrame) -> pd.DataFrame:
+    """How many times as long the others take as svdlib, round by round, from a race's table.
 
     Those that train one network at a time are compared per network.
 
@@ -271,7 +271,8 @@ def ratios(table: pd.DataFrame, way: str = "svdlib") -> pd.DataFrame:
     >>> ratios(table)[["way", "median", "least", "most", "faster"]].values.tolist()
     [['JAX', 2.5, 2.0, 3.0, 'svdlib']]
     """
-    ours, others = table[table.way == way].drop(columns="way"), table[table.way != way]
+    ours = table[table.way == "svdlib"].drop(columns="way")
+    others = table[table.way != "svdlib"]
     pairs = others.merge(ours, on=["projection", "round"], suffixes=("_theirs", ""))
     single = pairs.way.isin(["the paper's way", "the products alone"])
     same = ~single & (pairs.networks_theirs == pairs.networks)
@@ -280,7 +281,7 @@ def ratios(table: pd.DataFrame, way: str = "svdlib") -> pd.DataFrame:
     groups = pairs.groupby(["projection", "networks", "way"], sort=False).ratio
     summary = groups.agg(median="median", least="min", most="max").reset_index()
     slower = np.where(summary.most < 1, summary.way, "none")
-    summary["faster"] = np.where(summary.least > 1, way, slower)
+    summary["faster"] = np.where(summary.least > 1, "svdlib", slower)
     return summary
 
 
