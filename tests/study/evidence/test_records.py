@@ -133,8 +133,8 @@ def test_a_small_part_of_the_headline_sweep_agrees(mnist, every):
         "published": [None, published("rsvd"), published("truncsvd")],
     }[every]
     nets = svdlib.MLPEnsemble((784, 15, 15, 10), seeds=[500, 501, 502] * 3, device="cpu")
-    each = [projection for projection in projections for _ in range(3)]
-    history = svdlib.train(nets, mnist, epochs=1, projection=each, progress=False)
+    per_network = [projection for projection in projections for _ in range(3)]
+    history = svdlib.train(nets, mnist, epochs=1, projection=per_network, progress=False)
     both = history.merge(stored, on=["method", "seed"], suffixes=("", " stored"))
     assert len(both) == 9
     assert (both.test_error - both["test_error stored"]).abs().max() < 1
