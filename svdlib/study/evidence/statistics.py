@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy import stats
 
 
-def interval(values: Sequence[float] | np.ndarray | pd.Series, level: float = 0.95) -> pd.Series:
+def interval(values: ArrayLike, level: float = 0.95) -> pd.Series:
     """n, mean, and the two ends of Student's t interval for the mean.
 
-    One value has no interval: its ends are NaN.
+    A single value has no interval: its ends are NaN.
 
     >>> interval([1.0, 2.0, 3.0]).round(2).to_dict()
     {'n': 3.0, 'mean': 2.0, 'low': -0.48, 'high': 4.48}
     """
     x = np.asarray(values, float)
-    half = np.nan
-    if len(x) > 1:
-        half = stats.t.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
-    return pd.Series(
-        {"n": len(x), "mean": x.mean(), "low": x.mean() - half, "high": x.mean() + half}
-    )
+    n, mean = len(x), x.mean()
+    half = stats.t.ppf((1 + level) / 2, n - 1) * stats.sem(x) if n > 1 else np.nan
+    return pd.Series({"n": n, "mean": mean, "low": mean - half, "high": mean + half})
 
 
-def prediction(values: Sequence[float] | np.ndarray | pd.Series, level: float = 0.95) -> pd.Series:
-    """n, mean, and between which ends one more run would fall.
+def prediction(values: ArrayLike) -> pd.Series:
+    """n, mean, and the ends of the interval into which one more run falls with 95% probability.
 
-    From a hundred values on these are quantiles, below Student's t with √(1 + 1/n) standard
-    deviations, which takes the runs for normal. One value has no interval: its ends are NaN.
+    The ends are quantiles for 100 values or more. For fewer, they assume normal runs: Student's t
+    with √(1 + 1/n) standard deviations. A single value has no interval: its ends are NaN.
 
     >>> prediction(range(1000))[["low", "high"]].round(1).tolist()
     [25.0, 974.0]
@@ -38,19 +37,18 @@ def prediction(values: Sequence[float] | np.ndarray | pd.Series, level: float = 
     [-2.97, 6.97]
     """
     x = np.asarray(values, float)
-    if len(x) >= 100:
-        low, high = np.quantile(x, [(1 - level) / 2, (1 + level) / 2])
-        return pd.Series({"n": len(x), "mean": x.mean(), "low": low, "high": high})
-    ends = interval(x, level)
+    ends = interval(x)
     half = (ends["high"] - ends["mean"]) * np.sqrt(len(x) + 1)
     ends["low"], ends["high"] = ends["mean"] - half, ends["mean"] + half
+    if len(x) >= 100:
+        ends["low"], ends["high"] = np.quantile(x, [0.025, 0.975])
     return ends
 
 
-def told(summary: Mapping[str, float] | pd.Series, digits: int = 2) -> str:
-    """A mean with its interval as text; the mean alone where there is no interval.
+def with_interval(summary: Mapping[str, Any] | pd.Series, digits: int = 2) -> str:
+    """A mean with its interval as text, or the mean alone where there is no interval.
 
-    >>> told(interval([1.0, 2.0, 3.0])), told(interval([1.0]))
+    >>> with_interval(interval([1.0, 2.0, 3.0])), with_interval(interval([1.0]))
     ('2.00 [-0.48, 4.48]', '1.00')
     """
     # Zero is added so that nothing reads −0.00.
@@ -69,30 +67,21 @@ def summarize(table: pd.DataFrame, value: str, by: Sequence[str]) -> pd.DataFram
     [['a', 2.0, 2.0], ['b', 2.0, 2.0]]
     """
     groups = table.groupby(list(by), sort=False, dropna=False)[value]
-    rows = {key: interval(group) for key, group in groups}
-    index = pd.MultiIndex.from_tuples(
-        [key if isinstance(key, tuple) else (key,) for key in rows], names=list(by)
-    )
-    return pd.DataFrame(list(rows.values()), index=index).reset_index()
+    rows = [dict(zip(by, key, strict=True)) | dict(interval(part)) for key, part in groups]
+    return pd.DataFrame(rows)
 
 
-def paired(
-    table: pd.DataFrame,
-    value: str,
-    against: str,
-    column: str = "method",
-    unit: str = "seed",
-) -> pd.DataFrame:
-    """The difference of each group to the group ``against``, unit by unit, as `interval`.
+def paired(table: pd.DataFrame, value: str, against: Any, column: str = "method") -> pd.DataFrame:
+    """The difference of each group to the group ``against``, seed by seed, as `interval`.
 
-    Pairing takes the spread between units out of the comparison.
+    Pairing takes the spread between seeds out of the comparison.
 
     >>> runs = pd.DataFrame({"method": ["a", "a", "b", "b"], "seed": [0, 1, 0, 1],
     ...                      "error": [1.0, 5.0, 2.0, 6.5]})
     >>> paired(runs, "error", against="a")[["method", "mean"]].values.tolist()
     [['b', 1.25]]
     """
-    wide = table.pivot(index=unit, columns=column, values=value)
+    wide = table.pivot(index="seed", columns=column, values=value)
     rows = [
         {column: group, **interval((wide[group] - wide[against]).dropna())}
         for group in table[column].unique()
@@ -101,39 +90,32 @@ def paired(
     return pd.DataFrame(rows)
 
 
-def placed(
+def locate(
     runs: pd.DataFrame, single: pd.DataFrame, values: Sequence[str], by: Sequence[str]
 ) -> pd.DataFrame:
-    """Where single runs lie among many: is each where 95 % of them would fall?
+    """Whether single runs lie where 95% of many runs do.
 
     Args:
-        runs: many runs, a row each, with the columns ``by`` and ``values``.
-        single: the single ones, a row each group, with the same columns.
+        runs: many runs, one per row, with the columns ``by`` and ``values``.
+        single: one run per group, with the same columns.
 
     Returns:
-        a row a group and value: n, mean, low, high (`prediction`), single, below (the share of
-        the runs under it, per cent), inside. No row without single runs, nor where the many are
-        fewer than two, which say nothing of where another would fall.
+        A row per group and value: n, mean, low, high (`prediction`), single, below (the percentage
+        of the runs under it), inside. Groups with fewer than two of the many runs are left out.
 
     >>> runs = pd.DataFrame({"method": "a", "error": range(100)})
     >>> single = pd.DataFrame({"method": ["a"], "error": [98.5]})
-    >>> placed(runs, single, ["error"], ["method"])[["single", "below", "inside"]].values.tolist()
+    >>> locate(runs, single, ["error"], ["method"])[["single", "below", "inside"]].values.tolist()
     [[98.5, 99.0, False]]
     """
     rows = []
-    for one in single.to_dict("records"):
-        own = runs[(runs[list(by)] == [one[name] for name in by]).all(axis=1)]
-        for value in values if len(own) > 1 else ():
-            among = prediction(own[value])
-            rows.append(
-                {
-                    **{name: one[name] for name in by},
-                    "value": value,
-                    **among,
-                    "single": one[value],
-                    "below": 100 * (own[value] < one[value]).mean(),
-                    "inside": bool(among.low <= one[value] <= among.high),
-                }
-            )
+    for run in single.to_dict("records"):
+        key = {name: run[name] for name in by}
+        group = runs[(runs[list(by)] == list(key.values())).all(axis=1)]
+        for value in values if len(group) > 1 else ():
+            ends, own = prediction(group[value]), run[value]
+            below, inside = 100 * (group[value] < own).mean(), bool(ends.low <= own <= ends.high)
+            row = {"value": value, **ends, "single": own, "below": below, "inside": inside}
+            rows.append(key | row)
     columns = [*by, "value", "n", "mean", "low", "high", "single", "below", "inside"]
     return pd.DataFrame(rows, columns=columns)

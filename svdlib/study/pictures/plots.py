@@ -173,7 +173,7 @@ def against_stock(history: DataFrame, title: str = "") -> Figure:
 def reproduction(places: Mapping[str, DataFrame], title: str = "") -> Figure:
     """Single runs (crosses) among many: bands hold 95% of the runs, dots are their means.
 
-    ``places`` has a table of `svdlib.study.evidence.statistics.placed` for each group of runs, with
+    ``places`` has a table of `svdlib.study.evidence.statistics.locate` for each group of runs, with
     columns method, epoch, and value.
     """
     table = pd.concat(places, names=["group"]).reset_index("group")

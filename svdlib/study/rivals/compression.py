@@ -1,10 +1,10 @@
-"""Other formulas for the factors of a layer of a trained network, to compare with: in a few lines."""
+"""Other people's formulas for the factors of a trained layer, each in a few lines."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,52 +28,40 @@ class Product:
 
 
 def svd_llm(model: nn.Module, ranks: Mapping[str, int], data: Sequence[Batch]) -> nn.Module:
-    """SVD-LLM's data whitening (Wang et al. 2024, section 3.1): the SVD of W S, X Xᵀ = S Sᵀ.
-
-    >>> _ = torch.manual_seed(0)
-    >>> svd_llm(nn.Sequential(nn.Linear(30, 20)), {"0": 2}, [torch.rand(64, 30)])[0].rank
-    2
-    """
+    """SVD-LLM's data whitening (Wang et al. 2024, section 3.1): the SVD of W S, X Xᵀ = S Sᵀ."""
     layers = {name: matrix_layers(model)[name] for name in ranks}
     sums = input_sums(model, layers, data, None, None)
 
-    def found(name: str, W: Tensor) -> Product:
+    def factors(name: str, W: Tensor) -> Product:
         C = cast(Tensor, sums[name].square) / sums[name].count
-        more = 1e-10 * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device)
-        S = torch.linalg.cholesky(C + more)
+        ridge = 1e-10 * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device)
+        S = torch.linalg.cholesky(C + ridge)
         U, s, Vh = torch.linalg.svd(W @ S, full_matrices=False)
         return Product(U * s, torch.linalg.solve_triangular(S.mT, Vh.mT, upper=True).mT)
 
-    return _made(model, ranks, found)
+    return _factorized(model, ranks, factors)
 
 
 def asvd(
     model: nn.Module, ranks: Mapping[str, int], data: Sequence[Batch], alpha: float = 0.5
 ) -> nn.Module:
-    """ASVD (Yuan et al. 2023, section 3.2): the SVD of W D, D the inputs' mean sizes to the α.
-
-    >>> _ = torch.manual_seed(0)
-    >>> asvd(nn.Sequential(nn.Linear(30, 20)), {"0": 2}, [torch.rand(64, 30)])[0].rank
-    2
-    """
+    """ASVD (Yuan et al. 2023, section 3.2): the SVD of W D, D the inputs' mean sizes to the α."""
     layers = {name: matrix_layers(model)[name] for name in ranks}
-    sizes: dict[str, Tensor | float] = {}
+    sizes: dict[str, Any] = dict.fromkeys(layers, 0)
 
-    def note(name: str, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0].flatten(0, -2).double()
-        sizes[name] = sizes.get(name, 0.0) + x.abs().sum(0)
+    def add_sizes(name: str, inputs: tuple[Tensor, ...]) -> None:
+        sizes[name] += inputs[0].flatten(0, -2).double().abs().sum(0)
 
-    with torch.no_grad(), evaluating(model), hooked(layers, before=note):
+    with torch.no_grad(), evaluating(model), hooked(layers, before=add_sizes):
         for batch in data:
             model(**batch) if isinstance(batch, Mapping) else model(batch)
 
-    def found(name: str, W: Tensor) -> Product:
-        size = cast(Tensor, sizes[name])
-        D = (size / size.mean()).clamp(min=1e-6) ** alpha
+    def factors(name: str, W: Tensor) -> Product:
+        D = (sizes[name] / sizes[name].mean()).clamp(min=1e-6) ** alpha
         U, s, Vh = torch.linalg.svd(W * D, full_matrices=False)
         return Product(U * s, Vh / D)
 
-    return _made(model, ranks, found)
+    return _factorized(model, ranks, factors)
 
 
 def fisher(
@@ -97,22 +85,22 @@ def fisher(
             for name, gradient in zip(weights, gradients, strict=True):
                 sums[name] += gradient.double().square()
 
-    def found(name: str, W: Tensor) -> Product:
+    def factors(name: str, W: Tensor) -> Product:
         D = sums[name].sum(1).sqrt()
         D = (D / D.mean()).clamp(min=1e-6).unsqueeze(1)
         U, s, Vh = torch.linalg.svd(D * W, full_matrices=False)
         return Product(U * s / D, Vh)
 
-    return _made(model, ranks, found)
+    return _factorized(model, ranks, factors)
 
 
-def _made(
-    model: nn.Module, ranks: Mapping[str, int], found: Callable[[str, Tensor], Product]
+def _factorized(
+    model: nn.Module, ranks: Mapping[str, int], factors: Callable[[str, Tensor], Product]
 ) -> nn.Module:
-    """The model with these factors."""
+    """The model with the factors of each layer's name and matrix."""
 
     def fits(_: nn.Module, layers: Mapping[str, Matrix]) -> Iterator[tuple[str, Product]]:
         for name, layer in layers.items():
-            yield name, found(name, matrix(layer).double())
+            yield name, factors(name, matrix(layer).double())
 
     return shrunk(model, ranks, fits)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -17,36 +16,16 @@ from svdlib.ranks.profile import loss_profile, search_ranks
 from svdlib.study.rivals.timing import product_rate
 
 
-def _within_one_se(rows: pd.DataFrame) -> pd.Series:
-    return rows.increase <= rows.se
-
-
-@torch.no_grad()
-def _passes(
-    model: nn.Module,
-    name: str,
-    factors: Sequence[Tensor],
-    ranks: Sequence[int],
-    x: Tensor,
-    y: Tensor,
-) -> None:
-    U, S, Vh = factors
-    for rank in ranks:
-        weight = {f"{name}.weight": U[:, :rank] * S[:rank] @ Vh[:rank]}
-        z = torch.func.functional_call(model, weight, (x,))
-        nn.functional.cross_entropy(z, y).item()
-
-
 def profile_race(
     sizes: Sequence[int], x: Tensor, y: Tensor, sample: int = 6, repeats: int = 1
 ) -> dict[str, float]:
     """Seconds of the loss profile of a perceptron, at every rank of every layer.
 
     Returns:
-        ``paper``: an SVD and a whole forward pass for every layer and rank; ``one SVD``: an SVD a
-        layer and a whole forward pass for every rank, both from ``sample`` ranks of each layer,
-        scaled to all; ``nested``: `loss_profile`; ``search``: `search_ranks` by one standard
-        error; ``bound``: the products behind each layer alone, at this machine's best rate.
+        ``paper``: an SVD and a forward pass for every layer and rank; ``one SVD``: an SVD per layer
+        and a forward pass for every rank, both timed at ``sample`` ranks of each layer and scaled
+        to all; ``nested``: `loss_profile`; ``search``: `search_ranks` by one standard error;
+        ``bound``: the products behind each layer alone, at this machine's best rate.
     """
     torch.manual_seed(0)
     model = perceptron(sizes).to(x.device)
@@ -56,21 +35,31 @@ def profile_race(
         count = min(weight.shape) + 1
         svd = clock.median(partial(torch.linalg.svd, weight, full_matrices=False), repeats)
         ranks = torch.linspace(0, count - 1, sample).long().tolist()
+        passes = partial(_forward_passes, model, name, ranks, x, y)
         factors = torch.linalg.svd(weight, full_matrices=False)
-        forward = (
-            clock.median(partial(_passes, model, name, factors, ranks, x, y), repeats) / sample
-        )
+        forward = clock.median(partial(passes, *factors), repeats) / sample
         times["paper"] += count * (svd + forward)
         times["one SVD"] += svd + count * forward
     loss_profile(model, x, y, ranks=(1,), progress=False)  # the warm-up
     nested = partial(loss_profile, model, x, y, progress=False)
-    search = partial(search_ranks, model, x, y, _within_one_se)
+    search = partial(search_ranks, model, x, y, lambda rows: rows.increase <= rows.se)
     times["nested"] = clock.median(nested, repeats, warmup=0)
     times["search"] = clock.median(search, repeats, warmup=0)
-    behind = list(pairwise(sizes))
+    shapes = list(pairwise(sizes))
     work = sum(
-        (min(pair) + 1) * sum(2 * m * n for m, n in behind[number + 1 :])
-        for number, pair in enumerate(behind)
+        (min(shape) + 1) * sum(2 * m * n for m, n in shapes[number + 1 :])
+        for number, shape in enumerate(shapes)
     )
     times["bound"] = work * len(x) / product_rate(x.device)
     return times
+
+
+@torch.no_grad()
+def _forward_passes(
+    model: nn.Module, name: str, ranks: Sequence[int], x: Tensor, y: Tensor, *factors: Tensor
+) -> None:
+    U, S, Vh = factors
+    for rank in ranks:
+        weight = {f"{name}.weight": U[:, :rank] * S[:rank] @ Vh[:rank]}
+        z = torch.func.functional_call(model, weight, (x,))
+        nn.functional.cross_entropy(z, y).item()

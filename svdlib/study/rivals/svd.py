@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,11 +24,7 @@ SKETCHES = 5
 
 
 def slow_decay(m: int, n: int, generator: torch.Generator) -> Tensor:
-    """A float32 matrix (m, n) with σ_j near 1/√j for 512 terms, and noise of norm about 1e-3.
-
-    >>> slow_decay(30, 20, torch.Generator().manual_seed(0)).shape
-    torch.Size([30, 20])
-    """
+    """A float32 matrix (m, n) with σ_j near 1/√j for 512 terms, and noise of norm about 1e-3."""
     terms = min(512, m, n)
     sigma = torch.arange(1, terms + 1, dtype=torch.float32).rsqrt()
     left = torch.randn(m, terms, generator=generator) * sigma / m**0.5
@@ -38,21 +33,11 @@ def slow_decay(m: int, n: int, generator: torch.Generator) -> Tensor:
     return left @ right + 1e-3 * noise / max(m, n) ** 0.5
 
 
-def gaussian(m: int, n: int, generator: torch.Generator) -> Tensor:
-    """A float32 matrix (m, n) of normal numbers: its singular values are nearly flat.
-
-    >>> gaussian(30, 20, torch.Generator().manual_seed(0)).shape
-    torch.Size([30, 20])
-    """
-    return torch.randn(m, n, generator=generator)
-
-
-SPECTRA = {"decaying": slow_decay, "flat": gaussian}
-
-
 def ways(A: Tensor, rank: int, generator: torch.Generator) -> dict[str, Callable[[], Any]]:
-    """Each way's call for U, S and Vh of this float32 matrix, with the same sketch size and power
-    iterations where it has them."""
+    """Calls for U, S and Vh of a float32 matrix, by way.
+
+    Sketch size and power iterations are the same for all ways that have them.
+    """
     import fbpca
     from scipy.linalg import interpolative
     from scipy.sparse.linalg import svds
@@ -68,24 +53,21 @@ def ways(A: Tensor, rank: int, generator: torch.Generator) -> dict[str, Callable
         U, S, V = interpolative.svd(array.astype("float64"), rank)
         return U, S, V.T
 
-    settings: dict[str, Any] = {"n_iter": POWER_ITERS}
-    sketch: dict[str, Any] = {"oversample": OVERSAMPLE, "power_iters": POWER_ITERS}
-    found: dict[str, Callable[[], Any]] = {
-        "svdlib": partial(randomized_svd, A, rank, generator=generator, **sketch),
+    sketch = {"n_oversamples": OVERSAMPLE, "n_iter": POWER_ITERS, "random_state": 0}
+    calls: dict[str, Callable[[], Any]] = {
+        "svdlib": partial(randomized_svd, A, rank, generator=generator),
         "torch.svd_lowrank": torch_lowrank,
-        "scikit-learn": partial(
-            scikit_svd, array, rank, n_oversamples=OVERSAMPLE, random_state=0, **settings
-        ),
-        "fbpca": partial(fbpca.pca, array, rank, raw=True, l=columns, **settings),
+        "scikit-learn": partial(scikit_svd, array, rank, **sketch),
+        "fbpca": partial(fbpca.pca, array, rank, raw=True, n_iter=POWER_ITERS, l=columns),
     }
     if A.numel() * rank < LIMIT:
-        found["SciPy svds"] = partial(svds, array, rank, random_state=0)
-        found["SciPy interpolative"] = interpolative_svd
-    return found
+        calls["SciPy svds"] = partial(svds, array, rank, random_state=0)
+        calls["SciPy interpolative"] = interpolative_svd
+    return calls
 
 
 def products(A: Tensor, columns: int, power_iters: int) -> None:
-    """The products with A that a randomized SVD can't do without, and nothing else."""
+    """The products with A that a randomized SVD cannot do without, and nothing else."""
     left, right = A.new_ones(columns, A.shape[0]), A.new_ones(A.shape[1], columns)
     for _ in range(power_iters + 1):
         A @ right
@@ -93,15 +75,12 @@ def products(A: Tensor, columns: int, power_iters: int) -> None:
 
 
 def svd_race(
-    shapes: Sequence[tuple[int, int]],
-    ranks: Sequence[int],
-    repeats: int = 3,
-    progress: bool = True,
+    shapes: Sequence[tuple[int, int]], ranks: Sequence[int], repeats: int = 3, progress: bool = True
 ) -> pd.DataFrame:
     """Every way on a `slow_decay` matrix of each shape, on the CPU, in one run.
 
     Returns:
-        columns shape, rank, way, seconds (the median; ways that take over 0.3 s run once),
+        Columns shape, rank, way, seconds (the median; ways that take over 0.3 s run once), and
         error: Frobenius, as a multiple of the smallest of that shape and rank.
     """
     rows = []
@@ -132,14 +111,15 @@ def exact_or_randomized(
 ) -> pd.DataFrame:
     """Seconds of LAPACK's (or cuSOLVER's) SVD, `truncated_svd` and `randomized_svd`, with errors.
 
-    Each shape has a matrix of each spectrum (`SPECTRA`). The exact ways find all terms whatever
-    the rank: they are timed once a matrix, at the smallest rank. The sketch has p = 10, or less
-    where it would span everything, so that it is always one.
+    Each shape has a matrix of a decaying spectrum (`slow_decay`) and a Gaussian one, whose spectrum
+    is nearly flat. The exact ways find all terms whatever the rank: they are timed once per matrix,
+    at the smallest rank. The sketch has p = 10, or less where it would span everything, so that it
+    is always a sketch.
 
     Returns:
-        a row a spectrum, shape and rank (below the shorter side): spectrum, shape, rank; full,
+        A row per spectrum, shape and rank (below the shorter side): spectrum, shape, rank; full,
         truncated, randomized, the median seconds; error, error_low, error_high, the mean with its
-        95 % interval of five sketches' Frobenius errors over the best possible, ‖A − A_k‖; and
+        95% interval of five sketches' Frobenius errors over the best possible, ‖A − A_k‖; and
         zero, that of the zero matrix, ‖A‖ / ‖A − A_k‖.
 
     Raises:
@@ -147,81 +127,50 @@ def exact_or_randomized(
     """
     if not any(rank < min(shape) for rank in ranks for shape in shapes):
         raise ValueError(f"none of the ranks {list(ranks)} is below the shorter side of a shape")
+    timed = partial(clock.median, repeats=repeats, device=device)
+    norm = partial(torch.linalg.vector_norm, dtype=torch.float64)
     rows = []
     generator = torch.Generator().manual_seed(0)
-    for (spectrum, make), (m, n) in itertools.product(SPECTRA.items(), shapes):
-        A = make(m, n, generator).to(device)
+    for spectrum, (m, n) in itertools.product(("decaying", "flat"), shapes):
+        flat = spectrum == "flat"
+        A = torch.randn(m, n, generator=generator) if flat else slow_decay(m, n, generator)
         fitting = sorted(rank for rank in ranks if rank < min(m, n))
+        if not fitting:
+            continue
+        A = A.to(device)
+        full = timed(partial(torch.linalg.svd, A, full_matrices=False))
+        truncated = timed(partial(truncated_svd, A, fitting[0]))
         case = {"spectrum": spectrum, "shape": f"{m}×{n}"}
-        rows += [{**case, **row} for row in _times_and_errors(A, fitting, repeats)]
+        sigma, sketches = torch.linalg.svdvals(A).double(), torch.Generator(device).manual_seed(0)
+        for rank in fitting:
+            p = min(OVERSAMPLE, min(m, n) - rank - 1)
+            sketch = partial(randomized_svd, A, rank, oversample=p, generator=sketches)
+            best = sigma[rank:].norm()
+            error = interval([(norm(A - sketch().matrix()) / best).item() for _ in range(SKETCHES)])
+            row = {"rank": rank, "full": full, "truncated": truncated, "randomized": timed(sketch)}
+            row |= {"error": error["mean"], "error_low": error["low"], "error_high": error["high"]}
+            rows.append({**case, **row, "zero": (norm(A) / best).item()})
     return pd.DataFrame(rows)
 
 
-def _times_and_errors(A: Tensor, ranks: Sequence[int], repeats: int) -> list[dict[str, float]]:
-    if not ranks:
-        return []
-    timed = partial(clock.median, repeats=repeats, device=A.device)
-    sigma = torch.linalg.svdvals(A).double()
-    exact = {
-        "full": timed(partial(torch.linalg.svd, A, full_matrices=False)),
-        "truncated": timed(partial(truncated_svd, A, ranks[0])),
-    }
-    generator = torch.Generator(A.device).manual_seed(0)
-    rows = []
-    for rank in ranks:
-        p = min(OVERSAMPLE, min(A.shape) - rank - 1)
-        sketch = partial(randomized_svd, A, rank, oversample=p, generator=generator)
-        best = sigma[rank:].norm()
-        found = (sketch() for _ in range(SKETCHES))
-        errors = interval([(_norm(A - svd.matrix()) / best).item() for svd in found])
-        errors = errors.drop("n").rename(
-            {"mean": "error", "low": "error_low", "high": "error_high"}
-        )
-        zero = (_norm(A) / best).item()
-        rows.append({"rank": rank, **exact, "randomized": timed(sketch), **errors, "zero": zero})
-    return rows
-
-
-def _norm(A: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(A, dtype=torch.float64)
-
-
-def batch_times(
-    batch: int, m: int, n: int, rank: int, device: torch.device, repeats: int = 6, rounds: int = 5
+def call_times(
+    shapes: Sequence[Sequence[int]], rank: int, device: torch.device, repeats: int, rounds: int = 5
 ) -> pd.DataFrame:
-    """Seconds of the SVDs of a batch of Gaussian matrices, by each exact way in turn.
+    """Seconds of an SVD's calls on Gaussian matrices, or stacks of them, all in turn.
 
     Returns:
-        a row a round: round, svd (`torch.linalg.svd`), truncated_svd; medians of the repeats.
-    """
-    A = torch.randn(batch, m, n, generator=torch.Generator(device).manual_seed(0), device=device)
-    timed = partial(clock.median, repeats=repeats, device=device)
-    rows = [
-        (
-            each,
-            timed(partial(torch.linalg.svd, A, full_matrices=False)),
-            timed(partial(truncated_svd, A, rank)),
-        )
-        for each in range(rounds)
-    ]
-    return pd.DataFrame(rows, columns=["round", "svd", "truncated_svd"])
-
-
-def paper_call_times(
-    sizes: Sequence[int], rank: int, device: torch.device, repeats: int = 20, rounds: int = 5
-) -> pd.DataFrame:
-    """Seconds of the two calls of the paper's code, on matrices of its network's shapes, in turn.
-
-    Returns:
-        a row a round and layer: round, shape, svd (`torch.linalg.svd`), svd_lowrank
-        (`torch.svd_lowrank`); medians of the repeats.
+        A row per round and shape: round, shape, svd (`torch.linalg.svd`), svd_lowrank
+        (`torch.svd_lowrank`), truncated_svd; medians of the repeats.
     """
     timed = partial(clock.median, repeats=repeats, device=device)
     generator = torch.Generator(device).manual_seed(0)
-    matrices = [torch.randn(m, n, generator=generator, device=device) for n, m in pairwise(sizes)]
+    matrices = [torch.randn(*shape, generator=generator, device=device) for shape in shapes]
     rows = []
-    for each, A in itertools.product(range(rounds), matrices):
-        exact = timed(partial(torch.linalg.svd, A, full_matrices=False))
-        sketch = timed(partial(torch.svd_lowrank, A, min(rank, *A.shape)))
-        rows.append((each, "×".join(map(str, A.shape)), exact, sketch))
-    return pd.DataFrame(rows, columns=["round", "shape", "svd", "svd_lowrank"])
+    for number, A in itertools.product(range(rounds), matrices):
+        k = min(rank, *A.shape[-2:])
+        row = {"round": number, "shape": "×".join(map(str, A.shape))}
+        row["svd"] = timed(partial(torch.linalg.svd, A, full_matrices=False))
+        row["svd_lowrank"] = timed(partial(torch.svd_lowrank, A, k))
+        row["truncated_svd"] = timed(partial(truncated_svd, A, k))
+        rows.append(row)
+    return pd.DataFrame(rows)

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,7 +37,7 @@ def product_rate(device: torch.device, repeats: int = 5) -> float:
 
 @contextmanager
 def busy_core() -> Iterator[None]:
-    """Another process that takes all it can get of one core, as long as this one lives."""
+    """Keep one core busy with another process, as long as this one lives."""
     work = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): pass"
     other = subprocess.Popen([sys.executable, "-c", work, str(os.getpid())])
     try:
@@ -47,16 +47,16 @@ def busy_core() -> Iterator[None]:
         other.wait()
 
 
-# What others may take of a core without being noticed: an idle JupyterLab and its browser do.
+# What other processes may take of a core: an idle JupyterLab and its browser do.
 QUIET = 0.15
 
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Say afterwards, in a printed sentence, whether what was timed inside was alone.
+    """Print, on leaving, whether other processes were at work meanwhile: then times are no results.
 
-    Times measured beside other work are no results. What others took is the processor time of
-    all processes less this one's and its children's, over the seconds that went by: in cores.
+    What others took, in cores: the processor time of all processes less that of this one and its
+    children, over the seconds that went by.
     """
     before = _spent()
     yield
@@ -75,33 +75,31 @@ def watched() -> Iterator[None]:
 
 def _spent() -> tuple[float, float, float]:
     """Seconds: of the clock, of all processors at work, and of this process and its children."""
-    busy, told = ("user", "nice", "system", "irq", "softirq", "steal"), psutil.cpu_times()
-    everyone = sum(getattr(told, name, 0.0) for name in busy)
+    busy, times = ("user", "nice", "system", "irq", "softirq", "steal"), psutil.cpu_times()
+    everyone = sum(getattr(times, name, 0.0) for name in busy)
     return clock.now(), everyone, sum(os.times()[:4])
 
 
 class _Stopwatch(TorchDispatchMode):
-    """Counts and times every operation that torch dispatches, without what leads up to it."""
+    """Times every operation that torch dispatches, without what leads up to it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: Counter[str] = Counter()
-        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.seconds: defaultdict[str, list[float]] = defaultdict(list)
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
         start = time.perf_counter()
         result = operation(*args, **(kwargs or {}))
         name = operation.overloadpacket.__name__
-        self.seconds[name] += time.perf_counter() - start
-        self.calls[name] += 1
+        self.seconds[name].append(time.perf_counter() - start)
         return result
 
 
 def operations(run: Callable[[], object], steps: int) -> pd.DataFrame:
-    """The operations of torch in ``run``, which takes so many steps, and what each takes.
+    """The operations of torch in ``run``, which takes ``steps`` steps, and what each takes.
 
     Returns:
-        one row an operation, the dearest first: operation, calls and microseconds (both a step).
+        A row per operation, the slowest first: operation, calls and microseconds (both per step).
 
     >>> A = torch.ones(9, 9)
     >>> operations(lambda: A @ A, steps=1)[["operation", "calls"]].values.tolist()
@@ -110,8 +108,9 @@ def operations(run: Callable[[], object], steps: int) -> pd.DataFrame:
     run()
     with _Stopwatch() as watch:
         run()
-    table = pd.DataFrame({"calls": watch.calls, "seconds": watch.seconds}).rename_axis("operation")
-    table = table.sort_values("seconds", ascending=False).reset_index()
-    return table.assign(calls=table.calls / steps, microseconds=1e6 * table.seconds / steps).drop(
-        columns="seconds"
-    )
+    rows = [
+        (name, len(times) / steps, 1e6 * sum(times) / steps)
+        for name, times in watch.seconds.items()
+    ]
+    table = pd.DataFrame(rows, columns=["operation", "calls", "microseconds"])
+    return table.sort_values("microseconds", ascending=False, ignore_index=True)

@@ -1,22 +1,23 @@
 """Other ways to train the same networks, to measure `train` against.
 
-Each function sets up S perceptrons and returns a function that trains them for one more epoch, on
-the same batches in the same order as `train`, and gives its seconds.
+Each ``…_epoch`` sets up S perceptrons and returns a function that trains them for one more epoch,
+on the same batches in the same order as `train`, and returns its seconds.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
 from threading import Event
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
 from svdlib import clock, threads
 from svdlib.bars import bar
@@ -29,7 +30,7 @@ from svdlib.study.rivals.timing import operations, product_rate
 
 Epoch = Callable[[], float]
 
-# Seconds that a turn of the race lasts at least.
+# The shortest turn of the race, in seconds.
 TURN = 0.2
 
 
@@ -53,16 +54,16 @@ class _Images(Dataset):
     def __init__(self, data: Data):
         from torchvision.transforms.functional import to_pil_image, to_tensor
 
-        self.picture, self.tensor = to_pil_image, to_tensor
         side = int(data.train_x.shape[1] ** 0.5)
         self.images = (data.train_x * 255).round().byte().view(-1, side, side).cpu()
         self.labels = data.train_y.tolist()
+        self.tensor = lambda image: to_tensor(to_pil_image(image))
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.tensor(self.picture(self.images[index])), self.labels[index]
+        return self.tensor(self.images[index]), self.labels[index]
 
 
 def paper_epoch(sizes: Sequence[int], data: Data, projection: Projection | None = None) -> Epoch:
@@ -81,17 +82,11 @@ def paper_epoch(sizes: Sequence[int], data: Data, projection: Projection | None 
             loss.backward()
             optimizer.step()
             if projection:
-                _project_by_state_dict(model, projection)
+                state = model.state_dict()
+                low = {name: _low_rank(W, projection) for name, W in state.items() if W.ndim == 2}
+                model.load_state_dict(state | low)
 
     return partial(clock.median, epoch, 1, warmup=0, device=data.device)
-
-
-def _project_by_state_dict(model: nn.Module, projection: Projection) -> None:
-    state = model.state_dict()
-    for name, weight in state.items():
-        if weight.ndim == 2:
-            state[name] = _low_rank(weight, projection)
-    model.load_state_dict(state)
 
 
 def _low_rank(W: Tensor, projection: Projection) -> Tensor:
@@ -107,43 +102,34 @@ def _low_rank(W: Tensor, projection: Projection) -> Tensor:
 
 
 def torch_func_epoch(
-    sizes: Sequence[int],
-    networks: int,
-    data: Data,
-    projection: Projection | None = None,
+    sizes: Sequence[int], networks: int, data: Data, projection: Projection | None = None
 ) -> Epoch:
     """`torch.func`: stacked modules, vmap of grad, an update out of place; batched SVD."""
     models = list(MLPEnsemble(sizes, seeds=range(networks), device=data.device))
     params, _ = torch.func.stack_module_state(models)  # type: ignore[arg-type]
-    base = models[0]
+    rank = projection.ranks(1)[0] if projection else 0
 
     def loss(p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        z = torch.func.functional_call(base, p, (x,))
+        z = torch.func.functional_call(models[0], p, (x,))
         return nn.functional.cross_entropy(z, y)
 
     gradient = torch.func.vmap(torch.func.grad(loss), in_dims=(0, None, None))
-    batches = TensorDataset(data.train_x, data.train_y)
 
     def epoch() -> None:
         nonlocal params
-        for x, y in zip(*(part.split(64) for part in batches.tensors), strict=True):
+        for x, y in zip(data.train_x.split(64), data.train_y.split(64), strict=True):
             g = gradient(params, x, y)
             params = {k: (p - 1e-2 * g[k]).detach() for k, p in params.items()}
             if projection:
-                rank = projection.ranks(1)[0]
-                params = {
-                    name: _low_rank(W, projection) if W.ndim == 3 and rank < min(W.shape[1:]) else W
-                    for name, W in params.items()
-                }
+                for name, W in params.items():
+                    if W.ndim == 3 and rank < min(W.shape[1:]):
+                        params[name] = _low_rank(W, projection)
 
     return partial(clock.median, epoch, 1, warmup=0, device=data.device)
 
 
 def jax_epoch(
-    sizes: Sequence[int],
-    networks: int,
-    data: Data,
-    projection: Projection | None = None,
+    sizes: Sequence[int], networks: int, data: Data, projection: Projection | None = None
 ) -> Epoch:
     """JAX: value_and_grad under vmap, the epoch one compiled `scan`; batched `jnp.linalg.svd`.
 
@@ -156,11 +142,9 @@ def jax_epoch(
     nets = MLPEnsemble(sizes, seeds=range(networks), device="cpu")
     weights = [jnp.asarray(w.detach().numpy()) for w in nets.weights]
     biases = [jnp.asarray(b.detach().numpy()) for b in nets.biases]
-    whole = len(data.train_x) // 64 * 64
-    x = jnp.asarray(data.train_x[:whole].reshape(-1, 64, sizes[0]).cpu().numpy())
-    y = jnp.asarray(data.train_y[:whole].reshape(-1, 64).cpu().numpy())
-    rank = projection.ranks(1)[0] if projection else 0
-    sketch = (projection.oversample, projection.power_iters) if projection else (0, 0)
+    images = len(data.train_x) // 64 * 64
+    x = jnp.asarray(data.train_x[:images].reshape(-1, 64, sizes[0]).cpu().numpy())
+    y = jnp.asarray(data.train_y[:images].reshape(-1, 64).cpu().numpy())
 
     def loss(params: Any, x: Any, y: Any) -> Any:
         *hidden, last = zip(*params, strict=True)
@@ -169,25 +153,28 @@ def jax_epoch(
         log_p = jax.nn.log_softmax(x @ last[0].T + last[1])
         return -jnp.take_along_axis(log_p, y[:, None], 1).mean()
 
-    def low_rank(W: Any, key: Any) -> Any:
+    def truncated(W: Any, rank: int) -> Any:
+        U, S, Vh = jnp.linalg.svd(W, full_matrices=False)
+        return (U[..., :rank] * S[:, None, :rank]) @ Vh[:, :rank]
+
+    def low_rank(W: Any, key: Any, projection: Projection) -> Any:
+        rank = projection.ranks(1)[0]
         if rank >= min(W.shape[1:]):
             return W
-        if projection and projection.method == "truncsvd":
-            U, S, Vh = jnp.linalg.svd(W, full_matrices=False)
-            return (U[..., :rank] * S[:, None, :rank]) @ Vh[:, :rank]
-        columns = min(rank + sketch[0], *W.shape[1:])
+        if projection.method == "truncsvd":
+            return truncated(W, rank)
+        columns = min(rank + projection.oversample, *W.shape[1:])
         Q = jnp.linalg.qr(W @ jax.random.normal(key, (len(W), W.shape[2], columns)))[0]
-        for _ in range(sketch[1]):
+        for _ in range(projection.power_iters):
             Q = jnp.linalg.qr(W @ jnp.linalg.qr(W.swapaxes(1, 2) @ Q)[0])[0]
-        U, S, Vh = jnp.linalg.svd(Q.swapaxes(1, 2) @ W, full_matrices=False)
-        return Q @ ((U[..., :rank] * S[:, None, :rank]) @ Vh[:, :rank])
+        return Q @ truncated(Q.swapaxes(1, 2) @ W, rank)
 
     def step(params: Any, batch: Any) -> Any:
         x, y, key = batch
         losses, g = jax.vmap(jax.value_and_grad(loss), in_axes=(0, None, None))(params, x, y)
         W, b = jax.tree.map(lambda p, d: p - 1e-2 * d, params, g)
         if projection:
-            W = [low_rank(w, key) for w in W]
+            W = [low_rank(w, key, projection) for w in W]
         return (W, b), losses
 
     @jax.jit
@@ -205,16 +192,15 @@ def jax_epoch(
 
 
 def product_bound(sizes: Sequence[int], data: Data) -> float:
-    """Seconds that the matrix products of one network's epoch would take at this machine's
-    best rate: forward and both products backward, but for the one to the inputs.
+    """Seconds that the matrix products of one network's epoch take at this machine's best rate.
+
+    They are the forward product and both backward ones of each layer, without that to the inputs.
     """
-    rate = product_rate(data.device, repeats=1)
-    products_per_image = sum(3 * m * k for k, m in pairwise(sizes))
-    products_per_image -= sizes[0] * sizes[1]
-    return 2 * products_per_image * len(data.train_x) / rate
+    products = sum(3 * m * k for k, m in itertools.pairwise(sizes)) - sizes[0] * sizes[1]
+    return 2 * products * len(data.train_x) / product_rate(data.device, repeats=1)
 
 
-Entrants = Mapping[tuple[str, str, int], Epoch]
+Entrants = dict[tuple[str, str, int], Epoch]  # by projection, way and number of networks
 
 
 def entrants(
@@ -233,34 +219,29 @@ def entrants(
         name: what to call it in the race's table.
 
     Raises:
-        ValueError: a projection that does not follow every step: the other ways know no else.
+        ValueError: a projection that does not follow every step, which the other ways require.
     """
     if projection and projection.every != "step":
         raise ValueError(f"the race is of projections every step, not every {projection.every!r}")
-    single: dict[str, Epoch] = {
-        "the paper's way": paper_epoch(sizes, data, projection),
-        "the products alone": partial(product_bound, sizes, data),
+    epochs: Entrants = {
+        (name, "the paper's way", 1): paper_epoch(sizes, data, projection),
+        (name, "the products alone", 1): partial(product_bound, sizes, data),
     }
     ways = {"svdlib": svdlib_epoch, "torch.func": torch_func_epoch, "JAX": jax_epoch}
-    found: dict[tuple[str, str, int], Epoch] = {
-        (name, way, 1): epoch for way, epoch in single.items()
-    }
-    for count in counts:
-        for way, epoch in ways.items():
-            found[name, way, count] = epoch(sizes, count, data, projection)
-    return found
+    for count, (way, epoch) in itertools.product(counts, ways.items()):
+        epochs[name, way, count] = epoch(sizes, count, data, projection)
+    return epochs
 
 
 def race(entrants: Entrants, repeats: int = 5, progress: bool = True) -> pd.DataFrame:
-    """Each entrant in turn, again and again, after a round that is not counted.
+    """Each entrant in turn, again and again, after a round that compiles and is not counted.
 
-    Turn by turn, so that whatever disturbs the machine disturbs all, and a ratio can be taken
-    within a round. A turn lasts a fifth of a second or an epoch, whichever is longer: threads
-    of the one before may wait actively for some milliseconds. The round that is not counted
-    compiles, where there is something to compile.
+    Whatever disturbs the machine then disturbs all, and a ratio can be taken within a round. A
+    turn lasts a fifth of a second or an epoch, whichever is longer: threads of the one before may
+    wait actively for some milliseconds.
 
     Returns:
-        columns projection, way, networks, round, seconds (per network and epoch, the median of
+        Columns projection, way, networks, round, seconds (per network and epoch, the median of
         the turn's epochs).
     """
     rows = []
@@ -276,37 +257,32 @@ def race(entrants: Entrants, repeats: int = 5, progress: bool = True) -> pd.Data
     return pd.DataFrame(rows, columns=["projection", "way", "networks", "round", "seconds"])
 
 
-def ratios(table: pd.DataFrame, way: str = "svdlib") -> pd.DataFrame:
-    """How many times as long the others take as ``way``, round by round, from a race's table.
+def ratios(table: pd.DataFrame) -> pd.DataFrame:
+    """How many times as long the others take as svdlib, round by round, from a race's table.
 
-    The paper's way and the products alone, which are of one network, are held against every
-    number of networks.
+    Those that train one network at a time are compared per network.
 
     Returns:
-        a row a projection, number of networks and other way: the ratio's median over the rounds,
-        its least and most, and which of the two is faster; "none", where the rounds disagree.
+        A row per other way and number of networks: the median ratio over the rounds, its least
+        and most, and which of the two is faster; "none", where the rounds disagree.
 
     >>> table = pd.DataFrame({"projection": "stock", "way": ["svdlib", "JAX"] * 2, "networks": 8,
     ...                       "round": [1, 1, 2, 2], "seconds": [1.0, 2.0, 1.0, 3.0]})
     >>> ratios(table)[["way", "median", "least", "most", "faster"]].values.tolist()
     [['JAX', 2.5, 2.0, 3.0, 'svdlib']]
     """
-    ours = table[table.way == way].drop(columns="way")
-    others = table[table.way != way]
-    single = others[others.way.isin(["the paper's way", "the products alone"])]
-    counts = ours[["projection", "networks"]].drop_duplicates()
-    others = pd.concat(
-        [others.drop(single.index), single.drop(columns="networks").merge(counts, on="projection")]
-    )
-    pairs = others.merge(ours, on=["projection", "networks", "round"], suffixes=("", "_ours"))
-    pairs["ratio"] = pairs.seconds / pairs.seconds_ours
+    ours = table[table.way == "svdlib"].drop(columns="way")
+    others = table[table.way != "svdlib"]
+    pairs = others.merge(ours, on=["projection", "round"], suffixes=("_theirs", ""))
+    single = pairs.way.isin(["the paper's way", "the products alone"])
+    same = ~single & (pairs.networks_theirs == pairs.networks)
+    pairs = pd.concat([pairs[same], pairs[single]])
+    pairs["ratio"] = pairs.seconds_theirs / pairs.seconds
     groups = pairs.groupby(["projection", "networks", "way"], sort=False).ratio
-    found = pd.DataFrame({"median": groups.median(), "least": groups.min(), "most": groups.max()})
-    found = found.reset_index()
-    found["faster"] = "none"
-    found.loc[found.least > 1, "faster"] = way
-    found.loc[found.most < 1, "faster"] = found.way
-    return found
+    summary = groups.agg(median="median", least="min", most="max").reset_index()
+    slower = np.where(summary.most < 1, summary.way, "none")
+    summary["faster"] = np.where(summary.least > 1, "svdlib", slower)
+    return summary
 
 
 def step_operations(

@@ -41,7 +41,7 @@ def losses(model, data):
     return pd.Series(found)
 
 
-def stored(ranks):
+def parameter_count(ranks):
     shapes = [(8, 12), (6, 8), (3, 6)]
     weights = sum(min(r * (m + n), m * n) for r, (m, n) in zip(ranks, shapes, strict=True))
     return weights + 8 + 6 + 3
@@ -50,13 +50,13 @@ def stored(ranks):
 def test_regrets_are_differences_to_the_best_by_trying_all(graded):
     model, here, there, (grades, _) = graded
     chosen, measured = losses(model, here), losses(model, there)
-    spent = pd.Series({ranks: stored(ranks) for ranks in chosen.index})
+    spent = pd.Series({ranks: parameter_count(ranks) for ranks in chosen.index})
     total = sum(p.numel() for p in model.parameters())
     assert set(grades.share.dropna()) == {0.6, 0.8}
     for row in grades.to_dict("records"):
         ranks = (row["0"], row["2"], row["4"])
         budget = row["parameters"] if pd.isna(row["share"]) else int(row["share"] * total)
-        assert row["parameters"] == stored(ranks) <= budget
+        assert row["parameters"] == parameter_count(ranks) <= budget
         best = chosen[spent <= budget].idxmin()
         assert row["loss"] == pytest.approx(measured[ranks], rel=1e-4)
         assert row["regret"] == pytest.approx(measured[ranks] - measured[best], abs=1e-4)
@@ -81,7 +81,7 @@ def test_the_optimum_regrets_nothing_and_every_rule_is_there(graded):
 def test_the_sum_of_single_increases_is_that_of_loss_profile(graded):
     model, here, *_ = graded
     joint = svdlib.joint_profile(model, *here, progress=False)
-    alone = grading.one_at_a_time(joint)
+    alone = grading.summed_increases(joint)
     profile = svdlib.loss_profile(model, *here, progress=False)
     single = profile.set_index(["layer", "rank"]).increase
     for at, row in joint.iloc[::17].iterrows():

@@ -1,24 +1,19 @@
+import jinja2
 import pytest
 
 from svdlib.study.evidence import readme
 
 
-def test_the_readme_s_numbers_are_those_of_the_tables():
-    text = (readme.ROOT / "README.md").read_text()
-    assert text == readme.render(text), "python -m svdlib readme writes them anew"
+def test_the_readme_is_its_template_with_the_numbers_of_the_tables(tmp_path):
+    readme.write(tmp_path / "README.md")
+    written = (tmp_path / "README.md").read_text()
+    hint = "edit docs/README.md.j2, then run python -m svdlib readme"
+    assert written == (readme.ROOT / "README.md").read_text(), hint
 
 
-def test_every_block_is_there_and_no_other():
-    text = (readme.ROOT / "README.md").read_text()
-    with pytest.raises(ValueError, match="the README has the blocks"):
-        readme.render(text.replace("<!-- curves -->", "<!-- other -->"))
-    with pytest.raises(ValueError, match="the README has the blocks"):
-        readme.render("")
-
-
-def test_other_text_stays_as_it_is(monkeypatch):
-    monkeypatch.setattr(readme, "BLOCKS", {"one": lambda: "1", "two": lambda: "a\nb"})
-    text = "Of <!-- one -->9<!-- end --> things.\n\n<!-- two --><!-- end -->\nMore.\n"
-    assert readme.render(text) == (
-        "Of <!-- one -->1<!-- end --> things.\n\n<!-- two -->\na\nb\n<!-- end -->\nMore.\n"
-    )
+def test_a_number_that_nobody_provides_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "README.md.j2").write_text("n = {{ unheard_of }}\n")
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    with pytest.raises(jinja2.UndefinedError, match="'unheard_of' is undefined"):
+        readme.render()

@@ -10,7 +10,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 import svdlib
 from svdlib import Projection
 from svdlib.study.evidence import records
-from svdlib.study.evidence.records import RESULTS, stored
+from svdlib.study.evidence.records import RESULTS, committed
 from svdlib.study.running import runner
 from svdlib.study.running.parameters import combinations
 
@@ -18,11 +18,11 @@ from svdlib.study.running.parameters import combinations
 def test_a_table_is_that_of_its_parameters_or_none(tmp_path):
     pd.DataFrame({"seed": [0, 1]}).to_csv(tmp_path / "a.csv", index=False)
     (tmp_path / "a.json").write_text(json.dumps({"parameters": {"epochs": 4, "wide": [3, 2]}}))
-    assert stored("a", {"epochs": 4}, tmp_path).seed.tolist() == [0, 1]
-    assert stored("a", {"epochs": 4, "wide": [3, 2]}, tmp_path) is not None
-    assert stored("a", {"epochs": 5}, tmp_path) is None
-    assert stored("a", {"unheard": 1}, tmp_path) is None
-    assert stored("b", {}, tmp_path) is None
+    assert committed("a", {"epochs": 4}, tmp_path).seed.tolist() == [0, 1]
+    assert committed("a", {"epochs": 4, "wide": [3, 2]}, tmp_path) is not None
+    assert committed("a", {"epochs": 5}, tmp_path) is None
+    assert committed("a", {"unheard": 1}, tmp_path) is None
+    assert committed("b", {}, tmp_path) is None
 
 
 def test_of_a_sweep_s_table_the_rows_that_were_asked_for(tmp_path):
@@ -31,12 +31,12 @@ def test_of_a_sweep_s_table_the_rows_that_were_asked_for(tmp_path):
     (tmp_path / "a.toml").write_text(
         '[parameters]\nepochs = 4\n[over]\ndataset = ["x", "y"]\nn = [5, 6]\n'
     )
-    found = stored("a", {"epochs": 4, "dataset": "y"}, tmp_path)
+    found = committed("a", {"epochs": 4, "dataset": "y"}, tmp_path)
     assert found.to_dict("list") == {"n": [2], "n (parameter)": [6]}
-    assert stored("a", {"n": 5}, tmp_path).dataset.tolist() == ["x"]
-    assert stored("a", {"dataset": "z"}, tmp_path) is None
-    assert stored("a", {"epochs": 5}, tmp_path) is None
-    assert stored("a", {"seeds": 5}, tmp_path) is None
+    assert committed("a", {"n": 5}, tmp_path).dataset.tolist() == ["x"]
+    assert committed("a", {"dataset": "z"}, tmp_path) is None
+    assert committed("a", {"epochs": 5}, tmp_path) is None
+    assert committed("a", {"seeds": 5}, tmp_path) is None
 
 
 def test_every_committed_table_says_how_it_came_about():
@@ -46,7 +46,7 @@ def test_every_committed_table_says_how_it_came_about():
         if (RESULTS / f"{name}.json").is_file():
             about = json.loads((RESULTS / f"{name}.json").read_text())
             assert {"command", "date", "machine", "versions", "parameters"} <= set(about)
-            assert len(stored(name, about["parameters"])) > 0
+            assert len(committed(name, about["parameters"])) > 0
         else:
             runs = pd.read_csv(RESULTS / f"{name}.runs.csv")
             (sweep,) = records.sweeps([name])
@@ -133,8 +133,8 @@ def test_a_small_part_of_the_headline_sweep_agrees(mnist, every):
         "published": [None, published("rsvd"), published("truncsvd")],
     }[every]
     nets = svdlib.MLPEnsemble((784, 15, 15, 10), seeds=[500, 501, 502] * 3, device="cpu")
-    each = [projection for projection in projections for _ in range(3)]
-    history = svdlib.train(nets, mnist, epochs=1, projection=each, progress=False)
+    per_network = [projection for projection in projections for _ in range(3)]
+    history = svdlib.train(nets, mnist, epochs=1, projection=per_network, progress=False)
     both = history.merge(stored, on=["method", "seed"], suffixes=("", " stored"))
     assert len(both) == 9
     assert (both.test_error - both["test_error stored"]).abs().max() < 1

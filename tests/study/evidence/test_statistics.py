@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from svdlib.study.evidence.statistics import interval, paired, placed, prediction, summarize
+from svdlib.study.evidence.statistics import interval, locate, paired, prediction, summarize
 
 
 def test_interval_is_students():
@@ -14,8 +14,8 @@ def test_interval_is_students():
 
 
 def test_one_value_has_no_interval():
-    one = interval([4.0])
-    assert one["mean"] == 4 and np.isnan(one.low) and np.isnan(one.high)
+    summary = interval([4.0])
+    assert summary["mean"] == 4 and np.isnan(summary.low) and np.isnan(summary.high)
 
 
 def test_paired_is_the_paired_test():
@@ -49,17 +49,17 @@ def test_one_more_run_falls_into_the_prediction_interval_as_often_as_said():
         assert abs(np.mean(inside) - 0.95) < 4 * (0.95 * 0.05 / tries) ** 0.5 + 0.01 * (n > 100)
 
 
-def test_single_runs_are_placed_in_their_own_group():
+def test_single_runs_are_compared_with_their_own_group():
     runs = pd.DataFrame(
         {"method": ["a"] * 100 + ["b"] * 100, "loss": [*range(100), *range(1000, 1100)]}
     )
     single = pd.DataFrame({"method": ["a", "b"], "loss": [50.0, 50.0]})
-    table = placed(runs, single, ["loss"], ["method"])
+    table = locate(runs, single, ["loss"], ["method"])
     assert table.inside.tolist() == [True, False]
     assert table.below.tolist() == [50.0, 0.0]
 
 
-def test_no_single_runs_have_no_places_but_the_columns():
+def test_an_empty_table_of_single_runs_gives_the_columns_alone():
     runs = pd.DataFrame({"method": "a", "error": range(5)})
-    table = placed(runs, runs[:0], ["error"], ["method"])
+    table = locate(runs, runs[:0], ["error"], ["method"])
     assert not len(table) and {"method", "value", "single", "inside"} <= set(table)

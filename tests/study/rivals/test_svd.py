@@ -50,13 +50,9 @@ def test_errors_of_the_map_are_those_of_the_decompositions(monkeypatch):
     assert (table.error - table.zero).abs().max() < 1e-6 and (table.zero > 1.05).all()
 
 
-def test_rounds_of_the_other_times():
-    cpu = torch.device("cpu")
-    calls = svd_peers.paper_call_times((30, 8, 5), 6, cpu, repeats=1, rounds=2)
-    assert calls[["round", "shape"]].values.tolist() == [
-        [each, shape] for each in (0, 1) for shape in ("8×30", "5×8")
+def test_calls_are_timed_in_rounds():
+    table = svd_peers.call_times([(8, 30), (4, 5, 8)], 6, torch.device("cpu"), repeats=1, rounds=2)
+    assert table[["round", "shape"]].values.tolist() == [
+        [number, shape] for number in (0, 1) for shape in ("8×30", "4×5×8")
     ]
-    batch = svd_peers.batch_times(2, 5, 9, 2, cpu, repeats=1, rounds=3)
-    assert batch["round"].tolist() == [0, 1, 2]
-    assert (calls[["svd", "svd_lowrank"]] > 0).all(axis=None)
-    assert (batch[["svd", "truncated_svd"]] > 0).all(axis=None)
+    assert (table[["svd", "svd_lowrank", "truncated_svd"]] > 0).all(axis=None)

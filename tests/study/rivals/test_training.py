@@ -43,8 +43,8 @@ def test_peers_draw_as_many_columns_as_asked(oversample, monkeypatch):
 
 
 def test_product_bound_counts_the_products():
-    one = peers.product_bound((784, 15, 10), images(64))
-    assert 0 < one < 1
+    seconds = peers.product_bound((784, 15, 10), images(64))
+    assert 0 < seconds < 1
 
 
 @pytest.mark.parametrize("projection", [None, svdlib.Projection("truncsvd", 3, "step")])

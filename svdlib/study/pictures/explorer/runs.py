@@ -14,7 +14,7 @@ from svdlib.data import Data
 from svdlib.ensemble.networks import MLPEnsemble
 from svdlib.ensemble.projection import Projection
 from svdlib.ensemble.training import train
-from svdlib.study.evidence.statistics import paired, told
+from svdlib.study.evidence.statistics import paired, with_interval
 from svdlib.study.pictures.plots import LABELS
 
 
@@ -113,7 +113,7 @@ class Session:
                     "networks": len(shown),
                     "epochs": int(shown.epoch.iloc[0]),
                     "test error (%)": round(shown.test_error.mean(), 2),
-                    "points added to stock": told(added.iloc[0]) if len(added) else "",
+                    "points added to stock": with_interval(added.iloc[0]) if len(added) else "",
                 }
             )
         return pd.DataFrame(rows)
