@@ -15,7 +15,7 @@ from svdlib import checks
 from svdlib.ensemble.networks import MLPEnsemble
 from svdlib.layers.kinds import check_ties, choose, warn_of
 from svdlib.layers.project import project_
-from svdlib.linalg.bases import dominant_basis, randomized_basis, sketched_basis, taller
+from svdlib.linalg.bases import dominant_basis, randomized_basis, sketched_basis, with_spare_rows
 from svdlib.linalg.svd import METHODS, OVERSAMPLE, POWER_ITERS
 
 
@@ -231,7 +231,7 @@ class Alike:
 
     Args:
         sides: A of each layer, its stack of weights or their transposes, of one height with
-            what lies behind them (`taller`); changed in place.
+            what lies behind them (`with_spare_rows`); changed in place.
         rank: k, less than m.
         generators: one a network, of the sketches; none: torch's global source.
     """
@@ -249,7 +249,7 @@ class Alike:
         self.exact = projection.method == "truncsvd" or rank + projection.oversample >= rows
         self.by_gram = self.exact or rows <= GRAM_ROWS
         self.thin = 4 * rank < rows
-        self.tall = [taller(A) for A in sides]
+        self.tall = [with_spare_rows(A) for A in sides]
         size = self.tall[0].shape[1] if self.by_gram else 0
         # What a sketch misses is as small as one step's change, and its square would be lost in
         # a Gram matrix of float32.
@@ -319,7 +319,7 @@ def alike(
     for W, rank in zip(weights, ranks, strict=True):
         A = W if W.shape[1] <= W.shape[2] else W.mT
         if rank < A.shape[1]:
-            found.setdefault((rank, A.shape[1], taller(A).shape[1]), []).append(A)
+            found.setdefault((rank, A.shape[1], with_spare_rows(A).shape[1]), []).append(A)
     return [Alike(sides, rank, projection, generators) for (rank, *_), sides in found.items()]
 
 

@@ -5,7 +5,7 @@ import torch
 import svdlib
 from svdlib.ensemble.descent import Step
 from svdlib.ensemble.projection import Group, Projection, alike, grouped
-from svdlib.linalg.bases import taller
+from svdlib.linalg.bases import with_spare_rows
 
 # Tolerances: ten times the worst seen, on kernels with and without AVX-512; 1e-4 is also the
 # perturbation.
@@ -124,9 +124,9 @@ def test_what_lies_behind_the_rows_is_no_part_of_them(rows, generator):
     for weights in (W, alone):
         alike([weights], [4], Projection("truncsvd", 4))[0].project_(warm=False)
     torch.testing.assert_close(W, alone)
-    assert taller(whole[:, :15]).shape == (3, 16, 100)
-    assert taller(torch.zeros(3, 15, 9)).shape[1] == 15, "no room behind the last"
-    assert taller(torch.zeros(3, 16, 9)[:, 1:]).shape[1] == 15
+    assert with_spare_rows(whole[:, :15]).shape == (3, 16, 100)
+    assert with_spare_rows(torch.zeros(3, 15, 9)).shape[1] == 15, "no room behind the last"
+    assert with_spare_rows(torch.zeros(3, 16, 9)[:, 1:]).shape[1] == 15
 
 
 @pytest.mark.filterwarnings("error")

@@ -265,7 +265,7 @@ def test_bad_sketch():
     for tol in (0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="tol must be positive"):
             svdlib.randomized_svd(A, tol=tol)
-    with pytest.raises(ValueError, match=r"can't be certified in torch\.float32; at least"):
+    with pytest.raises(ValueError, match=r"can't be certified in torch\.float32"):
         svdlib.randomized_svd(A, tol=1e-6, relative=True)
     with pytest.raises(ValueError, match="one matrix"):
         svdlib.randomized_svd(torch.rand(2, 4, 3), tol=0.1)
