@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from svdlib.ensemble.networks import MLPEnsemble, scored
+from svdlib.ensemble.networks import MLPEnsemble, losses_and_hits
 
 # The backward pass of max(·, 0), into a buffer.
 threshold_backward_ = torch.ops.aten.threshold_backward.grad_input
@@ -228,7 +228,7 @@ class Step:
             h = (first.flatten(0, 1) @ part.t()).unflatten(0, first.shape[:2])
             for lower, map in pairwise(self.maps):
                 h = map.matrix @ (h.relu_() if lower.outer else h)
-            losses, right = scored(h, labels)
+            losses, right = losses_and_hits(h, labels)
             loss += losses.double().sum(1)
             correct += right.sum(1)
         return loss, correct

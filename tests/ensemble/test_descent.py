@@ -11,7 +11,7 @@ import svdlib
 from svdlib.data import with_ones
 from svdlib.ensemble import descent
 from svdlib.ensemble.descent import Step
-from svdlib.ensemble.networks import Layer, cut, perceptron
+from svdlib.ensemble.networks import Layer, perceptron, truncated
 from svdlib.ensemble.projection import Projection, grouped, sources
 
 # Tolerances in float64 are some hundred ε for sums of a dozen terms.
@@ -143,7 +143,7 @@ def test_a_step_stays_on_the_gpu(choice, optimizer, apart):
             losses.sum().item()
 
 
-def test_factors_and_their_cut_stay_on_the_gpu():
+def test_factors_and_their_truncation_stay_on_the_gpu():
     with FakeTensorMode():
         nets = on_fake_gpu()
         with torch.device("cuda"):
@@ -153,7 +153,7 @@ def test_factors_and_their_cut_stay_on_the_gpu():
         x, y = torch.ones(64, 785, device="cuda"), torch.zeros(640, device="cuda")
         with torch.inference_mode():
             step.take(x, y, 0.01, torch.zeros(4, device="cuda"))
-            V, U, ranks = cut(*nets.layers[0].weights, tail=0.1)
+            V, U, ranks = truncated(*nets.layers[0].weights, tail=0.1)
         assert V.device.type == U.device.type == ranks.device.type == "cuda"
 
 
