@@ -13,7 +13,7 @@ from torch import Tensor
 from svdlib.data import with_ones
 from svdlib.ensemble.descent import Step
 from svdlib.ensemble.networks import MLPEnsemble
-from svdlib.ensemble.projection import Projection, grouped, sources
+from svdlib.ensemble.projection import Projection, grouped, sketch_generators
 
 # Multiply-adds of a step, forward, that are worth a thread: sixteen of the paper's networks.
 THREAD = 12_400_000
@@ -101,7 +101,7 @@ class Part:
         self.choices = choices[networks]
         self.masks = torch.Generator(nets.device).manual_seed(seed)
         own = (nets.seeds or range(len(nets)))[networks]
-        self.sketches = sources(own, seed, nets.device)
+        self.sketches = sketch_generators(own, seed, nets.device)
         self.done = 0
         # A new thread would work in the default stream, beside the caller's.
         on_gpu = nets.device.type == "cuda"

@@ -18,7 +18,7 @@ from svdlib.bars import bar
 from svdlib.data import Data, with_ones
 from svdlib.ensemble.networks import MLPEnsemble
 from svdlib.ensemble.parts import Batches, Part, shares
-from svdlib.ensemble.projection import Projection, Projections, one_each
+from svdlib.ensemble.projection import Projection, Projections, per_network
 
 
 @threads.making()
@@ -112,7 +112,7 @@ def train(
     seed = checks.positive_int(seed, "seed", least=0)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be at least 0 and below 1, not {dropout}")
-    choices = one_each(projection, nets)
+    choices = per_network(projection, nets)
     _check_factors(nets, choices, tail)
     check_fit(nets, data)
     checks.finite(data.test_x, "test_x")
