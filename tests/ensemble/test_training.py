@@ -304,7 +304,10 @@ def test_bad_data_and_numbers(blobs):
             svdlib.train(nets, data, progress=False, **keywords)
         assert all(map(torch.equal, before, nets.parameters()))
 
-    refused("take 9 features but blobs has 12", nets=svdlib.MLPEnsemble((9, 3), device="cpu"))
+    refused(
+        "take 9 features but the train images have 12",
+        nets=svdlib.MLPEnsemble((9, 3), device="cpu"),
+    )
     refused("labels run from 0 to 2; networks with 2", nets=svdlib.MLPEnsemble((12, 2)))
     low = svdlib.Data("low", blobs.train_x, blobs.train_y - 1, blobs.test_x, blobs.test_y)
     refused("labels run from -1", data=low)
@@ -323,7 +326,7 @@ def test_bad_data_and_numbers(blobs):
     refused("seed must be a whole number", seed="0")
     refused(r"validation must be images and labels, \(x, y\)", validation=blobs.test_x)
     nan = torch.full((2, 12), torch.nan)
-    refused("validation's images has NaN", validation=(nan, torch.tensor([0, 1])))
+    refused("validation_x has NaN", validation=(nan, torch.tensor([0, 1])))
     holes = torch.where(torch.arange(12) == 3, torch.nan, blobs.test_x)
     lacking = svdlib.Data("lacking", blobs.train_x, blobs.train_y, holes, blobs.test_y)
     refused("test_x has NaN", data=lacking)
@@ -443,9 +446,10 @@ def test_bad_settings_of_factors_and_optimizers(blobs):
         (dense, "dropout must be at least 0 and below 1, not 1", {"dropout": 1}),
         (dense, "a tail cuts factorized networks", {"tail": 0.1}),
         (thin, "tail must be between 0 and 1, not 1", {"tail": 1}),
-        (dense, "validation must be images", {"validation": (torch.rand(3, 9), torch.ones(3))}),
-        (dense, "validation must be images", {"validation": (torch.rand(0, 12), torch.ones(0))}),
-        (dense, "from 0 to 2", {"validation": (torch.rand(2, 12), torch.tensor([0, 3]))}),
+        (dense, "validation_y must be", {"validation": (torch.rand(3, 12), torch.ones(3))}),
+        (dense, "validation: 0 images", {"validation": (torch.rand(0, 12), torch.ones(0).long())}),
+        (dense, "validation images have 9", {"validation": (torch.rand(3, 9), torch.arange(3))}),
+        (dense, "labels 0 to 2", {"validation": (torch.rand(2, 12), torch.tensor([0, 3]))}),
         (thin, "have low rank already", {"projection": Projection("rsvd", 2)}),
     ):
         with pytest.raises(ValueError, match=message):
