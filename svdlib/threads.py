@@ -53,18 +53,11 @@ def side_by_side(
     tick: Callable[[], object],
     stop: Event,
 ) -> list[Result]:
-    """Results of ``work`` on each piece, by the pool's threads.
+    """Results of ``work`` on each piece, by the pool's threads, in none of the caller's modes.
 
-    The threads run at once, since torch's operations release the interpreter's lock, and in none
-    of the caller's modes.
-
-    Args:
-        tick: called here every tenth of a second, and at the end.
-        stop: set if this thread is interrupted, for example by Ctrl-C. The work should then end
-            early: this function waits for it.
-
-    Raises:
-        the exception of the first piece that has one, once all pieces are done.
+    ``tick`` is called here every tenth of a second, and at the end. The exception of the first
+    piece that has one is raised once all pieces are done. ``stop`` is set if this thread is
+    interrupted, for example by Ctrl-C; the work should then end early, as this function waits.
     """
     futures: list[Future[Result]] = []
     try:

@@ -131,9 +131,6 @@ class MLPEnsemble(nn.Module):
         seeds: S integers. The global random state is left alone.
         device: where the tensors live; ``"auto"`` is CUDA if available.
 
-    Raises:
-        ValueError: fewer than two sizes, a size below 1, or no seed.
-
     >>> nets = MLPEnsemble((784, 15, 15, 10), seeds=range(32), device="cpu")
     >>> nets.weights[0].shape
     torch.Size([32, 15, 784])
@@ -147,10 +144,7 @@ class MLPEnsemble(nn.Module):
 
     @threads.making()
     def __init__(
-        self,
-        sizes: Sequence[int],
-        seeds: Iterable[int] = (0,),
-        device: str | torch.device = "auto",
+        self, sizes: Sequence[int], seeds: Iterable[int] = (0,), device: str | torch.device = "auto"
     ) -> None:
         sizes = checks.several(sizes, "sizes", "(784, 15, 10)")
         sizes = tuple(checks.positive_int(size, "a layer size") for size in sizes)
@@ -178,11 +172,7 @@ class MLPEnsemble(nn.Module):
         """An ensemble with copies of the weights of perceptrons ``Linear, ReLU, …, Linear``.
 
         A Linear may be a `LowRank` layer, as `factorize` makes them, if it is one in all modules;
-        ranks may differ.
-
-        Raises:
-            ValueError: no module, another kind of layer, a Linear without bias, or shapes
-                that differ.
+        ranks may differ. The modules must have one shape, and biases in every layer.
 
         >>> nets = MLPEnsemble.from_modules([perceptron((4, 3, 2)) for _ in range(5)])
         >>> len(nets), nets.sizes
@@ -285,11 +275,9 @@ class MLPEnsemble(nn.Module):
     @threads.plain()
     @torch.no_grad()
     def losses(self, x: Tensor, y: Tensor, chunk: int = 2000) -> tuple[Tensor, Tensor]:
-        """Cross-entropy (S, n) of every network on every image, and whether its answer is right.
+        """Cross-entropy (S, n) of each network on each image, and whether its answer is right.
 
-        Args:
-            x, y: inputs (n, in) and labels (n,).
-            chunk: images at a time, which bounds the memory.
+        Inputs x (n, in) and labels y (n,) are taken ``chunk`` at a time, which bounds the memory.
         """
         dtype = self.weights[0].dtype
         chunks = zip(x.split(chunk), y.split(chunk), strict=True)

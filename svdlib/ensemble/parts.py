@@ -41,13 +41,10 @@ def shares(nets: MLPEnsemble, batch_size: int) -> tuple[list[slice], bool]:
 
 @dataclass
 class Batches:
-    """The batches of an epoch, as `descent` takes them.
+    """The batches of an epoch, as `descent` takes them, of ``size`` images or fewer in the last.
 
-    Attributes:
-        images: (n, features + 1), the last column ones.
-        size: images in a batch; the last may have fewer.
-        labels: for each batch, minus one-hot (classes · B,).
-        order: for each batch, the images' numbers; None: in order.
+    ``images`` are (n, features + 1), the last column ones. Each batch has its ``labels``, minus
+    one-hot (classes · B,), and in ``order`` its images' numbers, unless they are in order (None).
     """
 
     images: Tensor
@@ -116,9 +113,8 @@ class Part:
     def train(self, batches: Batches, rates: Sequence[float], losses: Tensor, stop: Event) -> None:
         """One epoch: a step on every batch, each with its rate, and the projections then due.
 
-        Args:
-            losses: (steps, networks of the ensemble), receives the batches' summed losses.
-            stop: once set, ends the epoch before the next step.
+        ``losses`` (steps, networks of the ensemble) receive the batches' summed losses. Once
+        ``stop`` is set, the epoch ends before the next step.
         """
         with torch.cuda.stream(self.stream):
             try:

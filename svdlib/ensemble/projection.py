@@ -28,11 +28,7 @@ class Projection:
         rank: one for all layers, or one per layer. A layer whose smaller side does not exceed its
             rank stays as it is.
         every: "epoch", "step", or a number of steps.
-        oversample, power_iters: of the randomized method, see `randomized_svd`. It equals the
-            truncated method if rank + oversample reaches the smaller side.
-
-    Raises:
-        ValueError: an unknown method or ``every``, a rank below 1 or not whole.
+        oversample, power_iters: of the randomized method, see `randomized_svd`.
     """
 
     method: Literal["rsvd", "truncsvd"]
@@ -143,11 +139,7 @@ class Projection:
         return optimizer.register_step_post_hook(project)
 
     def ranks(self, layers: int) -> tuple[int, ...]:
-        """The rank of each of ``layers`` layers.
-
-        Raises:
-            ValueError: one rank per layer was given, for another number of layers.
-        """
+        """The rank of each of ``layers`` layers."""
         if isinstance(self.rank, int):
             return (self.rank,) * layers
         if len(self.rank) != layers:
@@ -163,7 +155,7 @@ Generators = Sequence[torch.Generator | None]
 # Up to this many rows the randomized method works on the Gram matrix, beyond on the matrix.
 GRAM_ROWS = 64
 
-# A sketch after every step draws several steps ahead, up to so many numbers per network.
+# Sketches between epochs are drawn several steps ahead, up to so many numbers per network.
 AHEAD = 16_384
 
 
@@ -174,9 +166,11 @@ def sketch_generators(
 
     So a network's sketches do not depend on the networks trained beside it.
     """
-    mixed = [np.random.SeedSequence([seed % 2**64, own % 2**64]) for own in seeds]
-    numbers = [int(each.generate_state(1, np.uint64)[0] >> np.uint64(1)) for each in mixed]
-    return [torch.Generator(device).manual_seed(number) for number in numbers]
+    generators = []
+    for own in seeds:
+        mixed = np.random.SeedSequence([seed % 2**64, own % 2**64]).generate_state(1, np.uint64)[0]
+        generators.append(torch.Generator(device).manual_seed(int(mixed >> np.uint64(1))))
+    return generators
 
 
 def sketches(
@@ -185,10 +179,9 @@ def sketches(
     """The Gaussian matrices Ω (layers · networks, rows, columns) of one projection after another.
 
     Args:
-        generators: one per network.
         shape: (layers, rows, columns).
         like: has the numbers' type and device.
-        frequent: whether to draw several projections ahead.
+        frequent: whether to draw for several projections at once.
     """
     layers, rows, columns = shape
     ahead = max(1, AHEAD // (layers * rows * columns)) if frequent else 1
@@ -348,12 +341,7 @@ class Group:
 
 
 def per_network(projection: Projections, nets: MLPEnsemble) -> list[Projection | None]:
-    """A projection or None for each network.
-
-    Raises:
-        ValueError: not as many as networks, something other than a `Projection`, or ranks for
-            another number of layers.
-    """
+    """A projection or None for each network, if they fit the networks."""
     if projection is None or isinstance(projection, Projection):
         projection = [projection] * len(nets)
     choices = list(projection)
@@ -368,14 +356,9 @@ def per_network(projection: Projections, nets: MLPEnsemble) -> list[Projection |
 
 
 def grouped(
-    choices: Sequence[Projection | None],
-    weights: Sequence[Tensor],
-    generators: Generators = (),
+    choices: Sequence[Projection | None], weights: Sequence[Tensor], generators: Generators = ()
 ) -> list[Group]:
     """Networks by projection, so that each projection is one batched call per layer.
-
-    Args:
-        choices, generators: a projection or None, and a generator, for each network.
 
     >>> stock, low = None, Projection("truncsvd", 1)
     >>> [group.networks for group in grouped([stock, low, stock, low], [torch.zeros(4, 2, 3)])]

@@ -52,10 +52,9 @@ def train(
 ) -> pd.DataFrame:
     """Train every network of an ensemble, in place. The defaults are the paper's.
 
-    All networks see the same batches, in the data's order unless ``shuffle``. A projection
-    replaces the weights by low-rank ones after every epoch, step or number of steps. Each network
-    may have its own, so a sweep of ranks or a comparison of methods from the same seeds is one
-    call.
+    All networks see the same batches, in the data's order unless ``shuffle``. A `Projection`
+    replaces the weights by low-rank ones, and each network may have its own: a sweep of ranks or
+    a comparison of methods from the same seeds is one call.
 
     Factorized networks (`MLPEnsemble.from_modules`) stay factorized: their thin factors are
     trained. With ``tail``, each layer's W = U V is truncated after every epoch to the smallest
@@ -64,8 +63,7 @@ def train(
     changes the factors' coordinates, so Adam's moments start anew.
 
     Args:
-        nets: the ensemble, moved to the data's device; in float32 or float64, to which the images
-            are converted.
+        nets: the ensemble in float32 or float64, moved to the data's device.
         data: what `load` returns.
         epochs, batch_size, lr: as usual; the last batch of an epoch may be smaller.
         optimizer: "sgd", or "adam" (Kingma and Ba 2015, with torch's constants).
@@ -84,10 +82,9 @@ def train(
 
     Returns:
         one row per network and epoch: network, seed, method, rank, every, epoch (from 1),
-        train_loss (mean over the epoch's batches as they were trained on), test_loss,
-        test_error (percent), accuracy (percent), and seconds, the wall time of that epoch for
-        the whole ensemble: steps and projections, without testing. With ``validation`` also
-        validation_loss and validation_error.
+        train_loss (mean over the epoch's batches as they were trained on), test_loss, test_error
+        and accuracy (percent), and seconds, the wall time of the epoch for the whole ensemble
+        without testing. With ``validation`` also validation_loss and validation_error.
 
     Raises:
         ValueError: frozen networks or networks in less than float32, sizes or labels that do not
@@ -95,8 +92,8 @@ def train(
             networks, a projection of factorized layers or a tail without them, an unknown
             optimizer or schedule, a number out of range.
         TypeError: not an `MLPEnsemble`, not `Data`.
-        FloatingPointError: NaN or infinite weights before the first step, or losses at the end
-            of an epoch; names the network, and the layer or step.
+        FloatingPointError: NaN or infinite weights before the first step, or losses after an
+            epoch; names the network, and the layer or step.
 
     Whatever stops the training, Ctrl-C included, the networks keep their last weights and the
     exception carries the rows so far as ``history``.
@@ -125,20 +122,17 @@ def train(
     held_out = _held_out(nets, data, validation)
     nets.to(data.device)
 
-    dtype = nets.weights[0].dtype
-    images = with_ones(data.train_x.to(dtype))
-    labels = -F.one_hot(data.train_y, nets.sizes[-1]).to(dtype)
+    images = with_ones(data.train_x.to(nets.weights[0].dtype))
+    labels = -F.one_hot(data.train_y, nets.sizes[-1]).to(images.dtype)
     generator = torch.Generator(data.device).manual_seed(seed) if shuffle else None
     batches = _batches(images, labels, batch_size, generator)
     steps = -(-len(images) // batch_size)
     networks, large = shares(nets, min(batch_size, len(images)))
     parts = [Part(nets, share, choices, optimizer, dropout, seed) for share in networks]
-    # In a notebook a refresh is several messages, and nbval loses those after a thousand.
-    words = _in_words(nets, choices, epochs)
-    shown = bar(total=epochs * steps, progress=progress, unit="step", desc=words, mininterval=1.0)
-    crew = _Crew(nets, parts, shown, watch)
+    progress_bar = _bar(nets, choices, epochs, steps, progress)
+    crew = _Crew(nets, parts, progress_bar, watch)
     try:
-        with shown, crew.at_work(large):
+        with progress_bar, crew.at_work(large):
             for epoch in range(1, epochs + 1):
                 start = clock.now(data.device)
                 rates = _rates(schedule, lr, epoch, epochs, steps)
@@ -163,8 +157,10 @@ class _Crew:
         best: with validation, each network's highest accuracy, and the network at that time.
     """
 
-    def __init__(self, nets: MLPEnsemble, parts: Sequence[Part], shown: tqdm, watch: Watch) -> None:
-        self.nets, self.parts, self.shown, self.watch = nets, parts, shown, watch
+    def __init__(
+        self, nets: MLPEnsemble, parts: Sequence[Part], progress_bar: tqdm, watch: Watch
+    ) -> None:
+        self.nets, self.parts, self.progress_bar, self.watch = nets, parts, progress_bar, watch
         self.rows: list[Row] = []
         self.best = [(-math.inf, nn.Sequential())] * len(nets)
         self.stop = Event()
@@ -183,7 +179,8 @@ class _Crew:
 
     def tick(self) -> None:
         """Move the bar, and call ``watch``."""
-        self.shown.update(sum(part.done for part in self.parts) // len(self.parts) - self.shown.n)
+        done = sum(part.done for part in self.parts) // len(self.parts)
+        self.progress_bar.update(done - self.progress_bar.n)
         if self.watch:
             self.watch(self.rows)
 
@@ -195,12 +192,9 @@ class _Crew:
         self, epoch: int, batches: Batches, rates: Sequence[float], tail: float | None
     ) -> list[float]:
         """Each network's mean loss in an epoch of training, and of truncation if there is a tail."""
-        weights = self.nets.weights[0]
-        losses = weights.new_zeros(len(rates), len(self.nets))
+        losses = batches.images.new_zeros(len(rates), len(self.nets))
         try:
-            self.all_do(
-                partial(Part.train, batches=batches, rates=rates, losses=losses, stop=self.stop)
-            )
+            self.all_do(lambda part: part.train(batches, rates, losses, self.stop))
             _check_losses(losses, epoch)
             if tail is not None:
                 self.nets.truncate_(tail)
@@ -239,15 +233,19 @@ def _batches(
         yield Batches.of(images, labels, size, order)
 
 
-def _in_words(nets: MLPEnsemble, choices: Sequence[Projection | None], epochs: int) -> str:
-    """A bar's title: ``8 networks, rsvd of rank 10 every step, 10 epochs``."""
+def _bar(
+    nets: MLPEnsemble, choices: Sequence[Projection | None], epochs: int, steps: int, progress: bool
+) -> tqdm:
+    """A progress bar with a title: ``8 networks, rsvd of rank 10 every step, 10 epochs``."""
     kind = "factorized network" if nets.factorized else "network"
     words = [f"{len(nets)} {kind}{'s' if len(nets) > 1 else ''}"]
     if (ways := len(set(choices))) > 1:
         words.append(f"{ways} ways")
     elif only := choices[0]:
         words.append(f"{only.method} of rank {only.rank} every {only.every}")
-    return ", ".join([*words, f"{epochs} epoch{'s' if epochs > 1 else ''}"])
+    title = ", ".join([*words, f"{epochs} epoch{'s' if epochs > 1 else ''}"])
+    # In a notebook a refresh is several messages, and nbval loses those after a thousand.
+    return bar(total=epochs * steps, progress=progress, unit="step", desc=title, mininterval=1.0)
 
 
 def _rates(schedule: str, lr: float, epoch: int, epochs: int, steps: int) -> list[float]:
@@ -270,18 +268,15 @@ def _rows(
     """The rows of an epoch."""
     ranks = nets.ranks
     for network, choice in enumerate(choices):
-        method: tuple[object, ...] = "stock", None, None
-        if choice:
-            method = choice.method, choice.rank, choice.every
+        row: Row = {"network": network, "seed": nets.seeds[network] if nets.seeds else None}
         if nets.factorized:
-            method = "factorized", ranks[network], None if tail is None else "epoch"
-        row = {
-            "network": network,
-            "seed": nets.seeds[network] if nets.seeds else None,
-            **dict(zip(("method", "rank", "every"), method, strict=True)),
-            "epoch": epoch,
-            "train_loss": train_loss[network],
-        }
+            every = None if tail is None else "epoch"
+            row |= {"method": "factorized", "rank": ranks[network], "every": every}
+        elif choice:
+            row |= {"method": choice.method, "rank": choice.rank, "every": choice.every}
+        else:
+            row |= {"method": "stock", "rank": None, "every": None}
+        row |= {"epoch": epoch, "train_loss": train_loss[network]}
         for part, (losses, accuracies) in scores.items():
             row |= {f"{part}_loss": losses[network], f"{part}_error": 100 - accuracies[network]}
         yield row | {"accuracy": scores["test"][1][network], "seconds": seconds}

@@ -15,21 +15,18 @@ PROBES = 32
 
 
 class Operator(Protocol):
-    """A matrix for `randomized_svd` that is known by its products A X and Aᵀ Y, as a sparse one.
+    """A matrix (m, n) known by its products A X and Aᵀ Y with dense matrices, as a sparse one.
 
     It may also have a ``dtype`` and a ``device``, by default float32 and the CPU.
     """
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(m, n)."""
+    def shape(self) -> tuple[int, int]: ...
 
     @property
-    def mT(self) -> Operator:
-        """The transpose, an operator of shape (n, m)."""
+    def mT(self) -> Operator: ...
 
-    def __matmul__(self, X: Tensor) -> Tensor:
-        """A X (m, k) of a dense X (n, k)."""
+    def __matmul__(self, X: Tensor) -> Tensor: ...
 
 
 def sketched_operator(

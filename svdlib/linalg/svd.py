@@ -35,9 +35,8 @@ class SVD:
     """The leading part of a singular value decomposition, A ≈ U diag(S) Vh.
 
     ``U`` (…, m, k) and ``Vh`` (…, k, n) have orthonormal columns and rows; ``S`` (…, k) descends.
-    ``error`` (…), in float64, is the Frobenius norm of A − U diag(S) Vh, before the factors
-    were rounded to a half-precision type. Unpacks as ``U, S, Vh``. ``source`` is A if it required
-    a gradient, for `matrix` to pass on.
+    ``error`` (…), in float64, is the Frobenius norm of A − U diag(S) Vh before any rounding to
+    half precision. Unpacks as ``U, S, Vh``. ``source`` is A if it required a gradient.
     """
 
     U: Tensor
@@ -93,9 +92,6 @@ class SVD:
             A: the matrix that was decomposed.
             power_iters: q ≥ 0.
             generator: the source of ω, on A's device; torch's global one if None.
-
-        Raises:
-            ValueError: a negative q, or a matrix of another shape.
         """
         q = checks.positive_int(power_iters, "power_iters", least=0)
         shape = (*self.U.shape[:-1], self.Vh.shape[-1])
@@ -156,9 +152,8 @@ def truncated_svd(A: Tensor, rank: int) -> SVD:
     fixed: the entry of u_i that is largest in magnitude is positive.
 
     Skinny float32 matrices are decomposed by the eigenvectors of their smaller Gram matrix, in
-    float64, unless a term is below 1e-4 σ_1. Singular values are within 1e-6 σ_1 of LAPACK's.
-    Other skinny matrices are first reduced to square ones by an orthonormal basis of their rows.
-    LAPACK decomposes the rest.
+    float64, unless a term is below 1e-4 σ_1: singular values are within 1e-6 σ_1 of LAPACK's.
+    Other skinny matrices are reduced to square ones by an orthonormal basis of their rows.
 
     Args:
         A: matrices (…, m, n) in floating point.
@@ -207,18 +202,16 @@ def randomized_svd(
             or anything with ``shape`` (m, n), ``A @ X`` and ``A.mT @ Y``: these take a rank, and
             their error is an estimate, good to about an eighth.
         rank: the number k of terms, 1 ≤ k ≤ min(m, n).
-        tol: the largest admissible Frobenius error, instead of a rank; for one matrix. The
-            rank is the smallest that the sketch allows, and at least 1.
+        tol: the largest admissible Frobenius error of one matrix, instead of a rank.
         relative: whether ``tol`` is a fraction of A's Frobenius norm.
-        oversample: p ≥ 0, further columns of the sketch. If k + p reaches min(m, n) the result
-            is exact. Not used with ``tol``.
+        oversample: p ≥ 0; if k + p reaches min(m, n) the result is exact. Not used with ``tol``.
         power_iters: q ≥ 0; each shrinks the tail of the spectrum by another factor σ².
         generator: the source of Ω, on A's device; torch's global one if None.
 
     Raises:
-        ValueError: a rank out of range, both or neither of rank and tol, a tol ≤ 0 or below what
-            A's type can certify, negative oversampling or power iterations, a generator
-            of another device, an integer, empty or non-finite matrix, a tol for an operator.
+        ValueError: as `truncated_svd`; both or neither of rank and tol, a tol ≤ 0 or below what
+            A's type can certify, a tol for an operator, negative oversampling or power
+            iterations, a generator of another device.
 
     >>> g = torch.Generator().manual_seed(0)
     >>> A = torch.randn(100, 5, generator=g) @ torch.randn(5, 80, generator=g)
