@@ -116,15 +116,15 @@ def test_warm_projections_of_odd_matrices(kind, dtype, oversample, power_iters, 
 
 
 @pytest.mark.parametrize("rows", [15, 23])
-def test_what_lies_behind_the_rows_is_no_part_of_them(rows, generator):
+def test_spare_rows_do_not_change_the_result(rows, generator):
     """The Gram matrices read over the rows' end, the result must not."""
-    whole = torch.randn(3, 48, 100, generator=generator)
-    W = whole[:, :rows, :90]
+    storage = torch.randn(3, 48, 100, generator=generator)
+    W = storage[:, :rows, :90]
     alone = W.clone()
     for weights in (W, alone):
         layer_stacks([weights], [4], Projection("truncsvd", 4))[0].project_(warm=False)
     torch.testing.assert_close(W, alone)
-    assert with_spare_rows(whole[:, :15]).shape == (3, 16, 100)
+    assert with_spare_rows(storage[:, :15]).shape == (3, 16, 100)
     assert with_spare_rows(torch.zeros(3, 15, 9)).shape[1] == 15, "no room behind the last"
     assert with_spare_rows(torch.zeros(3, 16, 9)[:, 1:]).shape[1] == 15
 
@@ -202,7 +202,7 @@ def test_a_training_loop_of_ones_own_is_the_ensembles(every, blobs):
     assert torch.linalg.matrix_rank(model[0].weight, rtol=1e-9) > 2
 
 
-def test_steps_that_a_scaler_leaves_out_are_not_counted():
+def test_steps_that_a_scaler_skips_are_not_counted():
     model = torch.nn.Linear(6, 5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     svdlib.Projection("rsvd", rank=np.int64(2), every=2).attach(
@@ -219,7 +219,7 @@ def test_steps_that_a_scaler_leaves_out_are_not_counted():
     assert ranks[1] == 5 and ranks[2] == 2 and ranks[3] > 2
 
 
-def test_what_can_not_be_attached():
+def test_attach_refuses_what_it_cannot_project():
     model = torch.nn.Linear(6, 5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="an optimizer knows no epochs"):
@@ -230,7 +230,7 @@ def test_what_can_not_be_attached():
         svdlib.Projection("truncsvd", (2, 3), every="step").attach(model, optimizer)
 
 
-def test_whole_numbers_of_any_kind():
+def test_ranks_and_steps_may_be_numpy_or_torch_numbers():
     for rank in (np.int64(5), torch.tensor(5)):
         assert svdlib.Projection("rsvd", rank, every=np.int64(3)) == svdlib.Projection("rsvd", 5, 3)
 

@@ -1,4 +1,4 @@
-"""Sparse matrices and operators, against the same matrices seen whole."""
+"""Sparse matrices and operators, against the same matrices in dense form."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ class Product:
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(5, 40), st.integers(5, 40), st.integers(1, 5), st.integers(0, 9))
-def test_a_matrix_of_low_rank_comes_out_whole(m, n, rank, seed):
+def test_a_matrix_of_low_rank_is_recovered(m, n, rank, seed):
     left, right = matrix((m, rank), seed), matrix((rank, n), seed + 1)
     generator = torch.Generator().manual_seed(seed)
     found = svdlib.randomized_svd(Product(left, right), rank, generator=generator)

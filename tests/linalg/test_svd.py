@@ -293,8 +293,8 @@ def test_entries_whose_squares_do_not_fit(method, size, generator):
     else:
         found = svdlib.truncated_svd(A, 10)
     error = (exact[found.rank :].square().sum() / exact.square().sum()).sqrt()
-    whole = torch.linalg.matrix_norm(A.double())
-    assert error - 1e-5 <= found.error / whole <= 1.2 * error
+    norm = torch.linalg.matrix_norm(A.double())
+    assert error - 1e-5 <= found.error / norm <= 1.2 * error
     rebuilt = (found.U.double() * found.S.double()) @ found.Vh.double()
     smallest = 1e-45 * 120  # S is rounded to a multiple of the least number there is
     off = torch.linalg.matrix_norm(A.double() - rebuilt).item()
