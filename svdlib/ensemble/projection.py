@@ -231,15 +231,8 @@ class LayerStack:
         self.G_of, self.P_of = self.G.split(networks), self.P.split(networks)
         # One sketch for all layers if Ω has A's rows, else one per layer, as columns may differ.
         shapes = [(len(sides), rows)] if self.by_gram else [(1, A.shape[2]) for A in sides]
-        self.sketches = [
-            sketches(
-                generators or [None] * networks,
-                (*shape, columns),
-                sides[0],
-                frequent=projection.every != "epoch",
-            )
-            for shape in shapes
-        ]
+        own, frequent = generators or [None] * networks, projection.every != "epoch"
+        self.sketches = [sketches(own, (*shape, columns), sides[0], frequent) for shape in shapes]
         self.U: Tensor | None = None
 
     def project_(self, warm: bool) -> None:

@@ -72,8 +72,7 @@ class SVD:
                 [1., 0.]])
         """
         if self.source is not None and torch.is_grad_enabled():
-            product: Tensor = _RankK.apply(self.source, *(factor.detach() for factor in self))
-            return product
+            return cast(Tensor, _RankK.apply(self.source, *(factor.detach() for factor in self)))
         U, S, Vh = _work(self.U), _work(self.S).unsqueeze(-2), _work(self.Vh)
         return ((U * S) @ Vh).to(self.U.dtype)
 
@@ -330,8 +329,7 @@ def _within(
 def _norm(A: Tensor) -> Tensor:
     """Frobenius norms (…) in float64, in one pass over A."""
     rows = torch.linalg.vector_norm(A.detach(), dim=-1)
-    norm: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
-    return norm
+    return cast(Tensor, torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64))
 
 
 def _moderate(A: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
