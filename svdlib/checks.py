@@ -1,11 +1,11 @@
-"""Checks of what a caller gives: one clear error each."""
+"""Checks of a caller's arguments. Each raises one ValueError that says what is wrong."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def device(name: str | torch.device = "auto") -> torch.device:
-    """The device of that name; ``"auto"`` is CUDA where there is one, else the CPU.
+    """The device of that name; ``"auto"`` is CUDA if available, else the CPU.
 
     >>> device("cpu")
     device(type='cpu')
@@ -32,11 +32,7 @@ def device(name: str | torch.device = "auto") -> torch.device:
 
 
 def positive_int(value: object, what: str, least: int = 1) -> int:
-    """``value`` if it is a whole number of at least ``least``.
-
-    >>> positive_int(10, "rank")
-    10
-    """
+    """``value`` as an int, if it is a whole number of at least ``least``."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise ValueError(f"{what} must be a whole number of at least {least}, not {value!r}")
     number: int = value.__index__()
@@ -45,25 +41,25 @@ def positive_int(value: object, what: str, least: int = 1) -> int:
     return number
 
 
-def several(values: object, what: str, example: str) -> tuple[Any, ...]:
-    """``values`` as a tuple, if they are several things and no text.
-
-    >>> several(range(3), "seeds", "range(4)")
-    (0, 1, 2)
-    """
-    if not isinstance(values, Iterable) or isinstance(values, str | bytes):
-        raise ValueError(  # noqa: TRY004 - as all that is refused here
-            f"{what} must be several, such as {example}, not {values!r}"
+def rank(value: object, shape: Sequence[int]) -> int:
+    """``value`` as an int, if a matrix of that shape (…, m, n) can have that rank."""
+    largest = min(shape[-2:])
+    if (number := positive_int(value, "rank")) > largest:
+        raise ValueError(
+            f"rank must be at most min(m, n) = {largest} for shape {tuple(shape)}, not {number}"
         )
+    return number
+
+
+def several(values: object, what: str, example: str) -> tuple[Any, ...]:
+    """``values`` as a tuple, if they are an iterable other than text."""
+    if not isinstance(values, Iterable) or isinstance(values, str | bytes):
+        raise ValueError(f"{what} must be several, such as {example}, not {values!r}")  # noqa: TRY004
     return tuple(values)
 
 
 def number(value: object, what: str) -> float:
-    """``value`` if it is a real number.
-
-    >>> number(0.5, "lr")
-    0.5
-    """
+    """``value`` as a float, if it is a real number."""
     if isinstance(value, bool | str | bytes | complex) or not hasattr(value, "__float__"):
         raise ValueError(f"{what} must be a number, not {value!r}")
     return float(value)
@@ -77,7 +73,7 @@ def truth(value: object, what: str) -> bool:
 
 
 def generator(value: object, device: torch.device) -> None:
-    """Refuse what is no source of random numbers on that device; None is torch's own."""
+    """Refuse anything but a generator on that device, or None."""
     if value is None:
         return
     place: torch.device | None = getattr(value, "device", None)
@@ -88,7 +84,7 @@ def generator(value: object, device: torch.device) -> None:
 
 
 def one_of(value: object, known: tuple[str, ...], what: str) -> None:
-    """Refuse a name that is not known, listing those that are."""
+    """Refuse an unknown name, and list the known ones."""
     if value not in known:
         raise ValueError(f"unknown {what} {value!r}; known: {', '.join(known)}")
 
@@ -97,6 +93,48 @@ def finite(tensor: Tensor, what: str) -> None:
     """Refuse NaN and inf."""
     if not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"{what} has NaN or infinite entries; it must be finite")
+
+
+def labeled_images(part: str, x: object, y: object) -> None:
+    """Refuse ``{part}_x`` and ``{part}_y`` unless they are n ≥ 1 images and their n labels."""
+    if not isinstance(x, Tensor) or x.ndim != 2 or not x.is_floating_point():
+        raise ValueError(
+            f"{part}_x must be a floating-point tensor (n, features), one image a row, not "
+            f"{_described(x)}"
+        )
+    if not isinstance(y, Tensor) or y.ndim != 1 or not _is_integer(y):
+        raise ValueError(
+            f"{part}_y must be a tensor (n,) of whole class numbers, not {_described(y)}"
+        )
+    if len(x) != len(y) or not len(x):
+        raise ValueError(
+            f"{part}: {len(x)} images and {len(y)} labels; as many labels as images are needed, "
+            "and at least one"
+        )
+
+
+def fit(part: str, x: Tensor, y: Tensor, features: int, classes: int) -> None:
+    """Refuse images or labels that networks with so many inputs and outputs do not take."""
+    if x.shape[1] != features:
+        raise ValueError(
+            f"the networks take {features} features but the {part} images have {x.shape[1]}"
+        )
+    low, high = int(y.min()), int(y.max())
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"the {part} labels run from {low} to {high}; networks with {classes} outputs need "
+            f"labels 0 to {classes - 1}"
+        )
+
+
+def _is_integer(y: Tensor) -> bool:
+    return not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    return type(value).__name__
 
 
 # Frames of the library and of what wraps its functions are not where a caller reads a warning.

@@ -1,4 +1,4 @@
-"""The one clock."""
+"""Wall times, also of work that a GPU has not finished."""
 
 from __future__ import annotations
 
@@ -12,12 +12,7 @@ CPU = torch.device("cpu")
 
 
 def now(device: torch.device = CPU) -> float:
-    """Wall time in seconds, once the device has done what it was given.
-
-    >>> start = now()
-    >>> now() >= start
-    True
-    """
+    """Wall time in seconds, once the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -26,7 +21,7 @@ def now(device: torch.device = CPU) -> float:
 def median(
     run: Callable[[], object], repeats: int, *, warmup: int = 1, device: torch.device = CPU
 ) -> float:
-    """The median seconds of ``run``, after runs that are not counted.
+    """The median seconds of ``run``, after ``warmup`` runs that are not counted.
 
     >>> median(lambda: None, repeats=3) < 1
     True

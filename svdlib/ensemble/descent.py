@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from svdlib.ensemble.networks import MLPEnsemble, scored
+from svdlib.ensemble.networks import MLPEnsemble, losses_and_hits
 
 # The backward pass of max(·, 0), into a buffer.
 threshold_backward_ = torch.ops.aten.threshold_backward.grad_input
@@ -23,57 +24,52 @@ class Affine:
         [W b] [h]   [W h + b]
         [0 1] [1] = [   1   ].
 
-    A product takes the bias along, its gradient and its update too, and activations keep the row
-    of ones that they begin with. The last layer's matrix has no last row.
+    So products, gradients and updates include the bias, and activations keep their row of ones.
+    The last layer's matrix has no last row.
 
     Attributes:
-        stored: the matrices, each row filled up with zeros to whole cache lines, 16 floats.
+        padded: the matrices, each row padded with zeros to whole cache lines, 16 floats.
         ins, out: the shape of W.
-        outer: whether it ends a layer; the inner factor of a layer has b = 0, which stays, and
-            is not followed by max(·, 0).
+        outer: whether it ends a layer. The inner factor of a layer keeps b = 0, and no max(·, 0)
+            follows it.
     """
 
-    stored: Tensor
+    padded: Tensor
     ins: int
     out: int
     outer: bool
 
     @classmethod
     def of(cls, factor: Tensor, outer: bool, last: bool) -> Affine:
-        """A copy of a layer's factor: [W b] (S, out, in + 1), or an inner V (S, r, in).
-
-        >>> Affine.of(torch.tensor([[[2.0, 3.0]]]), outer=True, last=False).matrix
-        tensor([[[2., 3.],
-                 [0., 1.]]])
-        """
+        """A copy of a layer's factor: [W b] (S, out, in + 1), or an inner V (S, r, in)."""
         networks, out, columns = factor.shape
         ins = columns - outer
-        stored = factor.new_zeros(networks, out + (not last), -(-(ins + 1) // 16) * 16)
-        stored[:, :out, :columns] = factor
+        padded = factor.new_zeros(networks, out + (not last), -(-(ins + 1) // 16) * 16)
+        padded[:, :out, :columns] = factor
         if not last:
-            stored[:, out, ins] = 1
-        return cls(stored, ins, out, outer)
+            padded[:, out, ins] = 1
+        return cls(padded, ins, out, outer)
 
     @property
     def matrix(self) -> Tensor:
-        """(S, out + 1, in + 1), of the last layer (S, out, in + 1), a view."""
-        return self.stored[..., : self.ins + 1]
+        """(S, out + 1, in + 1), or for the last layer (S, out, in + 1), a view."""
+        return self.padded[..., : self.ins + 1]
 
     @property
     def weight(self) -> Tensor:
         """W (S, out, in), a view."""
-        return self.stored[:, : self.out, : self.ins]
+        return self.padded[:, : self.out, : self.ins]
 
     @property
     def trained(self) -> Tensor:
-        """The columns that a step changes, a view: all, or all but the bias."""
-        return self.stored[..., : self.ins + self.outer]
+        """The columns that a step changes, a view: all, or without the bias."""
+        return self.padded[..., : self.ins + self.outer]
 
 
 def descent(
     maps: Sequence[Affine],
     batch: int,
-    onto: Sequence[Affine] | None = None,
+    onto: Sequence[Affine],
     dropout: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Callable[[Tensor, Tensor, float, Tensor], None]:
@@ -88,26 +84,25 @@ def descent(
 
         δ_L = p − y,   δ_{l−1} = (W_lᵀ δ_l) ⊙ [h_{l−1} > 0],   ∂L/∂[W_l b_l] = δ_l h_{l−1}ᵀ / B.
 
-    No gradient need be stored: onto the matrices themselves, with a negative scale, this is a
-    step of gradient descent. All networks share x, so the first layer's products are single ones
-    of an (S·out) × in matrix. A factorized layer is two maps, the inner one without bias and
-    max(·, 0). Dropout with probability d multiplies an input of a layer by 1/(1−d) or by 0, the
-    same for all networks. Every array that a step fills is made here, once.
+    Added to the matrices themselves with a negative scale, this is a step of gradient descent. All
+    networks share x, so the first layer's products are single ones of an (S·out) × in matrix. A
+    factorized layer is two maps. Dropout with probability d multiplies an input of a layer by
+    1/(1−d) or by 0, the same for all networks. All buffers are made here, once.
 
     Args:
         maps: the layers.
         batch: B, images in a batch.
-        onto: maps whose matrices the products are added to; by default ``maps`` themselves.
+        onto: maps that the products are added to: ``maps`` themselves, or others like them.
         dropout, generator: d, and the source of its randomness on the maps' device.
 
     Returns:
-        a function of x (B, in + 1), the last column ones; minus the one-hot labels, first those
-        of the first class (classes · B,); the scale; and a tensor (S,) that receives each
-        network's loss on the batch before the step, summed.
+        a function of x (B, in + 1), the last column ones; minus the one-hot labels, class by
+        class (classes · B,); the scale; and a tensor (S,) that receives each network's summed
+        loss on the batch before the step.
 
     >>> map = Affine.of(torch.zeros(1, 2, 4), outer=True, last=True)
     >>> loss = torch.empty(1)
-    >>> descend = descent([map], batch=1)
+    >>> descend = descent([map], batch=1, onto=[map])
     >>> descend(torch.ones(1, 4), torch.tensor([-1.0, 0.0]), -1.0, loss)
     >>> loss, map.matrix
     (tensor([0.6931]), tensor([[[ 0.5000,  0.5000,  0.5000,  0.5000],
@@ -116,7 +111,7 @@ def descent(
     above = range(1, len(maps))
     zeros = maps[0].matrix.new_zeros
     A = [map.matrix for map in maps]
-    target = [map.trained for map in onto or maps]
+    target = [map.trained for map in onto]
     h = [zeros(*matrix.shape[:2], batch) for matrix in A]
     delta = [zeros(activations.shape) for activations in h]  # zero under the row of ones
     log_p = delta[-1].flatten(1)
@@ -126,7 +121,7 @@ def descent(
     below = {l: h[l - 1][:, : target[l].shape[-1]].mT for l in above}
     flat = [tensors[0].flatten(0, 1) for tensors in (A, h, delta, target)]
     first_A, first_h, first_delta, first_target = flat
-    whole = first_target.shape[-1] == first_A.shape[-1]
+    all_columns = first_target.shape[-1] == first_A.shape[-1]
     dropped = zeros(batch, A[0].shape[-1])
     dropped[:, -1] = 1
 
@@ -152,13 +147,13 @@ def descent(
                 threshold_backward_(delta[l - 1], h[l - 1], 0, grad_input=delta[l - 1])
                 if dropout:
                     delta[l - 1].div_(1 - dropout)
-        first_target.addmm_(first_delta, x if whole else x[:, :-1], alpha=scale)
+        first_target.addmm_(first_delta, x if all_columns else x[:, :-1], alpha=scale)
 
     return descend
 
 
 def _mask(like: Tensor, dropout: float, generator: torch.Generator | None) -> Tensor:
-    """Zeros with that probability, else 1/(1−d): the same for all networks, which stay comparable."""
+    """Zeros with probability d, else 1/(1−d): the same for all networks, which stay comparable."""
     return torch.empty_like(like).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
 
 
@@ -178,7 +173,6 @@ class Step:
         dropout: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> None:
-        self.dropout, self.generator = dropout, generator
         self.factors: list[Tensor] = []
         self.maps: list[Affine] = []
         for layer in nets.layers:
@@ -187,48 +181,44 @@ class Step:
                 self.factors.append(factor.detach()[networks])
                 last = outer and layer is nets.layers[-1]
                 self.maps.append(Affine.of(self.factors[-1], outer, last))
-        self.adam: torch.optim.Adam | None = None
-        self.gradients: list[Affine] | None = None
-        if optimizer == "adam":
-            self.gradients = [
-                replace(map, stored=torch.zeros_like(map.stored)) for map in self.maps
-            ]
-            for map, gradient in zip(self.maps, self.gradients, strict=True):
-                map.stored.grad = gradient.stored
-            self.adam = torch.optim.Adam([map.stored for map in self.maps], fused=True)
         self.weights = [map.weight for map in self.maps]
-        self.descents: dict[int, Callable[[Tensor, Tensor, float, Tensor], None]] = {}
+        self.adam: torch.optim.Adam | None = None
+        onto = self.maps
+        if optimizer == "adam":
+            onto = [replace(map, padded=torch.zeros_like(map.padded)) for map in self.maps]
+            for map, gradient in zip(self.maps, onto, strict=True):
+                map.padded.grad = gradient.padded
+            self.adam = torch.optim.Adam([map.padded for map in self.maps], fused=True)
+        self.descent = cache(
+            partial(descent, self.maps, onto=onto, dropout=dropout, generator=generator)
+        )
 
     def take(self, x: Tensor, y: Tensor, rate: float, loss: Tensor) -> None:
         """One step on a batch, in place; see `descent` for x, y and loss."""
-        batch = len(x)
-        if batch not in self.descents:
-            self.descents[batch] = descent(
-                self.maps, batch, self.gradients, self.dropout, self.generator
-            )
+        descend = self.descent(len(x))
         if self.adam is None:
-            self.descents[batch](x, y, -rate, loss)
+            descend(x, y, -rate, loss)
             return
         self.adam.zero_grad(set_to_none=False)
-        self.descents[batch](x, y, 1.0, loss)
+        descend(x, y, 1.0, loss)
         self.adam.param_groups[0]["lr"] = rate
         self.adam.step()
 
     def store(self) -> None:
         """Put the matrices back into the ensemble."""
         for factor, map in zip(self.factors, self.maps, strict=True):
-            factor.copy_(map.stored[:, : map.out, : factor.shape[-1]])
+            factor.copy_(map.padded[:, : map.out, : factor.shape[-1]])
 
     def losses(self, x: Tensor, y: Tensor, chunk: int = 2000) -> tuple[Tensor, Tensor]:
-        """Summed cross-entropy (S,) and number of correct answers (S,); x (n, in + 1), y (n,)."""
+        """Summed cross-entropy (S,) and number of right answers (S,); x (n, in + 1), y (n,)."""
         loss = torch.zeros(len(self.factors[0]), dtype=torch.float64, device=x.device)
-        correct = torch.zeros_like(loss)
+        right = torch.zeros_like(loss)
         for part, labels in zip(x.split(chunk), y.split(chunk), strict=True):
             first = self.maps[0].matrix
             h = (first.flatten(0, 1) @ part.t()).unflatten(0, first.shape[:2])
             for lower, map in pairwise(self.maps):
                 h = map.matrix @ (h.relu_() if lower.outer else h)
-            losses, right = scored(h, labels)
+            losses, hits = losses_and_hits(h, labels)
             loss += losses.double().sum(1)
-            correct += right.sum(1)
-        return loss, correct
+            right += hits.sum(1)
+        return loss, right

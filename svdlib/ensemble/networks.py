@@ -4,29 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from svdlib import checks, threads
-from svdlib.network.kinds import Linear
-from svdlib.network.low_rank import LowRank, thin_twin
+from svdlib.network.low_rank import LowRank
 
 
 def perceptron(sizes: Sequence[int]) -> nn.Sequential:
-    """``Linear, ReLU, Linear, …, Linear``, initialised by torch from its global generator.
-
-    >>> perceptron((784, 15, 10))
-    Sequential(
-      (0): Linear(in_features=784, out_features=15, bias=True)
-      (1): ReLU()
-      (2): Linear(in_features=15, out_features=10, bias=True)
-    )
-    """
+    """``Linear, ReLU, Linear, …, Linear``, initialized by torch from its global generator."""
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(sizes):
         layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
@@ -34,12 +26,11 @@ def perceptron(sizes: Sequence[int]) -> nn.Sequential:
 
 
 class Layer(nn.Module):
-    """One layer h ↦ W h + b of S networks: one matrix [W b], or two factors [U b] and V, W = U V.
+    """One layer h ↦ W h + b of S networks: one matrix [W b], or two factors V and [U b], W = U V.
 
     Attributes:
-        factors: [[W b]] (S, out, in + 1), or V (S, r, in) and [U b] (S, out, r + 1), r being
-            the largest rank; the factors of the other networks end in zeros, which stay zero
-            while they train.
+        factors: [[W b]] (S, out, in + 1), or V (S, r, in) and [U b] (S, out, r + 1). r is the
+            largest rank; factors of lower rank are padded with zeros, which stay zero in training.
         ranks: of a factorized layer, each network's rank (S,), else None.
     """
 
@@ -53,18 +44,14 @@ class Layer(nn.Module):
 
     @classmethod
     def of(cls, linears: Sequence[nn.Linear | LowRank]) -> Layer:
-        """Copies of one layer of each network, all of them dense or all factorized.
-
-        >>> Layer.of([nn.Linear(3, 2), nn.Linear(3, 2)]).factors[0].shape
-        torch.Size([2, 2, 4])
-        """
-        parts = [linear.factors if isinstance(linear, LowRank) else (linear,) for linear in linears]
-        weights = [
-            stack_padded([factor.weight.detach() for factor in same])
-            for same in zip(*parts, strict=True)
+        """Copies of one layer of each network, all of them dense or all factorized."""
+        factors = [part.factors if isinstance(part, LowRank) else (part,) for part in linears]
+        stacks = [
+            [factor.weight.detach() for factor in same] for same in zip(*factors, strict=True)
         ]
+        weights = [_padded(stack) for stack in stacks]
+        bias = torch.stack([cast(Tensor, linear.bias).detach() for linear in linears])
         ranks = [linear.rank for linear in linears if isinstance(linear, LowRank)]
-        bias = torch.stack([_bias(linear).detach() for linear in linears])
         return cls(weights, bias, torch.tensor(ranks, device=bias.device) if ranks else None)
 
     @property
@@ -79,47 +66,30 @@ class Layer(nn.Module):
         return self.factors[-1][..., -1]
 
     def matrix(self) -> Tensor:
-        """The weight W (S, out, in), a product where the layer is factorized."""
+        """The weight W (S, out, in), a product if the layer is factorized."""
         *inner, outer = self.weights
         return outer @ inner[0] if inner else outer
 
     def linear(self, network: int) -> nn.Linear | LowRank:
         """The layer of one network as a module of its own, a copy."""
-        outer = self.weights[-1]
-        ins = self.weights[0].shape[-1]
-        like = {"device": outer.device, "dtype": outer.dtype}
-        linear: nn.Linear | LowRank = skip_init(nn.Linear, ins, outer.shape[1], **like)
-        parts: Sequence[nn.Module] = [linear]
-        if self.ranks is not None:
-            linear = thin_twin(Linear(linear), int(self.ranks[network]))
-            parts = linear.factors
-        with torch.no_grad():
-            for part, factor in zip(parts, self.weights, strict=True):
-                weight = cast(nn.Linear, part).weight
-                rows, columns = weight.shape  # without the padding of a lower rank
-                weight.copy_(factor[network, :rows, :columns])
-            _bias(linear).copy_(self.bias[network])
-        return linear
+        if self.ranks is None:
+            return _linear(self.weights[0][network], self.bias[network])
+        rank = int(self.ranks[network])
+        V, U = (factor[network] for factor in self.weights)
+        return LowRank(_linear(V[:rank], None), _linear(U[:, :rank], self.bias[network]))
 
     @torch.no_grad()
-    def cut_(self, tail: float) -> None:
-        """Cut a factorized layer to the smallest ranks that keep all but a tail, see `cut`.
-
-        >>> V, U = torch.eye(3, 5)[None], torch.diag(torch.tensor([2.0, 1.0, 0.1]))[None]
-        >>> layer = Layer([V, U], torch.zeros(1, 3), torch.tensor([3]))
-        >>> layer.cut_(tail=0.1)
-        >>> layer.ranks, [weight.shape for weight in layer.weights]
-        (tensor([2]), [torch.Size([1, 2, 5]), torch.Size([1, 3, 2])])
-        """
+    def truncate_(self, tail: float) -> None:
+        """Lower the ranks of a factorized layer in place, see `truncated`."""
         V, U = self.weights
-        V, U, self.ranks = cut(V, U, tail)
+        V, U, self.ranks = truncated(V, U, tail)
         rank = int(self.ranks.max())
         outer = torch.cat([U[..., :rank], self.bias.unsqueeze(-1)], -1)
         self.factors = nn.ParameterList([V[:, :rank].contiguous(), outer])
 
 
-def cut(V: Tensor, U: Tensor, tail: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Factors of the best approximation of W = U V that keeps all but a tail.
+def truncated(V: Tensor, U: Tensor, tail: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors of the best approximation of W = U V that discards no more than a relative tail.
 
     W = U V (m × r times r × n) is decomposed through U = Q_1 R_1 and Vᵀ = Q_2 R_2: the SVD of
     the r × r matrix R_1 R_2ᵀ = P Σ Oᵀ gives W = (Q_1 P) Σ (Q_2 O)ᵀ. Each network keeps the
@@ -127,18 +97,18 @@ def cut(V: Tensor, U: Tensor, tail: float) -> tuple[Tensor, Tensor, Tensor]:
     each (Schotthöfer et al. 2022, Algorithm 1, the truncation).
 
     Returns:
-        V (S, r, n) and U (S, m, r), zero beyond each network's rank; and these ranks (S,).
+        V (S, r, n) and U (S, m, r), zero after each network's rank; and these ranks (S,).
 
     >>> V, U = torch.eye(2)[None], torch.diag(torch.tensor([2.0, 0.1]))[None]
-    >>> cut(V, U, tail=0.1)[2]
+    >>> truncated(V, U, tail=0.1)[2]
     tensor([1])
     """
     Q1, R1 = torch.linalg.qr(U)
     Q2, R2 = torch.linalg.qr(V.mT)
     P, S, Oh = torch.linalg.svd(R1 @ R2.mT)
     square = S.double().square()
-    beyond = square.flip(-1).cumsum(-1).flip(-1)  # the energy from the i-th on
-    kept = beyond > tail**2 * square.sum(-1, keepdim=True)
+    tail_energy = square.flip(-1).cumsum(-1).flip(-1)  # from the i-th on
+    kept = tail_energy > tail**2 * square.sum(-1, keepdim=True)
     kept[:, 0] = True
     root = S.sqrt() * kept
     return (root.unsqueeze(-1) * Oh) @ Q2.mT, Q1 @ (P * root.unsqueeze(-2)), kept.sum(-1)
@@ -147,24 +117,19 @@ def cut(V: Tensor, U: Tensor, tail: float) -> tuple[Tensor, Tensor, Tensor]:
 class MLPEnsemble(nn.Module):
     """S ReLU perceptrons of one shape, one for each seed.
 
-    Layer l of all networks is one `Layer`, a tensor [W b] of shape (S, out, in + 1), so that a
-    step of training is a handful of batched products, whatever S is. ``weights[l]`` (S, out, in)
-    and ``biases[l]`` (S, out) are views of it. Network i starts bit for bit as
+    Layer l of all networks is one tensor [W b] of shape (S, out, in + 1), so that a step of
+    training is a handful of batched products. ``weights[l]`` (S, out, in) and ``biases[l]``
+    (S, out) are views of it. Network i starts bit for bit as
 
         torch.manual_seed(seeds[i]); nn.Sequential(nn.Linear(…), nn.ReLU(), …, nn.Linear(…))
 
-    and ``ensemble[i]`` gives it as that ``nn.Sequential`` (a copy).
-
-    Layers may be factorized (see `from_modules`): such a layer has two entries in ``weights``, of
-    shapes (S, r, in) and (S, out, r), and one in ``biases``.
+    and ``ensemble[i]`` is a copy of it as that ``nn.Sequential``. A factorized layer (see
+    `from_modules`) has two entries in ``weights``, of shapes (S, r, in) and (S, out, r).
 
     Args:
         sizes: widths (in, hidden, …, out), at least two.
         seeds: S integers. The global random state is left alone.
-        device: where the tensors live; ``"auto"`` is CUDA where there is one.
-
-    Raises:
-        ValueError: fewer than two sizes, a size below 1, or no seed.
+        device: where the tensors live; ``"auto"`` is CUDA if available.
 
     >>> nets = MLPEnsemble((784, 15, 15, 10), seeds=range(32), device="cpu")
     >>> nets.weights[0].shape
@@ -179,10 +144,7 @@ class MLPEnsemble(nn.Module):
 
     @threads.making()
     def __init__(
-        self,
-        sizes: Sequence[int],
-        seeds: Iterable[int] = (0,),
-        device: str | torch.device = "auto",
+        self, sizes: Sequence[int], seeds: Iterable[int] = (0,), device: str | torch.device = "auto"
     ) -> None:
         sizes = checks.several(sizes, "sizes", "(784, 15, 10)")
         sizes = tuple(checks.positive_int(size, "a layer size") for size in sizes)
@@ -193,11 +155,10 @@ class MLPEnsemble(nn.Module):
         if not seeds:
             raise ValueError("an ensemble needs at least one seed, none was given")
         modules = []
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             for seed in seeds:
                 torch.default_generator.manual_seed(seed)  # torch.manual_seed reaches the GPUs too
-                with torch.device("cpu"):
-                    modules.append(perceptron(sizes))
+                modules.append(perceptron(sizes))
         super().__init__()
         self.seeds = seeds
         self.restack_(modules)
@@ -210,37 +171,15 @@ class MLPEnsemble(nn.Module):
     ) -> MLPEnsemble:
         """An ensemble with copies of the weights of perceptrons ``Linear, ReLU, …, Linear``.
 
-        A Linear may be a `LowRank` layer, as `factorize` makes them: then of all modules, but
-        not necessarily of the same rank.
-
-        Raises:
-            ValueError: no module, another kind of layer, a Linear without bias, or shapes
-                that differ.
+        A Linear may be a `LowRank` layer, as `factorize` makes them, if it is one in all modules;
+        ranks may differ. The modules must have one shape, and biases in every layer.
 
         >>> nets = MLPEnsemble.from_modules([perceptron((4, 3, 2)) for _ in range(5)])
         >>> len(nets), nets.sizes
         (5, (4, 3, 2))
         """
         modules = list(checks.several(modules, "modules", "[net]"))
-        if not modules:
-            raise ValueError("an ensemble needs at least one module, none was given")
-        shapes = []
-        for module in modules:
-            kinds = [(nn.Linear, LowRank) if i % 2 == 0 else (nn.ReLU,) for i in range(len(module))]
-            if len(module) % 2 == 0 or any(
-                type(layer) not in kind for layer, kind in zip(module, kinds, strict=True)
-            ):
-                raise ValueError(f"a perceptron is Linear, ReLU, …, Linear, not {module}")
-            linear = _linears(module)
-            if any(layer.bias is None for layer in linear):
-                raise ValueError("every Linear of an ensemble needs a bias")
-            if any(p.is_complex() for p in module.parameters()):
-                raise ValueError("an ensemble holds real weights, not complex ones")
-            shapes.append(
-                tuple((type(layer).__name__, *_bias(layer).shape, _ins(layer)) for layer in linear)
-            )
-        if len(set(shapes)) > 1:
-            raise ValueError(f"the modules must have one shape, not {sorted(set(shapes))}")
+        _check_perceptrons(modules)
         ensemble = cls.__new__(cls)
         nn.Module.__init__(ensemble)
         ensemble.seeds = None if seeds is None else tuple(seeds)
@@ -252,7 +191,7 @@ class MLPEnsemble(nn.Module):
         return ensemble
 
     def restack_(self, modules: Sequence[nn.Sequential]) -> None:
-        """Hold copies of these perceptrons instead, as many as there were, of the same shape."""
+        """Replace the networks by copies of these, as many and of the same shape."""
         stacks = zip(*(_linears(module) for module in modules), strict=True)
         self.layers = nn.ModuleList(Layer.of(linears) for linears in stacks)  # type: ignore[assignment]
 
@@ -284,41 +223,15 @@ class MLPEnsemble(nn.Module):
         return list(zip(*columns, strict=True))
 
     def matrices(self) -> list[Tensor]:
-        """The weight of each layer (S, out, in): products, where it is factorized."""
+        """The weight of each layer (S, out, in), a product if it is factorized."""
         return [layer.matrix() for layer in self.layers]
 
     @threads.making()
     def truncate_(self, tail: float) -> None:
-        """Cut each factorized layer by a tail, see `Layer.cut_`; the dense ones stay.
-
-        >>> from svdlib import factorize
-        >>> dense = MLPEnsemble((99, 50, 9), device="cpu")
-        >>> nets = MLPEnsemble.from_modules([factorize(net, {"0": 20}) for net in dense])
-        >>> nets.truncate_(tail=0.5)
-        >>> nets.ranks[0][0] < 20
-        True
-        """
+        """Lower the ranks of factorized layers as `train` does with a ``tail``."""
         for layer in self.layers:
             if layer.ranks is not None:
-                layer.cut_(tail)
-
-    def _load_from_state_dict(self, state: dict, prefix: str, *rest: Any) -> None:
-        """Take what older versions saved too: bias and weight apart, in 0.1.0 in two lists."""
-        entry = 0
-        for number, layer in enumerate(self.layers):
-            here = f"{prefix}layers.{number}."
-            names = [f"{here}factors.{factor}" for factor in range(len(layer.factors))]
-            for name in names:
-                if f"{prefix}weights.{entry}" in state:
-                    state[name] = state.pop(f"{prefix}weights.{entry}")
-                entry += 1
-            bias = state.pop(f"{prefix}biases.{number}", None)
-            bias = state.pop(f"{here}bias", bias)
-            if bias is not None and names[-1] in state:
-                state[names[-1]] = torch.cat([state[names[-1]], bias.unsqueeze(-1)], -1)
-            if layer.ranks is not None and f"{here}ranks" not in state and names[0] in state:
-                state[f"{here}ranks"] = (state[names[0]] != 0).any(-1).sum(-1).clamp(min=1)
-        super()._load_from_state_dict(state, prefix, *rest)
+                layer.truncate_(tail)
 
     @property
     def device(self) -> torch.device:
@@ -334,20 +247,20 @@ class MLPEnsemble(nn.Module):
         if not hasattr(index, "__index__"):
             raise TypeError(f"networks are taken one at a time, by a whole number, not {index!r}")
         index = range(len(self))[index]
-        steps: list[nn.Module] = []
+        modules: list[nn.Module] = []
         for layer in self.layers:
-            steps += [layer.linear(index), nn.ReLU()]
-        return nn.Sequential(*steps[:-1])
+            modules += [layer.linear(index), nn.ReLU()]
+        return nn.Sequential(*modules[:-1])
 
     def __iter__(self) -> Iterator[nn.Sequential]:
         return (self[i] for i in range(len(self)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of shape (S, n, out) for inputs of shape (n, in), the same for all networks."""
+        """Logits (S, n, out) for inputs (n, in), the same for all networks."""
         return self.logits(x).mT
 
     def logits(self, x: Tensor) -> Tensor:
-        """Logits, feature-first: shape (S, out, n) for inputs of shape (n, in)."""
+        """Logits (S, out, n), feature-first, for inputs (n, in)."""
         hidden = x.mT
         for layer in self.layers:
             for weight in layer.weights:
@@ -362,85 +275,73 @@ class MLPEnsemble(nn.Module):
     @threads.plain()
     @torch.no_grad()
     def losses(self, x: Tensor, y: Tensor, chunk: int = 2000) -> tuple[Tensor, Tensor]:
-        """Cross-entropy and correctness of every network on every image.
+        """Cross-entropy (S, n) of each network on each image, and whether its answer is right.
 
-        Args:
-            x, y: inputs (n, in) and labels (n,).
-            chunk: images at a time, which bounds the memory.
-
-        Returns:
-            losses (S, n), and whether the largest logit is the label's (S, n).
-
-        >>> nets = MLPEnsemble((4, 3, 2), seeds=(0, 1), device="cpu")
-        >>> losses, correct = nets.losses(torch.rand(6, 4), torch.zeros(6, dtype=torch.long))
-        >>> losses.shape, correct.dtype
-        (torch.Size([2, 6]), torch.bool)
+        Inputs x (n, in) and labels y (n,) are taken ``chunk`` at a time, which bounds the memory.
         """
-        losses, correct = [], []
-        for part, labels in zip(x.split(chunk), y.split(chunk), strict=True):
-            found = scored(self.logits(part.to(self.weights[0].dtype)), labels)
-            losses.append(found[0])
-            correct.append(found[1])
-        return torch.cat(losses, 1), torch.cat(correct, 1)
+        dtype = self.weights[0].dtype
+        chunks = zip(x.split(chunk), y.split(chunk), strict=True)
+        found = [losses_and_hits(self.logits(part.to(dtype)), labels) for part, labels in chunks]
+        losses, hits = zip(*found, strict=True)
+        return torch.cat(losses, 1), torch.cat(hits, 1)
 
     @threads.plain()
     @torch.no_grad()
     def spectra(self) -> pd.DataFrame:
-        """Singular values of every weight matrix: columns layer, network, index (from 1), sigma.
-
-        >>> MLPEnsemble((4, 3, 2), seeds=range(5), device="cpu").spectra().shape
-        (25, 4)
-        """
+        """Singular values of every weight matrix: columns layer, network, index (from 1), sigma."""
         tables = []
-        for layer, weight in enumerate(self.matrices()):
-            values = torch.linalg.svdvals(weight).cpu()
-            networks, indices = values.shape
-            tables.append(
-                pd.DataFrame(
-                    {
-                        "layer": f"layer {layer + 1}: {weight.shape[1]}×{weight.shape[2]}",
-                        "network": np.repeat(np.arange(networks), indices),
-                        "index": np.tile(np.arange(1, indices + 1), networks),
-                        "sigma": values.flatten().numpy(),
-                    }
-                )
-            )
+        for number, weight in enumerate(self.matrices(), start=1):
+            sigma = torch.linalg.svdvals(weight).cpu().numpy()
+            network, index = (axis.ravel() for axis in np.indices(sigma.shape))
+            layer = f"layer {number}: {weight.shape[1]}×{weight.shape[2]}"
+            table = {"layer": layer, "network": network, "index": index + 1, "sigma": sigma.ravel()}
+            tables.append(pd.DataFrame(table))
         return pd.concat(tables, ignore_index=True)
 
 
-def scored(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and correctness (S, n) of logits (S, classes, n) for labels (n,).
-
-    >>> scored(torch.tensor([[[0.0], [0.0]]]), torch.tensor([1]))
-    (tensor([[0.6931]]), tensor([[False]]))
-    """
+def losses_and_hits(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy (S, n) of logits (S, classes, n) for labels (n,), and where they are right."""
     losses = z.logsumexp(1) - z.gather(1, y.expand(len(z), 1, -1)).squeeze(1)
     return losses, z.argmax(1) == y
 
 
-def stack_padded(tensors: Sequence[Tensor]) -> Tensor:
-    """A stack of tensors, those that are smaller filled up with zeros.
+def _padded(matrices: Sequence[Tensor]) -> Tensor:
+    """A stack of matrices, the smaller ones padded with zeros."""
+    rows, columns = (max(sizes) for sizes in zip(*(W.shape for W in matrices), strict=True))
+    missing = [(0, columns - W.shape[1], 0, rows - W.shape[0]) for W in matrices]
+    return torch.stack(list(map(F.pad, matrices, missing)))
 
-    >>> stack_padded([torch.ones(1, 2), torch.ones(2, 2)])[0]
-    tensor([[1., 1.],
-            [0., 0.]])
-    """
-    shape = torch.Size(map(max, *(tensor.shape for tensor in tensors), tensors[0].shape))
-    stack = tensors[0].new_zeros(len(tensors), *shape)
-    for row, tensor in zip(stack, tensors, strict=True):
-        row[tuple(map(slice, tensor.shape))] = tensor
-    return stack
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A Linear with copies of these."""
+    like = {"device": weight.device, "dtype": weight.dtype}
+    linear = skip_init(nn.Linear, *reversed(weight.shape), bias=bias is not None, **like)
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+        if bias is not None:
+            linear.bias.copy_(bias)
+    return linear
 
 
 def _linears(module: nn.Sequential) -> list[nn.Linear | LowRank]:
     return [cast(nn.Linear | LowRank, layer) for layer in module[::2]]
 
 
-def _bias(layer: nn.Linear | LowRank) -> Tensor:
-    assert layer.bias is not None
-    return layer.bias
-
-
-def _ins(layer: nn.Linear | LowRank) -> int:
-    first = layer.factors[0] if isinstance(layer, LowRank) else layer
-    return first.weight.shape[1]
+def _check_perceptrons(modules: Sequence[nn.Sequential]) -> None:
+    """Refuse anything but perceptrons of one shape, with biases and real weights."""
+    if not modules:
+        raise ValueError("an ensemble needs at least one module, none was given")
+    for module in modules:
+        linears = all(type(layer) in (nn.Linear, LowRank) for layer in module[::2])
+        if len(module) % 2 == 0 or not linears or any(type(m) is not nn.ReLU for m in module[1::2]):
+            raise ValueError(f"a perceptron is Linear, ReLU, …, Linear, not {module}")
+        if any(layer.bias is None for layer in _linears(module)):
+            raise ValueError("every Linear of an ensemble needs a bias")
+        if any(p.is_complex() for p in module.parameters()):
+            raise ValueError("an ensemble holds real weights, not complex ones")
+    shapes = {
+        tuple((type(m).__name__, m.out_features, m.in_features) for m in _linears(module))
+        for module in modules
+    }
+    if len(shapes) > 1:
+        raise ValueError(f"the modules must have one shape, not {sorted(shapes)}")

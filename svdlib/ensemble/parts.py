@@ -13,7 +13,7 @@ from torch import Tensor
 from svdlib.data import with_ones
 from svdlib.ensemble.descent import Step
 from svdlib.ensemble.networks import MLPEnsemble
-from svdlib.ensemble.projection import Projection, grouped, sources
+from svdlib.ensemble.projection import Projection, grouped, sketch_generators
 
 # Multiply-adds of a step, forward, that are worth a thread: sixteen of the paper's networks.
 THREAD = 12_400_000
@@ -22,11 +22,11 @@ THREAD = 12_400_000
 def shares(nets: MLPEnsemble, batch_size: int) -> tuple[list[slice], bool]:
     """Which networks each part has, and whether operations are large enough for inner threads.
 
-    By sizes alone, so that results do not depend on the number of threads: an ensemble of less
-    than sixteen networks like the paper's is one part, a larger one an even number of parts of
-    eight to twenty-four, which stay in a processor's cache. A large network is a part of its own,
-    and threads that are left over work inside its products (where their number may change the
-    last bits). On a GPU all is one part.
+    It depends on sizes alone, so results do not depend on the number of threads. Fewer than
+    sixteen networks like the paper's are one part. More are an even number of parts of eight to
+    twenty-four, which fit into a processor's cache. A large network is a part of its own, and
+    remaining threads work inside its products (where their number may change the last bits). On a
+    GPU all networks are one part.
 
     >>> shares(MLPEnsemble((784, 15, 15, 10), range(32), device="cpu"), batch_size=64)
     ([slice(0, 16, None), slice(16, 32, None)], False)
@@ -41,13 +41,10 @@ def shares(nets: MLPEnsemble, batch_size: int) -> tuple[list[slice], bool]:
 
 @dataclass
 class Batches:
-    """The batches of an epoch, as `descent` takes them.
+    """The batches of an epoch, as `descent` takes them, of ``size`` images or fewer in the last.
 
-    Attributes:
-        images: (n, features + 1), the last column ones.
-        size: images in a batch; the last may have fewer.
-        labels: minus one-hot (classes · B,), a batch each.
-        order: a permutation of the images, a batch each; None: as they come.
+    ``images`` are (n, features + 1), the last column ones. Each batch has its ``labels``, minus
+    one-hot (classes · B,), and in ``order`` its images' numbers, unless they are in order (None).
     """
 
     images: Tensor
@@ -63,7 +60,7 @@ class Batches:
         return cls(images, size, parts, None if order is None else order.split(size))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """x and y of each batch; where there is an order, each x overwrites the one before."""
+        """x and y of each batch; if there is an order, each x overwrites the one before."""
         if self.order is None:
             yield from zip(self.images.split(self.size), self.labels, strict=True)
             return
@@ -77,12 +74,11 @@ class Part:
     """Some networks of an ensemble while it is trained.
 
     Args:
-        nets: the ensemble.
-        networks: which of its networks.
+        networks: which of the ensemble's networks.
         choices: a projection or None for each network of the ensemble.
         optimizer, dropout: as in `train`.
-        seed: of the dropout, which is the same in all parts, and with the networks' own seeds
-            (their numbers, where they have none) of the projections.
+        seed: of the dropout, which is the same in all parts, and, with the networks' own seeds
+            or else their numbers, of the projections.
 
     Attributes:
         done: the number of steps so far.
@@ -100,10 +96,10 @@ class Part:
         self.networks, self.optimizer, self.dropout = networks, optimizer, dropout
         self.choices = choices[networks]
         self.masks = torch.Generator(nets.device).manual_seed(seed)
-        own = (nets.seeds or range(len(nets)))[networks]
-        self.sketches = sources(own, seed, nets.device)
+        seeds = (nets.seeds or range(len(nets)))[networks]
+        self.generators = sketch_generators(seeds, seed, nets.device)
         self.done = 0
-        # A new thread would work in the default stream, beside the caller's.
+        # A new thread would work in the default stream instead of the caller's.
         on_gpu = nets.device.type == "cuda"
         self.stream = torch.cuda.current_stream(nets.device) if on_gpu else None
         self.begin(nets)
@@ -111,15 +107,14 @@ class Part:
     def begin(self, nets: MLPEnsemble) -> None:
         """Train the tensors that the ensemble holds now."""
         self.step = Step(nets, self.networks, self.optimizer, self.dropout, self.masks)
-        self.groups = grouped(self.choices, self.step.weights, self.sketches)
+        self.groups = grouped(self.choices, self.step.weights, self.generators)
 
     @torch.inference_mode()
     def train(self, batches: Batches, rates: Sequence[float], losses: Tensor, stop: Event) -> None:
-        """An epoch: a step on every batch, each with its rate, and the projections then due.
+        """One epoch: a step on every batch, each with its rate, and the projections then due.
 
-        Args:
-            losses: (steps, networks of the ensemble), receives the batches' summed losses.
-            stop: ends the epoch before the next step, where it is set.
+        ``losses`` (steps, networks of the ensemble) receive the batches' summed losses. Once
+        ``stop`` is set, the epoch ends before the next step.
         """
         with torch.cuda.stream(self.stream):
             try:

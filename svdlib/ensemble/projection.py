@@ -1,8 +1,8 @@
-"""Which low-rank approximation replaces an ensemble's weights, when, and how in a step."""
+"""Which low-rank approximation replaces an ensemble's weights, when and how."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from svdlib import checks
 from svdlib.ensemble.networks import MLPEnsemble
 from svdlib.layers.project import project_
-from svdlib.linalg.bases import dominant_basis, randomized_basis, sketched_basis, taller
+from svdlib.linalg.bases import dominant_basis, randomized_basis, sketched_basis, with_spare_rows
 from svdlib.linalg.svd import METHODS, OVERSAMPLE, POWER_ITERS
 from svdlib.network.opened import Network
 
@@ -25,17 +25,10 @@ class Projection:
 
     Args:
         method: "truncsvd" (the best approximation) or "rsvd" (the randomized one).
-        rank: one for all layers or one a layer; a layer whose smaller side is no larger than
-            its rank stays as it is.
+        rank: one for all layers, or one per layer. A layer whose smaller side does not exceed its
+            rank stays as it is.
         every: "epoch", "step", or a number of steps.
-        oversample, power_iters: of the randomized method, see `randomized_svd`. Where
-            rank + oversample reaches the smaller side it equals the truncated method.
-
-    Raises:
-        ValueError: an unknown method or ``every``, a rank below 1 or not whole.
-
-    >>> Projection("rsvd", rank=10).every
-    'epoch'
+        oversample, power_iters: of the randomized method, see `randomized_svd`.
     """
 
     method: Literal["rsvd", "truncsvd"]
@@ -46,12 +39,11 @@ class Projection:
 
     def __post_init__(self) -> None:
         checks.one_of(self.method, METHODS, "method")
-        ranks: int | tuple[int, ...]
         if isinstance(self.rank, Iterable) and getattr(self.rank, "ndim", True):
             ranks = tuple(checks.positive_int(rank, "rank") for rank in self.rank)
+            object.__setattr__(self, "rank", ranks)
         else:
-            ranks = checks.positive_int(self.rank, "rank")
-        object.__setattr__(self, "rank", ranks)
+            object.__setattr__(self, "rank", checks.positive_int(self.rank, "rank"))
         if isinstance(self.every, str):
             checks.one_of(self.every, ("epoch", "step"), "every")
         else:
@@ -61,11 +53,11 @@ class Projection:
 
     @classmethod
     def published(cls, method: Literal["rsvd", "truncsvd"], rank: int = 10) -> Projection:
-        """What the paper's code does, where it departs from the paper's text.
+        """The projection in the paper's code, which differs from the paper's text.
 
-        It projects after every step; its truncated SVD zeroes σ_j for j > rank counting from 0,
-        which keeps rank + 1 terms; its randomized SVD draws ``rank`` vectors in all, with two
-        power iterations.
+        It follows every step. The truncated SVD zeroes σ_j for j > rank counting from 0, which
+        keeps rank + 1 terms. The randomized SVD draws ``rank`` vectors in all, with two power
+        iterations.
 
         >>> Projection.published("truncsvd").rank
         11
@@ -148,11 +140,7 @@ class Projection:
         return optimizer.register_step_post_hook(project)
 
     def ranks(self, layers: int) -> tuple[int, ...]:
-        """The rank of each of so many layers.
-
-        Raises:
-            ValueError: ranks were given one a layer, for another number of layers.
-        """
+        """The rank of each of ``layers`` layers."""
         if isinstance(self.rank, int):
             return (self.rank,) * layers
         if len(self.rank) != layers:
@@ -162,79 +150,62 @@ class Projection:
 
 Projections = Projection | None | Sequence[Projection | None]
 
+# One per network, for its sketches; empty or None: torch's global one.
+Generators = Sequence[torch.Generator | None]
+
 # Up to this many rows the randomized method works on the Gram matrix, beyond on the matrix.
 GRAM_ROWS = 64
 
-
-# Of each network's random numbers; none at all, or None: torch's global one.
-Sources = Sequence[torch.Generator | None]
-
-# A sketch after every step draws for some steps ahead, up to so many numbers a network.
+# Sketches between epochs are drawn several steps ahead, up to so many numbers per network.
 AHEAD = 16_384
 
 
-class Sketches:
-    """The Gaussian matrices Ω of one projection after the other, each network's from its own source.
+def sketch_generators(
+    seeds: Sequence[int], seed: int, device: torch.device
+) -> list[torch.Generator]:
+    """A generator per network, seeded by the network's own seed and the call's.
 
-    So what becomes of a network does not depend on the networks trained beside it, and networks
-    of one seed see the same Ω.
+    So a network's sketches do not depend on the networks trained beside it.
+    """
+    generators = []
+    for own in seeds:
+        mixed = np.random.SeedSequence([seed % 2**64, own % 2**64]).generate_state(1, np.uint64)[0]
+        generators.append(torch.Generator(device).manual_seed(int(mixed >> np.uint64(1))))
+    return generators
+
+
+def sketches(
+    generators: Generators, shape: tuple[int, int, int], like: Tensor, frequent: bool
+) -> Iterator[Tensor]:
+    """The Gaussian matrices Ω (layers · networks, rows, columns) of one projection after another.
 
     Args:
-        generators: one a network; None: torch's global source.
-        shape: of what one network needs for a projection: (layers, rows, columns).
+        shape: (layers, rows, columns).
         like: has the numbers' type and device.
-        often: whether a projection follows every step.
+        frequent: whether to draw for several projections at once.
     """
-
-    def __init__(
-        self,
-        generators: Sources,
-        shape: tuple[int, int, int],
-        like: Tensor,
-        often: bool,
-    ) -> None:
-        self.generators = generators
-        layers, rows, columns = shape
-        ahead = max(1, AHEAD // (layers * rows * columns)) if often else 1
-        size = (ahead, layers, len(generators), rows, columns)
-        self.drawn = like.new_empty(size)
-        self.left: list[Tensor] = []
-
-    def next(self) -> Tensor:
-        """Ω (layers · networks, rows, columns) of the next projection, a layer after the other."""
-        if not self.left:
-            ahead, layers, _, *size = self.drawn.shape
-            own = self.drawn.new_empty(ahead, layers, *size)
-            for network, source in enumerate(self.generators):
-                self.drawn[:, :, network] = own.normal_(generator=source)
-            self.left = list(self.drawn.flatten(1, 2).unbind())
-        return self.left.pop(0)
+    layers, rows, columns = shape
+    ahead = max(1, AHEAD // (layers * rows * columns)) if frequent else 1
+    drawn = like.new_empty(ahead, layers, len(generators), rows, columns)
+    while True:
+        own = like.new_empty(ahead, layers, rows, columns)
+        for network, generator in enumerate(generators):
+            drawn[:, :, network] = own.normal_(generator=generator)
+        yield from drawn.flatten(1, 2).unbind()
 
 
-def sources(seeds: Sequence[int], seed: int, device: torch.device) -> list[torch.Generator]:
-    """A generator a network, of the network's own seed and the call's, each apart from the others.
-
-    >>> [one] = sources([3], seed=0, device=torch.device("cpu"))
-    >>> one.initial_seed() == sources([5, 3], 0, one.device)[1].initial_seed()
-    True
-    """
-    mixed = [np.random.SeedSequence([seed % 2**64, own % 2**64]) for own in seeds]
-    numbers = [int(each.generate_state(1, np.uint64)[0] >> np.uint64(1)) for each in mixed]
-    return [torch.Generator(device).manual_seed(number) for number in numbers]
-
-
-class Alike:
-    """Layers that one batched factorization projects: m rows on the shorter side, the same rank.
+class LayerStack:
+    """Layers with equally many rows on the shorter side, projected by one batched factorization.
 
     The rank-k matrix of A (S, m, n) is U Uᵀ A, with U the k leading left singular vectors: exact
-    ones for "truncsvd", those of a sketch for "rsvd". What does not change from one projection to
-    the next is made here, once.
+    ones for "truncsvd", those of a sketch for "rsvd". Buffers that all projections use are made
+    here, once.
 
     Args:
-        sides: A of each layer, its stack of weights or their transposes, of one height with
-            what lies behind them (`taller`); changed in place.
+        sides: A of each layer, its stack of weights or their transposes, equal in height including
+            their spare rows (`with_spare_rows`); changed in place.
         rank: k, less than m.
-        generators: one a network, of the sketches; none: torch's global source.
+        generators: one per network, for the sketches; none: torch's global one.
     """
 
     def __init__(
@@ -242,15 +213,16 @@ class Alike:
         sides: Sequence[Tensor],
         rank: int,
         projection: Projection,
-        generators: Sources = (),
+        generators: Generators = (),
     ) -> None:
         networks, rows = sides[0].shape[:2]
-        self.sides, self.rank, self.projection = sides, rank, projection
+        self.sides, self.rank, self.power_iters = sides, rank, projection.power_iters
+        columns = rank + projection.oversample
         # With so many columns a sketch would span everything: the exact answer costs less.
-        self.exact = projection.method == "truncsvd" or rank + projection.oversample >= rows
+        self.exact = projection.method == "truncsvd" or columns >= rows
         self.by_gram = self.exact or rows <= GRAM_ROWS
         self.thin = 4 * rank < rows
-        self.tall = [taller(A) for A in sides]
+        self.tall = [with_spare_rows(A) for A in sides]
         size = self.tall[0].shape[1] if self.by_gram else 0
         # What a sketch misses is as small as one step's change, and its square would be lost in
         # a Gram matrix of float32.
@@ -258,21 +230,15 @@ class Alike:
         self.G = like.new_empty(len(sides) * networks, size, size)
         self.P = sides[0].new_empty(len(sides) * networks, *([0, 0] if self.thin else [rows, rows]))
         self.G_of, self.P_of = self.G.split(networks), self.P.split(networks)
-        self.sketches = [] if self.exact else self._sketches(generators or [None] * networks)
+        # One sketch for all layers if Ω has A's rows, else one per layer, as columns may differ.
+        shapes = [(len(sides), rows)] if self.by_gram else [(1, A.shape[2]) for A in sides]
+        own, frequent = generators or [None] * networks, projection.every != "epoch"
+        self.sketches = [sketches(own, (*shape, columns), sides[0], frequent) for shape in shapes]
         self.U: Tensor | None = None
 
-    def _sketches(self, generators: Sources) -> list[Sketches]:
-        """One for all layers where Ω has A's rows, else one a layer, whose columns may differ."""
-        rows = self.sides[0].shape[1]
-        shapes = (
-            [(len(self.sides), rows)] if self.by_gram else [(1, A.shape[2]) for A in self.sides]
-        )
-        columns, often = self.rank + self.projection.oversample, self.projection.every != "epoch"
-        return [Sketches(generators, (*shape, columns), self.sides[0], often) for shape in shapes]
-
     def project_(self, warm: bool) -> None:
-        """Project them, ``warm``: from the last basis, where they have changed little since."""
-        rows, power_iters = self.sides[0].shape[1], self.projection.power_iters
+        """Project them; ``warm``: from the last basis, if they have changed little since."""
+        rows = self.sides[0].shape[1]
         if self.by_gram:
             for A, G in zip(self.tall, self.G_of, strict=True):
                 wide = A.to(G.dtype)
@@ -281,13 +247,13 @@ class Alike:
             if self.exact:
                 self.U = dominant_basis(G, self.rank, start)
             else:
-                (omega,) = (sketch.next() for sketch in self.sketches)
-                self.U = sketched_basis(G, omega, self.rank, power_iters, start).to(self.P.dtype)
+                omega = next(self.sketches[0])
+                U = sketched_basis(G, omega, self.rank, self.power_iters, start)
+                self.U = U.to(self.P.dtype)
         else:
             pairs = zip(self.sides, self.sketches, strict=True)
-            self.U = torch.cat(
-                [randomized_basis(A, each.next(), self.rank, power_iters) for A, each in pairs]
-            )
+            bases = [randomized_basis(A, next(s), self.rank, self.power_iters) for A, s in pairs]
+            self.U = torch.cat(bases)
         if self.thin:
             for A, U in zip(self.sides, self.U.chunk(len(self.sides)), strict=True):
                 A.copy_(torch.bmm(U, torch.bmm(U.mT, A)))
@@ -297,22 +263,22 @@ class Alike:
                 A.copy_(torch.bmm(P, A))
 
 
-def alike(
+def layer_stacks(
     weights: Sequence[Tensor],
     ranks: Sequence[int],
     projection: Projection,
-    generators: Sources = (),
-) -> list[Alike]:
-    """The layers of an ensemble, those together that can be; without those of rank ≥ min(m, n).
+    generators: Generators = (),
+) -> list[LayerStack]:
+    """The layers of an ensemble in as few stacks as possible, without those of rank ≥ min(m, n).
 
     Args:
-        weights: stacks (S, out, in), one a layer.
-        ranks: one a layer.
-        generators: one a network, of the sketches; none: torch's global source.
+        weights: stacks (S, out, in), one per layer; changed in place by ``project_``.
+        ranks: one per layer.
+        generators: one per network, for the sketches; none: torch's global one.
 
     >>> W = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0))
-    >>> (one,) = alike([W, torch.zeros(3, 2, 4)], [2, 2], Projection("truncsvd", rank=2))
-    >>> one.project_(warm=False)
+    >>> (stack,) = layer_stacks([W, torch.zeros(3, 2, 4)], [2, 2], Projection("truncsvd", rank=2))
+    >>> stack.project_(warm=False)
     >>> torch.linalg.matrix_rank(W)
     tensor([2, 2, 2])
     """
@@ -320,17 +286,17 @@ def alike(
     for W, rank in zip(weights, ranks, strict=True):
         A = W if W.shape[1] <= W.shape[2] else W.mT
         if rank < A.shape[1]:
-            found.setdefault((rank, A.shape[1], taller(A).shape[1]), []).append(A)
-    return [Alike(sides, rank, projection, generators) for (rank, *_), sides in found.items()]
+            found.setdefault((rank, A.shape[1], with_spare_rows(A).shape[1]), []).append(A)
+    return [LayerStack(sides, rank, projection, generators) for (rank, *_), sides in found.items()]
 
 
 class Group:
     """Networks that share a projection.
 
     Args:
-        networks: which of those whose weights are given.
-        weights: stacks (S, out, in), one a layer.
-        generators: one each of ``networks``, of the sketches.
+        networks: their places in ``weights``.
+        weights: stacks (S, out, in), one per layer.
+        generators: one for each of ``networks``, for the sketches.
     """
 
     def __init__(
@@ -338,64 +304,55 @@ class Group:
         projection: Projection,
         networks: Sequence[int],
         weights: Sequence[Tensor],
-        generators: Sources = (),
+        generators: Generators = (),
     ) -> None:
         self.projection, self.networks, self.weights = projection, list(networks), weights
         low, high = networks[0], networks[-1] + 1
-        self.apart = high - low > len(networks)
+        self.scattered = high - low > len(networks)
         self.index = torch.tensor(self.networks, device=weights[0].device)
-        self.own = [W[self.index] if self.apart else W[low:high] for W in weights]
-        self.alike = alike(self.own, projection.ranks(len(weights)), projection, generators)
+        self.own = [W[self.index] if self.scattered else W[low:high] for W in weights]
+        ranks = projection.ranks(len(weights))
+        self.stacks = layer_stacks(self.own, ranks, projection, generators)
         self.projected = False
 
     def is_due(self, done: int, steps: int) -> bool:
-        """Whether a projection follows the step number ``done`` (from 1), of so many an epoch."""
+        """Whether a projection follows step ``done`` (from 1), at so many steps per epoch."""
         every = {"epoch": steps, "step": 1}.get(str(self.projection.every), self.projection.every)
         return done % int(every) == 0
 
     def project_(self) -> None:
         """Project the weights of these networks, in place."""
-        if self.apart:
+        if self.scattered:
             for W, own in zip(self.weights, self.own, strict=True):
                 torch.index_select(W, 0, self.index, out=own)
         warm = self.projected and self.projection.every == "step"
-        for layers in self.alike:
-            layers.project_(warm)
+        for stack in self.stacks:
+            stack.project_(warm)
         self.projected = True
-        if self.apart:
+        if self.scattered:
             for W, own in zip(self.weights, self.own, strict=True):
                 W.index_copy_(0, self.index, own)
 
 
-def one_each(projection: Projections, nets: MLPEnsemble) -> list[Projection | None]:
-    """A projection or None for each network.
-
-    Raises:
-        ValueError: not as many as networks, something else than a `Projection`, or ranks for
-            another number of layers.
-    """
+def per_network(projection: Projections, nets: MLPEnsemble) -> list[Projection | None]:
+    """A projection or None for each network, if they fit the networks."""
     if projection is None or isinstance(projection, Projection):
         projection = [projection] * len(nets)
-    each = list(projection)
-    if len(each) != len(nets):
-        raise ValueError(f"{len(nets)} networks need as many projections, not {len(each)}")
-    for choice in each:
+    choices = list(projection)
+    if len(choices) != len(nets):
+        raise ValueError(f"{len(nets)} networks need as many projections, not {len(choices)}")
+    for choice in choices:
         if choice is not None and not isinstance(choice, Projection):
             raise ValueError(f"a projection is a svdlib.Projection or None, not {choice!r}")
         if choice is not None:
             choice.ranks(len(nets.layers))
-    return each
+    return choices
 
 
 def grouped(
-    choices: Sequence[Projection | None],
-    weights: Sequence[Tensor],
-    generators: Sources = (),
+    choices: Sequence[Projection | None], weights: Sequence[Tensor], generators: Generators = ()
 ) -> list[Group]:
-    """Networks by projection, so that each projection is one batched call a layer.
-
-    Args:
-        choices, generators: a projection or None, and a source of sketches, for each network.
+    """Networks by projection, so that each projection is one batched call per layer.
 
     >>> stock, low = None, Projection("truncsvd", 1)
     >>> [group.networks for group in grouped([stock, low, stock, low], [torch.zeros(4, 2, 3)])]

@@ -5,20 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
+from itertools import repeat
 from threading import Event
+from typing import Any
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from svdlib import checks, clock, threads
 from svdlib.bars import bar
 from svdlib.data import Data, with_ones
 from svdlib.ensemble.networks import MLPEnsemble
 from svdlib.ensemble.parts import Batches, Part, shares
-from svdlib.ensemble.projection import Projection, Projections, one_each
+from svdlib.ensemble.projection import Projection, Projections, per_network
+
+Row = dict[str, object]
+Watch = Callable[[list[Row]], object] | None
+# By part of the data: images and labels; and each network's mean loss and accuracy on them.
+HeldOut = dict[str, tuple[Tensor, Tensor]]
+Scores = dict[str, tuple[list[float], list[float]]]
 
 
 @threads.making()
@@ -37,57 +47,53 @@ def train(
     validation: tuple[Tensor, Tensor] | None = None,
     shuffle: bool = False,
     seed: int = 0,
-    watch: Callable[[list[dict[str, object]]], object] | None = None,
+    watch: Watch = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Train every network of an ensemble, in place. The defaults are the paper's.
 
-    All networks see the same batches, in the data's order unless ``shuffle``. A projection
-    replaces the weights by low-rank ones after every epoch, step or number of steps; the
-    networks need not share it, so that a sweep of ranks or a comparison of methods from the
-    same seeds is one call.
+    All networks see the same batches, in the data's order unless ``shuffle``. A `Projection`
+    replaces the weights by low-rank ones, and each network may have its own: a sweep of ranks or
+    a comparison of methods from the same seeds is one call.
 
-    An ensemble of factorized networks (`MLPEnsemble.from_modules`) stays factorized: its thin
-    factors are what is trained, so that a step costs no more than they do. With ``tail``, each
-    layer's W = U V is decomposed after every epoch and cut to the smallest rank r with
-    (Σ_{i>r} σ_i²)^½ ≤ tail · (Σ σ_i²)^½, the truncation of dynamical low-rank training
-    (Schotthöfer et al. 2022, Algorithm 1), here after an epoch instead of every step. A cut gives
-    the factors new coordinates, in which Adam's old moments mean nothing: they start anew.
+    Factorized networks (`MLPEnsemble.from_modules`) stay factorized: their thin factors are
+    trained. With ``tail``, each layer's W = U V is truncated after every epoch to the smallest
+    rank r with (Σ_{i>r} σ_i²)^½ ≤ tail · (Σ σ_i²)^½. This is the truncation of dynamical low-rank
+    training (Schotthöfer et al. 2022, Algorithm 1), after an epoch instead of every step. It
+    changes the factors' coordinates, so Adam's moments start anew.
 
     Args:
-        nets: the ensemble, moved to the data's device; in float32 or float64, which the images
-            are turned into.
-        data: what `load` gives.
+        nets: the ensemble in float32 or float64, moved to the data's device.
+        data: what `load` returns.
         epochs, batch_size, lr: as usual; the last batch of an epoch may be smaller.
         optimizer: "sgd", or "adam" (Kingma and Ba 2015, with torch's constants).
         schedule: of the learning rate: "constant", or "cosine", from lr down to 0.
-        dropout: the chance that an input of a layer is left out of a step, the images' pixels
-            included (Srivastava et al. 2014).
-        projection: None (stock), one for all networks, or one (or None) a network.
-        tail: the relative tail to cut factorized layers by, between 0 and 1; None: no cut.
+        dropout: the probability that a step ignores an input of a layer, pixels included
+            (Srivastava et al. 2014).
+        projection: None (stock), one for all networks, or one (or None) per network.
+        tail: the relative tail of a truncation, between 0 and 1; None: no truncation.
         validation: images and labels held out of the data (`Data.hold_out`). Each network then
             ends with its weights of the epoch with the fewest errors on them (the last such).
         shuffle: draw a new order before each epoch.
         seed: of the order, the dropout and the randomized projections.
-        watch: called some ten times a second, and after each epoch, with the rows so far. What
-            it raises stops the training.
-        progress: show a progress bar, which says what is trained.
+        watch: called some ten times a second, and after each epoch, with the rows so far. An
+            exception in it stops the training.
+        progress: show a progress bar.
 
     Returns:
-        one row a network and epoch: network, seed, method, rank, every, epoch (from 1),
-        train_loss (mean over the epoch's batches as they were trained on), test_loss,
-        test_error (per cent), accuracy (per cent), and seconds, the wall time of that epoch for
-        the whole ensemble: steps and projections, without testing. With ``validation`` also
-        validation_loss and validation_error.
+        one row per network and epoch: network, seed, method, rank, every, epoch (from 1),
+        train_loss (mean over the epoch's batches as they were trained on), test_loss, test_error
+        and accuracy (percent), and seconds, the wall time of the epoch for the whole ensemble
+        without testing. With ``validation`` also validation_loss and validation_error.
 
     Raises:
-        ValueError: frozen networks, sizes or labels that don't fit the data, NaN in the test images, projections that don't fit the
-            networks, a projection of factorized layers or a tail without them, a validation
-            split that doesn't fit, an unknown optimizer or schedule, a number out of range,
-            networks in less than float32.
-        TypeError: no `MLPEnsemble`, no `Data`.
-        FloatingPointError: NaN or infinite weights before the first step, and losses at the end
-            of an epoch; says which network, and which layer or step.
+        ValueError: frozen networks or networks in less than float32, sizes or labels that do not
+            fit the data, NaN in test or validation images, projections that do not fit the
+            networks, a projection of factorized layers or a tail without them, an unknown
+            optimizer or schedule, a number out of range.
+        TypeError: not an `MLPEnsemble`, not `Data`.
+        FloatingPointError: NaN or infinite weights before the first step, or losses after an
+            epoch; names the network, and the layer or step.
 
     Whatever stops the training, Ctrl-C included, the networks keep their last weights and the
     exception carries the rows so far as ``history``.
@@ -100,192 +106,184 @@ def train(
     >>> history[["network", "method", "epoch"]].values.tolist()
     [[0, 'stock', 1], [1, 'truncsvd', 1], [0, 'stock', 2], [1, 'truncsvd', 2]]
     """
-    _check_kinds(nets, data)
+    _check_networks(nets, data)
     epochs = checks.positive_int(epochs, "epochs")
     batch_size = checks.positive_int(batch_size, "batch_size")
     checks.one_of(optimizer, ("sgd", "adam"), "optimizer")
     checks.one_of(schedule, ("constant", "cosine"), "schedule")
-    lr, dropout = checks.number(lr, "lr"), checks.number(dropout, "dropout")
-    if not 0 < lr < math.inf:
+    if not 0 < (lr := checks.number(lr, "lr")) < math.inf:
         raise ValueError(f"lr must be positive and finite, not {lr}")
+    if not 0 <= (dropout := checks.number(dropout, "dropout")) < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1, not {dropout}")
     shuffle, progress = checks.truth(shuffle, "shuffle"), checks.truth(progress, "progress")
     seed = checks.positive_int(seed, "seed", least=0)
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be at least 0 and below 1, not {dropout}")
-    choices = one_each(projection, nets)
+    choices = per_network(projection, nets)
     _check_factors(nets, choices, tail)
-    check_fit(nets, data)
-    checks.finite(data.test_x, "test_x")
-    if validation is not None:
-        _check_validation(nets, validation)
-    dtype = nets.weights[0].dtype
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"train networks in float32 or float64, not {dtype}; see nets.float()")
+    held_out = _held_out(nets, data, validation)
     nets.to(data.device)
-    _check_weights(nets)
 
-    images = with_ones(data.train_x.to(dtype))
-    labels = -F.one_hot(data.train_y, nets.sizes[-1]).to(dtype)
-    held_out = {"test": (data.test_x, data.test_y)}
-    if validation:
-        held_out["validation"] = validation
-    held_out = {name: (with_ones(x.to(dtype)), y) for name, (x, y) in held_out.items()}
+    images = with_ones(data.train_x.to(nets.weights[0].dtype))
+    labels = -F.one_hot(data.train_y, nets.sizes[-1]).to(images.dtype)
+    generator = torch.Generator(data.device).manual_seed(seed) if shuffle else None
+    batches = _batches(images, labels, batch_size, generator)
     steps = -(-len(images) // batch_size)
-    losses = torch.zeros(steps, len(nets), dtype=dtype, device=data.device)
-    generator = torch.Generator(data.device).manual_seed(seed)
     networks, large = shares(nets, min(batch_size, len(images)))
     parts = [Part(nets, share, choices, optimizer, dropout, seed) for share in networks]
-    best = _Best(nets) if validation else None
-    rows: list[dict[str, object]] = []
-    stop, usual = Event(), torch.get_num_threads()
-    # A second between refreshes: in a notebook each is some messages, and a reader that looks at
-    # them only when the cell has ended, as nbval does, loses those beyond a thousand.
-    shown = bar(
-        total=epochs * steps,
-        progress=progress,
-        unit="step",
-        desc=_in_words(nets, choices, epochs),
-        mininterval=1.0,
-    )
-
-    def tick() -> None:
-        shown.update(sum(part.done for part in parts) // len(parts) - shown.n)
-        if watch:
-            watch(rows)
-
+    progress_bar = _bar(nets, choices, epochs, steps, progress)
+    crew = _Crew(nets, parts, progress_bar, watch)
     try:
-        with (
-            shown,
-            threads.inside(max(1, usual // len(parts)) if large else 1),
-            # A new thread learns of torch's setting only when it asks.
-            ThreadPoolExecutor(min(usual, len(parts)), initializer=torch.get_num_threads) as pool,
-        ):
-            everywhere = partial(threads.side_by_side, pool, pieces=parts, tick=tick, stop=stop)
+        with progress_bar, crew.at_work(large):
             for epoch in range(1, epochs + 1):
                 start = clock.now(data.device)
-                if shuffle or epoch == 1:
-                    order = _order(len(images), generator) if shuffle else None
-                    batches = Batches.of(images, labels, batch_size, order)
-                done = range((epoch - 1) * steps, epoch * steps)
-                rates = [_rate(schedule, lr, step, epochs * steps) for step in done]
-                try:
-                    everywhere(lambda part: part.train(batches, rates, losses, stop))  # noqa: B023
-                    _check_losses(losses, epoch)
-                    if tail is not None:
-                        nets.truncate_(tail)
-                        for part in parts:
-                            part.begin(nets)
-                except torch.linalg.LinAlgError:
-                    _check_losses(losses, epoch)
-                    raise FloatingPointError(
-                        f"the weights of some network are beyond all bounds in epoch {epoch}: "
-                        "no SVD of them converges; a smaller learning rate may help"
-                    ) from None
+                rates = _rates(schedule, lr, epoch, epochs, steps)
+                train_loss = crew.train(epoch, next(batches), rates, tail)
                 seconds = clock.now(data.device) - start
-                train_loss = losses.double().sum(0) / len(images)
-                measured = {
-                    name: _means(everywhere(partial(Part.test, x=x, y=y)), len(y))
-                    for name, (x, y) in held_out.items()
-                }
-                if best:
-                    best.note(nets, measured["validation"][1])
-                rows += list(_rows(nets, choices, tail, epoch, train_loss, measured, seconds))
-                tick()
-        if best:
-            nets.restack_(best.networks)
+                scores = crew.test(held_out)
+                crew.rows += _rows(nets, choices, tail, epoch, train_loss, scores, seconds)
+                crew.tick()
+        if validation:
+            nets.restack_([net for _, net in crew.best])
     except BaseException as stopped:
-        stopped.history = pd.DataFrame(rows)  # type: ignore[attr-defined]
+        stopped.history = pd.DataFrame(crew.rows)  # type: ignore[attr-defined]
         raise
-    return pd.DataFrame(rows)
+    return pd.DataFrame(crew.rows)
 
 
-def _in_words(nets: MLPEnsemble, choices: Sequence[Projection | None], epochs: int) -> str:
-    """What a bar says of a training: ``8 networks, rsvd of rank 10 every step, 10 epochs``."""
+class _Crew:
+    """The parts of an ensemble in training, each with a thread of its own.
+
+    Attributes:
+        rows: of the history, so far.
+        best: with validation, each network's highest accuracy, and the network at that time.
+    """
+
+    def __init__(
+        self, nets: MLPEnsemble, parts: Sequence[Part], progress_bar: tqdm, watch: Watch
+    ) -> None:
+        self.nets, self.parts, self.progress_bar, self.watch = nets, parts, progress_bar, watch
+        self.rows: list[Row] = []
+        self.best = [(-math.inf, nn.Sequential())] * len(nets)
+        self.stop = Event()
+
+    @contextmanager
+    def at_work(self, large: bool) -> Iterator[None]:
+        """Start the threads; ``large`` operations have inner threads too, if any are left."""
+        usual = torch.get_num_threads()
+        count = min(usual, len(self.parts))
+        with (
+            threads.inside(max(1, usual // len(self.parts)) if large else 1),
+            # A new thread learns of torch's setting only when it asks.
+            ThreadPoolExecutor(count, initializer=torch.get_num_threads) as self.pool,
+        ):
+            yield
+
+    def tick(self) -> None:
+        """Move the bar, and call ``watch``."""
+        done = sum(part.done for part in self.parts) // len(self.parts)
+        self.progress_bar.update(done - self.progress_bar.n)
+        if self.watch:
+            self.watch(self.rows)
+
+    def all_do(self, work: Callable[[Part], Any]) -> list[Any]:
+        """What ``work`` returns for each part."""
+        return threads.side_by_side(self.pool, work, self.parts, self.tick, self.stop)
+
+    def train(
+        self, epoch: int, batches: Batches, rates: Sequence[float], tail: float | None
+    ) -> list[float]:
+        """Each network's mean loss in an epoch of training, and of truncation if there is a tail."""
+        losses = batches.images.new_zeros(len(rates), len(self.nets))
+        try:
+            self.all_do(lambda part: part.train(batches, rates, losses, self.stop))
+            _check_losses(losses, epoch)
+            if tail is not None:
+                self.nets.truncate_(tail)
+                for part in self.parts:
+                    part.begin(self.nets)
+        except torch.linalg.LinAlgError:
+            _check_losses(losses, epoch)
+            raise FloatingPointError(
+                f"the weights of some network are so large in epoch {epoch} that their SVD does "
+                "not converge; a smaller learning rate may help"
+            ) from None
+        return (losses.double().sum(0) / len(batches.images)).tolist()
+
+    def test(self, held_out: HeldOut) -> Scores:
+        """Each network's mean loss and accuracy (percent) on each held-out part of the data."""
+        scores = {}
+        for name, (x, y) in held_out.items():
+            found = self.all_do(partial(Part.test, x=x, y=y))
+            loss, right = map(torch.cat, zip(*found, strict=True))
+            scores[name] = (loss / len(y)).tolist(), (100 * right / len(y)).tolist()
+            if name == "validation":
+                for network, accuracy in enumerate(scores[name][1]):
+                    if accuracy >= self.best[network][0]:
+                        self.best[network] = accuracy, self.nets[network]
+        return scores
+
+
+def _batches(
+    images: Tensor, labels: Tensor, size: int, generator: torch.Generator | None
+) -> Iterator[Batches]:
+    """The batches of one epoch after another, in a new order each if there is a generator."""
+    if generator is None:
+        yield from repeat(Batches.of(images, labels, size, None))
+    while True:
+        order = torch.randperm(len(images), generator=generator, device=images.device)
+        yield Batches.of(images, labels, size, order)
+
+
+def _bar(
+    nets: MLPEnsemble, choices: Sequence[Projection | None], epochs: int, steps: int, progress: bool
+) -> tqdm:
+    """A progress bar with a title: ``8 networks, rsvd of rank 10 every step, 10 epochs``."""
     kind = "factorized network" if nets.factorized else "network"
     words = [f"{len(nets)} {kind}{'s' if len(nets) > 1 else ''}"]
-    kinds = set(choices)
-    if len(kinds) > 1:
-        words.append(f"{len(kinds)} ways")
+    if (ways := len(set(choices))) > 1:
+        words.append(f"{ways} ways")
     elif only := choices[0]:
         words.append(f"{only.method} of rank {only.rank} every {only.every}")
-    return ", ".join([*words, f"{epochs} epoch{'s' if epochs > 1 else ''}"])
+    title = ", ".join([*words, f"{epochs} epoch{'s' if epochs > 1 else ''}"])
+    # In a notebook a refresh is several messages, and nbval loses those after a thousand.
+    return bar(total=epochs * steps, progress=progress, unit="step", desc=title, mininterval=1.0)
 
 
-def _order(images: int, generator: torch.Generator) -> Tensor:
-    """A permutation of so many images, on the generator's device."""
-    return torch.randperm(images, generator=generator, device=generator.device)
+def _rates(schedule: str, lr: float, epoch: int, epochs: int, steps: int) -> list[float]:
+    """The learning rates of the steps in an epoch (from 1)."""
+    if schedule == "constant":
+        return [lr] * steps
+    done = range((epoch - 1) * steps, epoch * steps)
+    return [lr * (1 + math.cos(math.pi * step / (epochs * steps))) / 2 for step in done]
 
 
-def _rate(schedule: str, lr: float, step: int, steps: int) -> float:
-    """The learning rate of a step (from 0) out of so many."""
-    if schedule == "cosine":
-        return lr * (1 + math.cos(math.pi * step / steps)) / 2
-    return lr
+def _rows(
+    nets: MLPEnsemble,
+    choices: Sequence[Projection | None],
+    tail: float | None,
+    epoch: int,
+    train_loss: Sequence[float],
+    scores: Scores,
+    seconds: float,
+) -> Iterator[Row]:
+    """The rows of an epoch."""
+    ranks = nets.ranks
+    for network, choice in enumerate(choices):
+        row: Row = {"network": network, "seed": nets.seeds[network] if nets.seeds else None}
+        if nets.factorized:
+            every = None if tail is None else "epoch"
+            row |= {"method": "factorized", "rank": ranks[network], "every": every}
+        elif choice:
+            row |= {"method": choice.method, "rank": choice.rank, "every": choice.every}
+        else:
+            row |= {"method": "stock", "rank": None, "every": None}
+        row |= {"epoch": epoch, "train_loss": train_loss[network]}
+        for part, (losses, accuracies) in scores.items():
+            row |= {f"{part}_loss": losses[network], f"{part}_error": 100 - accuracies[network]}
+        yield row | {"accuracy": scores["test"][1][network], "seconds": seconds}
 
 
-class _Best:
-    """Each network as it was after the epoch with the fewest errors so far."""
-
-    def __init__(self, nets: MLPEnsemble) -> None:
-        self.accuracies = [-math.inf] * len(nets)
-        self.networks = [nn.Sequential()] * len(nets)
-
-    def note(self, nets: MLPEnsemble, accuracies: Sequence[float]) -> None:
-        for network, accuracy in enumerate(accuracies):
-            if accuracy >= self.accuracies[network]:
-                self.accuracies[network] = accuracy
-                self.networks[network] = nets[network]
-
-
-def check_fit(nets: MLPEnsemble, data: Data) -> None:
-    """Refuse data whose features or labels are not those of the networks."""
-    features, classes = nets.sizes[0], nets.sizes[-1]
-    if data.train_x.shape[1] != features:
-        raise ValueError(
-            f"the networks take {features} features but {data.name} has {data.train_x.shape[1]}"
-        )
-    for part, y in (("train", data.train_y), ("test", data.test_y)):
-        low, high = int(y.min()), int(y.max())
-        if low < 0 or high >= classes:
-            raise ValueError(
-                f"the {part} labels run from {low} to {high}; networks with {classes} outputs "
-                f"need labels 0 to {classes - 1}"
-            )
-
-
-def _check_factors(
-    nets: MLPEnsemble, choices: Sequence[Projection | None], tail: float | None
-) -> None:
-    """Refuse what does not fit factorized networks, or fits only these."""
-    if tail is not None and not 0 < tail < 1:
-        raise ValueError(f"tail must be between 0 and 1, not {tail}")
-    if tail is not None and not nets.factorized:
-        raise ValueError("a tail cuts factorized networks; factorize them, or use a Projection")
-    if nets.factorized and any(choices):
-        raise ValueError("factorized networks have low rank already; give a tail, no projection")
-
-
-def _check_validation(nets: MLPEnsemble, pair: object) -> None:
-    features, classes = nets.sizes[0], nets.sizes[-1]
-    if (
-        not isinstance(pair, tuple | list)
-        or len(pair) != 2
-        or not all(isinstance(part, Tensor) for part in pair)
-    ):
-        raise ValueError("validation must be images and labels, (x, y); see Data.hold_out")
-    x, y = pair
-    fits = len(x) > 0 and x.shape[1:] == (features,) and y.shape == (len(x),)
-    whole = fits and not y.is_floating_point()
-    if not whole or int(y.min()) < 0 or int(y.max()) >= classes:
-        raise ValueError(
-            f"validation must be images (n, {features}), n ≥ 1, and labels (n,) from 0 to "
-            f"{classes - 1}, not shapes {tuple(x.shape)} and {tuple(y.shape)} or other labels"
-        )
-    checks.finite(x, "validation's images")
-
-
-def _check_kinds(nets: object, data: object) -> None:
-    """Refuse what is no ensemble, one that is not to be trained, and what is no data."""
+def _check_networks(nets: object, data: object) -> None:
+    """Refuse anything but data and an ensemble that can be trained."""
     if not isinstance(nets, MLPEnsemble):
         raise TypeError(
             f"train takes an MLPEnsemble, not {type(nets).__name__}; see MLPEnsemble.from_modules"
@@ -294,60 +292,54 @@ def _check_kinds(nets: object, data: object) -> None:
         raise TypeError(f"train takes svdlib.Data, as load gives it, not {type(data).__name__}")
     if not all(parameter.requires_grad for parameter in nets.parameters()):
         raise ValueError("the networks are frozen; nets.requires_grad_() lets them be trained")
+    if (dtype := nets.weights[0].dtype) not in (torch.float32, torch.float64):
+        raise ValueError(f"train networks in float32 or float64, not {dtype}; see nets.float()")
+    for number, layer in enumerate(nets.layers):
+        for factor in layer.factors:
+            bad = (~factor.detach().isfinite()).flatten(1).any(1).nonzero()
+            if len(bad):
+                raise FloatingPointError(
+                    f"network {int(bad[0])}, layer {number} has NaN or infinite weights before "
+                    "the first step; train from finite ones"
+                )
+
+
+def _check_factors(
+    nets: MLPEnsemble, choices: Sequence[Projection | None], tail: float | None
+) -> None:
+    """Refuse a tail of dense networks, and a projection of factorized ones."""
+    if tail is not None and not 0 < tail < 1:
+        raise ValueError(f"tail must be between 0 and 1, not {tail}")
+    if tail is not None and not nets.factorized:
+        raise ValueError("a tail cuts factorized networks; factorize them, or use a Projection")
+    if nets.factorized and any(choices):
+        raise ValueError("factorized networks have low rank already; give a tail, no projection")
+
+
+def _held_out(nets: MLPEnsemble, data: Data, validation: object) -> HeldOut:
+    """The parts of the data to test on, if they and the training images fit the networks."""
+    held_out = {"test": (data.test_x, data.test_y)}
+    if validation is not None:
+        if not isinstance(validation, tuple | list) or len(validation) != 2:
+            raise ValueError("validation must be images and labels, (x, y); see Data.hold_out")
+        x, y = validation
+        checks.labeled_images("validation", x, y)
+        held_out["validation"] = x, y
+    inputs, outputs = nets.sizes[0], nets.sizes[-1]
+    checks.fit("train", data.train_x, data.train_y, inputs, outputs)
+    for part, (x, y) in held_out.items():
+        checks.fit(part, x, y, inputs, outputs)
+        checks.finite(x, f"{part}_x")
+    dtype = nets.weights[0].dtype
+    return {part: (with_ones(x.to(dtype)), y) for part, (x, y) in held_out.items()}
 
 
 def _check_losses(losses: Tensor, epoch: int) -> None:
     """Name the first step and network without a finite loss."""
     bad = (~losses.isfinite()).nonzero()
-    if not len(bad):
-        return
-    step, network = bad[0].tolist()
-    raise FloatingPointError(
-        f"network {network} has an infinite or NaN loss at step {step + 1} of epoch {epoch}; "
-        "a smaller learning rate may help"
-    )
-
-
-def _check_weights(nets: MLPEnsemble) -> None:
-    for number, layer in enumerate(nets.layers):
-        for factor in layer.factors:
-            bad = ~factor.detach().isfinite().flatten(1).all(1)
-            if bool(bad.any()):
-                raise FloatingPointError(
-                    f"network {int(bad.nonzero()[0])}, layer {number} has NaN or infinite weights "
-                    "before the first step; train from finite ones"
-                )
-
-
-def _means(found: Sequence[tuple[Tensor, Tensor]], images: int) -> tuple[list[float], list[float]]:
-    """Each network's mean loss and accuracy (per cent), from what `Part.test` found."""
-    loss, correct = map(torch.cat, zip(*found, strict=True))
-    return (loss / images).tolist(), (100 * correct / images).tolist()
-
-
-def _rows(
-    nets: MLPEnsemble,
-    choices: Sequence[Projection | None],
-    tail: float | None,
-    epoch: int,
-    train_loss: Tensor,
-    measured: dict[str, tuple[list[float], list[float]]],
-    seconds: float,
-) -> Iterator[dict[str, object]]:
-    ranks = nets.ranks
-    for network, (choice, loss) in enumerate(zip(choices, train_loss.tolist(), strict=True)):
-        row = {
-            "network": network,
-            "seed": nets.seeds[network] if nets.seeds else None,
-            "method": choice.method if choice else "stock",
-            "rank": choice.rank if choice else None,
-            "every": choice.every if choice else None,
-            "epoch": epoch,
-            "train_loss": loss,
-        }
-        if nets.factorized:
-            row |= {"method": "factorized", "rank": ranks[network]}
-            row["every"] = "epoch" if tail is not None else None
-        for part, (losses, accuracies) in measured.items():
-            row |= {f"{part}_loss": losses[network], f"{part}_error": 100 - accuracies[network]}
-        yield row | {"accuracy": measured["test"][1][network], "seconds": seconds}
+    if len(bad):
+        step, network = bad[0].tolist()
+        raise FloatingPointError(
+            f"network {network} has an infinite or NaN loss at step {step + 1} of epoch {epoch}; "
+            "a smaller learning rate may help"
+        )

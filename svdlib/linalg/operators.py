@@ -1,4 +1,4 @@
-"""The randomized SVD of what can only be multiplied by: sparse matrices and operators."""
+"""The randomized SVD of sparse matrices and operators, which can only be multiplied by."""
 
 from __future__ import annotations
 
@@ -10,66 +10,59 @@ from torch import Tensor
 from svdlib import checks
 from svdlib.linalg.bases import orthonormal
 
+# Columns that the error is estimated with.
+PROBES = 32
+
 
 class Operator(Protocol):
-    """What `randomized_svd` needs of a matrix that it does not see: A X and Aᵀ Y.
+    """A matrix (m, n) known by its products A X and Aᵀ Y with dense matrices, as a sparse one.
 
-    A sparse tensor is one. One's own may also say its ``dtype`` and ``device``, float32 on the
-    CPU otherwise.
+    It may also have a ``dtype`` and a ``device``, by default float32 and the CPU.
     """
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(m, n)."""
+    def shape(self) -> tuple[int, int]: ...
 
     @property
-    def mT(self) -> Operator:
-        """Its transpose, an operator of shape (n, m)."""
+    def mT(self) -> Operator: ...
 
-    def __matmul__(self, X: Tensor) -> Tensor:
-        """A X (m, k) of a dense X (n, k)."""
-
-
-# Columns that the error is estimated with.
-PROBES = 32
+    def __matmul__(self, X: Tensor) -> Tensor: ...
 
 
 def sketched_operator(
     A: Operator, rank: int, oversample: int, power_iters: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """U, S, Vh of a sketch with k + p columns, normalised after every product, and their error.
+    """U, S and Vh from a sketch with k + p columns, and an estimate of their Frobenius error.
 
-    The Frobenius error of the residual M is estimated by probes, E ‖M ω‖² = ‖M‖_F² for a Gaussian
-    ω: with 32 of them its relative standard deviation is at most (2·32)^(−½), about an eighth.
+    For the residual M and a Gaussian ω, E ‖M ω‖² = ‖M‖_F². The mean over 32 of them has a
+    relative standard deviation of at most (2·32)^(−½), about an eighth.
 
     Raises:
-        ValueError: no operator, a rank out of range, products that are not finite or of another
-            shape.
+        ValueError: not an operator, a rank out of range, products that are not finite or have
+            another shape.
     """
     m, n, dtype, device = _described(A)
-    rank = checks.positive_int(rank, "rank")
-    if rank > min(m, n):
-        raise ValueError(f"rank must be at most min(m, n) = {min(m, n)}, not {rank}")
+    rank = checks.rank(rank, (m, n))
     checks.generator(generator, device)
 
-    def drawn(columns: int) -> Tensor:
+    def gaussian(columns: int) -> Tensor:
         return torch.randn(n, columns, dtype=dtype, device=device, generator=generator)
 
     At = A.mT
-    Q = orthonormal(_times(A, drawn(min(rank + oversample, m, n)), m))
+    Q = orthonormal(_times(A, gaussian(min(rank + oversample, m, n)), m))
     for _ in range(power_iters):
         Q = orthonormal(_times(A, orthonormal(_times(At, Q, n)), m))
     U, S, Vh = torch.linalg.svd(_times(At, Q, n).mT, full_matrices=False)
     U, S, Vh = Q @ U[:, :rank], S[:rank], Vh[:rank]
-    probes = drawn(PROBES)
-    left = _times(A, probes, m) - (U * S) @ (Vh @ probes)
-    return U, S, Vh, left.double().square().sum().div(PROBES).sqrt()
+    probes = gaussian(PROBES)
+    residual = _times(A, probes, m) - (U * S) @ (Vh @ probes)
+    return U, S, Vh, residual.double().square().sum().div(PROBES).sqrt()
 
 
 def _described(A: Operator) -> tuple[int, int, torch.dtype, torch.device]:
+    """m, n, type and device, if it is an operator."""
     shape = tuple(getattr(A, "shape", ()))
-    lacking = [name for name in ("mT", "__matmul__") if not hasattr(A, name)]
-    if len(shape) != 2 or lacking:
+    if len(shape) != 2 or not (hasattr(A, "mT") and hasattr(A, "__matmul__")):
         raise ValueError(
             f"a floating-point torch tensor is needed, or an operator with shape (m, n), A @ X and "
             f"A.mT @ Y, not {type(A).__name__}"
@@ -82,12 +75,12 @@ def _described(A: Operator) -> tuple[int, int, torch.dtype, torch.device]:
 
 
 def _times(A: Operator, X: Tensor, rows: int) -> Tensor:
-    """A X, dense, of the right shape and finite."""
+    """A X, if it is finite and of the right shape."""
     Y = A @ X
     if not isinstance(Y, Tensor) or Y.shape != (rows, X.shape[1]):
-        told = tuple(Y.shape) if isinstance(Y, Tensor) else type(Y).__name__
+        found = tuple(Y.shape) if isinstance(Y, Tensor) else type(Y).__name__
         raise ValueError(
-            f"the operator times {tuple(X.shape)} must give {(rows, X.shape[1])}, not {told}"
+            f"the operator times {tuple(X.shape)} must give {(rows, X.shape[1])}, not {found}"
         )
     checks.finite(Y, "the operator's product")
     return Y

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -18,13 +18,13 @@ from svdlib.linalg.operators import Operator, sketched_operator
 # The names of the two approximations wherever one is chosen.
 METHODS = ("rsvd", "truncsvd")
 
-# The sketch's p and q wherever they are not given: generous, after Halko, Martinsson and Tropp.
+# The sketch's default p and q: generous, after Halko, Martinsson and Tropp.
 OVERSAMPLE, POWER_ITERS = 10, 2
 
 # Norms whose squares are no problem in these types; other matrices are scaled first.
 MODERATE = {torch.float32: (1e-10, 1e15), torch.float64: (1e-100, 1e100)}
 
-# Elements of A that are looked at in one go where a residual is formed.
+# Elements of A in each block of a residual.
 BLOCK = 2**22
 
 Factors = tuple[Tensor, Tensor, Tensor]
@@ -34,10 +34,9 @@ Factors = tuple[Tensor, Tensor, Tensor]
 class SVD:
     """The leading part of a singular value decomposition, A ≈ U diag(S) Vh.
 
-    ``U`` (…, m, k) and ``Vh`` (…, k, n) have orthonormal columns and rows, ``S`` (…, k) falls.
-    ``error`` (…), in float64, is the Frobenius norm of A − U diag(S) Vh, before the factors
-    were rounded to a half-precision type. Unpacks as ``U, S, Vh``. ``source`` is A where it asked
-    for a gradient, which `matrix` passes on.
+    ``U`` (…, m, k) and ``Vh`` (…, k, n) have orthonormal columns and rows; ``S`` (…, k) descends.
+    ``error`` (…), in float64, is the Frobenius norm of A − U diag(S) Vh before any rounding to
+    half precision. Unpacks as ``U, S, Vh``. ``source`` is A if it required a gradient.
     """
 
     U: Tensor
@@ -55,17 +54,16 @@ class SVD:
         return self.S.shape[-1]
 
     def matrix(self) -> Tensor:
-        """The rank-k matrix U diag(S) Vh, of shape (…, m, n); in half precision, rounded once.
+        """The rank-k matrix U diag(S) Vh (…, m, n); in half precision, rounded once.
 
-        Its gradient with respect to A is finite also where singular values under the k-th are
-        zero or equal, where that of U or Vh is not. With G the gradient of the rank-k matrix, U_2,
-        V_2 the singular vectors of A − A_k, σ_i among the first k and σ_j among the others, it is
+        Its gradient with respect to A is finite even if singular values below the k-th are zero
+        or equal, unlike that of U or Vh. Let G be the gradient of the rank-k matrix, U_2 and V_2
+        the singular vectors of A − A_k, σ_i its first k singular values and σ_j the others. Then
+        first-order perturbation of the singular vectors gives
 
             G − (I − UUᵀ) G (I − VVᵀ) + U (c ∘ M + d ∘ Nᵀ) V_2ᵀ + U_2 (cᵀ ∘ N + dᵀ ∘ Mᵀ) Vᵀ,
 
-        M = Uᵀ G V_2, N = U_2ᵀ G V, c_ij = σ_j² / (σ_i² − σ_j²), d_ij = σ_i σ_j / (σ_i² − σ_j²),
-        from first-order perturbation of the singular vectors. At rank k exactly, only the first
-        two terms are left.
+        M = Uᵀ G V_2, N = U_2ᵀ G V, c_ij = σ_j² / (σ_i² − σ_j²), d_ij = σ_i σ_j / (σ_i² − σ_j²).
 
         >>> A = torch.diag(torch.tensor([2.0, 0.0])).requires_grad_()
         >>> truncated_svd(A, rank=1).matrix().sum().backward()
@@ -74,9 +72,7 @@ class SVD:
                 [1., 0.]])
         """
         if self.source is not None and torch.is_grad_enabled():
-            factors = (part.detach() for part in self)
-            found: Tensor = _RankK.apply(self.source, *factors)
-            return found
+            return cast(Tensor, _RankK.apply(self.source, *(factor.detach() for factor in self)))
         U, S, Vh = _work(self.U), _work(self.S).unsqueeze(-2), _work(self.Vh)
         return ((U * S) @ Vh).to(self.U.dtype)
 
@@ -87,22 +83,14 @@ class SVD:
         """An upper bound (…) of the spectral norm of A − U diag(S) Vh, with probability 1 − 1e-10.
 
         Halko, Martinsson and Tropp (2011), Lemma 4.1: for Gaussian ω_1 … ω_10,
-        ‖M‖ ≤ 10 √(2/π) max_i ‖M ω_i‖ except with probability 10⁻¹⁰. Applied to
-        M = (E Eᵀ)^q E, whose norm is ‖E‖^(2q+1), it is sharper the larger q; for q = 4 it is
-        within a factor of about two. Rounding is not accounted for.
+        ‖M‖ ≤ 10 √(2/π) max_i ‖M ω_i‖ except with probability 10⁻¹⁰. Here M = (E Eᵀ)^q E, whose
+        norm is ‖E‖^(2q+1); at q = 4 the bound is within a factor of about two. Rounding is not
+        accounted for.
 
         Args:
             A: the matrix that was decomposed.
             power_iters: q ≥ 0.
             generator: the source of ω, on A's device; torch's global one if None.
-
-        Raises:
-            ValueError: a negative q, or a matrix of another shape.
-
-        >>> g = torch.Generator().manual_seed(0)
-        >>> A = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
-        >>> bool(2 <= truncated_svd(A, rank=1).spectral_error(A, generator=g) < 4)
-        True
         """
         q = checks.positive_int(power_iters, "power_iters", least=0)
         shape = (*self.U.shape[:-1], self.Vh.shape[-1])
@@ -137,22 +125,21 @@ class _RankK(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor, None, None, None]:
-        kind = G.dtype
-        A, U, S, Vh, G = (part.double() for part in (*ctx.saved_tensors, G))
-        A, U, S, Vh, G = (part.detach() for part in (A, U, S, Vh, G))
+        dtype = G.dtype
+        A, U, S, Vh, G = (part.detach().double() for part in (*ctx.saved_tensors, G))
         U2, S2, Vh2 = torch.linalg.svd(A - (U * S.unsqueeze(-2)) @ Vh, full_matrices=False)
-        apart = G - U @ (U.mT @ G)
-        gradient = G - (apart - (apart @ Vh.mT) @ Vh)
+        outside = G - U @ (U.mT @ G)
+        gradient = G - (outside - (outside @ Vh.mT) @ Vh)
         first, second = S.unsqueeze(-1), S2.unsqueeze(-2)
         gap = first.square() - second.square()
-        # Where σ_k is σ_{k+1} the rank-k matrix has no derivative; it is kept finite.
-        least = torch.finfo(torch.float64).eps * S[..., :1, None].square()
-        gap = torch.where(gap > least, gap, torch.inf)
+        # If σ_k is σ_{k+1} the rank-k matrix has no derivative; the result is kept finite.
+        smallest = torch.finfo(torch.float64).eps * S[..., :1, None].square()
+        gap = torch.where(gap > smallest, gap, torch.inf)
         c, d = second.square() / gap, first * second / gap
         M, N = U.mT @ G @ Vh2.mT, U2.mT @ G @ Vh.mT
         gradient = gradient + U @ (c * M + d * N.mT) @ Vh2
         gradient = gradient + U2 @ (c.mT * N + d.mT * M.mT) @ Vh
-        return gradient.to(kind), None, None, None
+        return gradient.to(dtype), None, None, None
 
 
 @threads.plain()
@@ -164,10 +151,8 @@ def truncated_svd(A: Tensor, rank: int) -> SVD:
     fixed: the entry of u_i that is largest in magnitude is positive.
 
     Skinny float32 matrices are decomposed by the eigenvectors of their smaller Gram matrix, in
-    float64: singular values are within 1e-6 σ_1 of LAPACK's, factors as orthonormal. Where the
-    smallest term wanted is under 1e-4 σ_1 that would not hold. Then, and for float64, a skinny
-    matrix is first cut down to a square one by an orthonormal basis of its rows; LAPACK's SVD
-    does the rest. Small singular values are as accurate as LAPACK's in every case.
+    float64, unless a term is below 1e-4 σ_1: singular values are within 1e-6 σ_1 of LAPACK's.
+    Other skinny matrices are reduced to square ones by an orthonormal basis of their rows.
 
     Args:
         A: matrices (…, m, n) in floating point.
@@ -175,13 +160,14 @@ def truncated_svd(A: Tensor, rank: int) -> SVD:
 
     Raises:
         ValueError: a rank out of range, an integer, complex, sparse, empty or non-finite matrix,
-            singular values beyond A's half-precision type.
+            singular values too large for A's half-precision type.
 
     >>> A = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
     >>> truncated_svd(A, rank=2).S
     tensor([3., 2.])
     """
-    rank = _check_rank(A, rank)
+    _check(A)
+    rank = checks.rank(rank, A.shape)
     work, scale, norm = _moderate(A)
     return _rounded(_truncated(work, rank, norm), scale, A)
 
@@ -200,33 +186,31 @@ def randomized_svd(
     """A nearly best approximation of a given rank, or to a given error, from a random sketch.
 
     Stage A of Halko, Martinsson and Tropp (2011, Algorithms 4.1 and 4.4; Algorithm 1 of the
-    paper): Y = (A Aᵀ)^q A Ω with an n × (k+p) Gaussian Ω, normalised between products, and
+    paper): Y = (A Aᵀ)^q A Ω with an n × (k+p) Gaussian Ω, normalized between products, and
     Q an orthonormal basis of Y's range. Stage B (Algorithm 5.1): the SVD of the small Qᵀ A,
-    multiplied by Q and cut to k terms. Without power iterations, their Theorem 10.6 bounds
+    multiplied by Q and truncated to k terms. Without power iterations, their Theorem 10.6 bounds
 
         E ‖A − Q Qᵀ A‖ ≤ [1 + √(k/(p−1))] σ_{k+1} + (e √(k+p) / p) (Σ_{j>k} σ_j²)^½ .
 
     With ``tol`` it solves the fixed-precision problem ‖A − U diag(S) Vh‖_F ≤ tol instead: Q grows
-    by blocks of 32 columns, the error following from ‖A‖² − ‖Qᵀ A‖² without the residual (Yu, Gu
-    and Li 2018, Algorithm 2, randQB_EI); the residual is formed once, to verify it at the end.
+    by blocks of 32 columns, and the error follows from ‖A‖² − ‖Qᵀ A‖² (Yu, Gu and Li 2018,
+    Algorithm 2, randQB_EI). The residual is formed only to verify it at the end.
 
     Args:
-        A: matrices (…, m, n) in floating point; each has a sketch of its own. Or a sparse matrix,
-            or anything with ``shape`` (m, n), ``A @ X`` and ``A.mT @ Y``: these are only
-            multiplied by, and take a rank; their error is an estimate, good to about an eighth.
+        A: matrices (…, m, n) in floating point, each with a sketch of its own. Or a sparse matrix,
+            or anything with ``shape`` (m, n), ``A @ X`` and ``A.mT @ Y``: these take a rank, and
+            their error is an estimate, good to about an eighth.
         rank: the number k of terms, 1 ≤ k ≤ min(m, n).
-        tol: the largest admissible Frobenius error, in place of a rank; for one matrix. The
-            rank is the smallest that the sketch allows, and at least 1.
-        relative: ``tol`` is a fraction of A's Frobenius norm.
-        oversample: p ≥ 0, further columns of the sketch. Where k + p reaches min(m, n) the
-            sketch would be as large as A, and the result is exact. Not used with ``tol``.
+        tol: the largest admissible Frobenius error of one matrix, instead of a rank.
+        relative: whether ``tol`` is a fraction of A's Frobenius norm.
+        oversample: p ≥ 0; if k + p reaches min(m, n) the result is exact. Not used with ``tol``.
         power_iters: q ≥ 0; each shrinks the tail of the spectrum by another factor σ².
         generator: the source of Ω, on A's device; torch's global one if None.
 
     Raises:
-        ValueError: a rank out of range, both or neither of rank and tol, a tol ≤ 0 or below what
-            A's type can certify, negative oversampling or power iterations, a generator
-            of another device, an integer, empty or non-finite matrix, a tol for an operator.
+        ValueError: as `truncated_svd`; both or neither of rank and tol, a tol ≤ 0 or below what
+            A's type can certify, a tol for an operator, negative oversampling or power
+            iterations, a generator of another device.
 
     >>> g = torch.Generator().manual_seed(0)
     >>> A = torch.randn(100, 5, generator=g) @ torch.randn(5, 80, generator=g)
@@ -235,53 +219,42 @@ def randomized_svd(
     True
     >>> randomized_svd(A, tol=1e-2, relative=True, generator=g).rank
     5
-    >>> randomized_svd(torch.eye(40).to_sparse(), rank=3, generator=g).S
-    tensor([1.0000, 1.0000, 1.0000])
     """
     if (rank is None) == (tol is None):
         raise ValueError(f"give either a rank or a tol, not rank={rank!r} and tol={tol!r}")
-    if not isinstance(A, Tensor) or A.layout is not torch.strided:
-        return _of_operator(cast(Operator, A), rank, oversample, power_iters, generator)
-    if rank is None:
-        _check(A)
-    else:
-        rank = _check_rank(A, rank)
     oversample = checks.positive_int(oversample, "oversample", least=0)
     power_iters = checks.positive_int(power_iters, "power_iters", least=0)
+    if not isinstance(A, Tensor) or A.layout is not torch.strided:
+        if rank is None:
+            raise ValueError("a sparse matrix or an operator takes a rank, not a tol")
+        found = sketched_operator(cast(Operator, A), rank, oversample, power_iters, generator)
+        return SVD(*found)
+    _check(A)
+    rank = None if rank is None else checks.rank(rank, A.shape)
     checks.generator(generator, A.device)
     work, scale, norm = _moderate(A)
-    if rank is None:
-        assert tol is not None
-        limit = _check_tol(work, tol, relative, norm, scale)
-        found = _within(work, limit, norm, power_iters, generator)
-    elif rank + oversample >= min(A.shape[-2:]):
-        found = _truncated(work, rank, norm)
+    if tol is not None:
+        limit = _limit(work, tol, relative, norm, scale)
+        svd = _within(work, limit, norm, power_iters, generator)
+    elif cast(int, rank) + oversample >= min(A.shape[-2:]):
+        svd = _truncated(work, cast(int, rank), norm)
     else:
-        factors = _sketched(work, rank, oversample, power_iters, generator)
-        found = _result(work, *factors, norm)
-    return _rounded(found, scale, A)
+        factors = _of_wide(_sketched, work, rank, oversample, power_iters, generator)
+        svd = _result(work, factors, norm)
+    return _rounded(svd, scale, A)
 
 
-def _of_operator(
-    A: Operator,
-    rank: int | None,
-    oversample: int,
-    power_iters: int,
-    generator: torch.Generator | None,
-) -> SVD:
-    if rank is None:
-        raise ValueError("a sparse matrix or an operator takes a rank, not a tol")
-    oversample = checks.positive_int(oversample, "oversample", least=0)
-    power_iters = checks.positive_int(power_iters, "power_iters", least=0)
-    return SVD(*sketched_operator(A, rank, oversample, power_iters, generator))
+def _of_wide(decompose: Callable[..., Factors | None], A: Tensor, *arguments: Any) -> Any:
+    """The factors of A from ``decompose``, which is given Aᵀ if A has more rows than columns."""
+    if A.shape[-2] <= A.shape[-1]:
+        return decompose(A, *arguments)
+    factors = decompose(A.mT, *arguments)
+    return factors and (factors[2].mT, factors[1], factors[0].mT)
 
 
 def _sketched(
     A: Tensor, rank: int, oversample: int, power_iters: int, generator: torch.Generator | None
 ) -> Factors:
-    if A.shape[-2] > A.shape[-1]:
-        # The sketch is normalised on A's shorter side.
-        return _turned(_sketched(A.mT, rank, oversample, power_iters, generator))
     shape = (*A.shape[:-2], A.shape[-1], rank + oversample)
     omega = torch.randn(shape, dtype=A.dtype, device=A.device, generator=generator)
     Q = range_basis(A, omega, power_iters)
@@ -292,20 +265,17 @@ def _sketched(
 
 def _truncated(A: Tensor, rank: int, norm: Tensor) -> SVD:
     short, long = sorted(A.shape[-2:])
-    found = _by_gram(A, rank) if 2 * short <= long or short <= 64 else None
-    if found is None and 4 * short <= long:
-        found = _svd_of_wide(A) if short == A.shape[-2] else _turned(_svd_of_wide(A.mT))
-    U, S, Vh = found or torch.linalg.svd(A, full_matrices=False)
-    return _result(A, U[..., :rank], S[..., :rank], Vh[..., :rank, :], norm)
+    factors = _of_wide(_by_gram, A, rank) if 2 * short <= long or short <= 64 else None
+    if factors is None and 4 * short <= long:
+        factors = _of_wide(_svd_of_wide, A)
+    U, S, Vh = factors or torch.linalg.svd(A, full_matrices=False)
+    return _result(A, (U[..., :rank], S[..., :rank], Vh[..., :rank, :]), norm)
 
 
 def _by_gram(A: Tensor, rank: int) -> Factors | None:
-    """The leading factors from A Aᵀ in float64, or None where they would not be accurate."""
+    """The leading factors from A Aᵀ in float64, or None if they would not be accurate."""
     if A.requires_grad or A.dtype == torch.float64:
         return None
-    if A.shape[-2] > A.shape[-1]:
-        found = _by_gram(A.mT, rank)
-        return found and _turned(found)
     wide = A.double()
     squares, vectors = torch.linalg.eigh(wide @ wide.mT)
     squares, U = squares[..., -rank:].flip(-1), vectors[..., -rank:].flip(-1)
@@ -319,18 +289,6 @@ def _by_gram(A: Tensor, rank: int) -> Factors | None:
     return U.to(A.dtype), S.to(A.dtype), Vh.to(A.dtype)
 
 
-def _signs(U: Tensor) -> Tensor:
-    """±1 for each column (…, 1, k): the sign of its entry that is largest in magnitude."""
-    largest = U.gather(-2, U.abs().argmax(-2, keepdim=True))
-    return torch.where(largest < 0, -1.0, 1.0).to(U.dtype)
-
-
-def _turned(factors: Factors) -> Factors:
-    """The factors of Aᵀ from those of A."""
-    U, S, Vh = factors
-    return Vh.mT, S, U.mT
-
-
 def _svd_of_wide(B: Tensor) -> Factors:
     """The SVD of B (…, l, n), l ≤ n, from that of an l × l matrix: B = (B C) Cᵀ, C orthonormal."""
     C = orthonormal(B.mT)
@@ -339,17 +297,13 @@ def _svd_of_wide(B: Tensor) -> Factors:
 
 
 def _within(
-    A: Tensor,
-    tol: float,
-    norm: Tensor,
-    power_iters: int,
-    generator: torch.Generator | None,
+    A: Tensor, tol: float, norm: Tensor, power_iters: int, generator: torch.Generator | None
 ) -> SVD:
     """The fixed-precision problem: A − Q B is never formed until it seems small enough."""
     m, n = A.shape
     Q, B = A.new_empty(m, 0), A.new_empty(0, n)
-    left = float(norm) ** 2
-    while left > tol**2 and Q.shape[1] < min(m, n):
+    square_error = float(norm) ** 2
+    while square_error > tol**2 and Q.shape[1] < min(m, n):
         columns = min(32, min(m, n) - Q.shape[1])
         Y = torch.randn(n, columns, dtype=A.dtype, device=A.device, generator=generator)
         Y = A @ Y - Q @ (B @ Y)
@@ -357,33 +311,32 @@ def _within(
             Y, _ = normalized(Y)
             Z, _ = normalized(A.mT @ Y - B.mT @ (Q.mT @ Y))
             Y = A @ Z - Q @ (B @ Z)
-        more = orthonormal(Y)
-        more = orthonormal(more - Q @ (Q.mT @ more))
-        Q, B = torch.cat([Q, more], 1), torch.cat([B, more.mT @ A])
-        left = float(norm) ** 2 - float(_norm(B)) ** 2
-        if left <= tol**2:
-            left = float(_residual(A, Q, B)) ** 2
+        block = orthonormal(Y)
+        block = orthonormal(block - Q @ (Q.mT @ block))
+        Q, B = torch.cat([Q, block], 1), torch.cat([B, block.mT @ A])
+        square_error = float(norm) ** 2 - float(_norm(B)) ** 2
+        if square_error <= tol**2:
+            square_error = float(_residual(A, Q, B)) ** 2
     if not Q.shape[1]:
         return _truncated(A, 1, norm)
     U, S, Vh = _svd_of_wide(B)
-    # Cutting the terms after the r-th adds their squares to the error.
-    errors = left + S.double().square().flip(0).cumsum(0).flip(0)
+    # Discarding the terms after the r-th adds their squares to the error.
+    errors = square_error + S.double().square().flip(0).cumsum(0).flip(0)
     rank = max(1, int((errors > tol**2).sum()))
-    return _result(A, Q @ U[:, :rank], S[:rank], Vh[:rank], norm)
+    return _result(A, (Q @ U[:, :rank], S[:rank], Vh[:rank]), norm)
 
 
 def _norm(A: Tensor) -> Tensor:
-    """Frobenius norms (…) in float64, in one look at A."""
+    """Frobenius norms (…) in float64, in one pass over A."""
     rows = torch.linalg.vector_norm(A.detach(), dim=-1)
-    norm: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
-    return norm
+    return cast(Tensor, torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64))
 
 
 def _moderate(A: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-    """A in a type to work in, times powers of two where squares of its entries would not fit.
+    """A in a type to work in, times powers of two if squares of its entries would not fit.
 
     Returns:
-        the matrices, the powers (…, 1, 1) or None where they are all 1, and Frobenius norms.
+        the matrices, the powers (…, 1, 1) or None if they are all 1, and Frobenius norms.
     """
     work = _work(A)
     norm = _norm(work)
@@ -397,21 +350,21 @@ def _moderate(A: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
 
 
 def _powers(A: Tensor) -> Tensor:
-    """Powers of two (…, 1, 1), by which A's largest entries come near 1, as far as they can be."""
+    """Powers of two (…, 1, 1) that bring A's largest entries near 1, as far as possible."""
     peak = A.detach().abs().amax((-2, -1), keepdim=True)
     exponent = peak.double().frexp().exponent.clamp(-126, 126)
     return torch.where(peak > 0, torch.exp2(-exponent.double()), 1.0).to(A.dtype)
 
 
-def _rounded(found: SVD, scale: Tensor | None, A: Tensor) -> SVD:
+def _rounded(svd: SVD, scale: Tensor | None, A: Tensor) -> SVD:
     """The decomposition without the powers of two, and in the matrix's own type."""
-    U, S, Vh = found
-    error, dtype = found.error, A.dtype
+    U, S, Vh = svd
+    error, dtype = svd.error, A.dtype
     source = A if A.requires_grad and torch.is_grad_enabled() else None
     if scale is not None:
         S, error = S / scale[..., 0], error / scale.double()[..., 0, 0]
     elif dtype == S.dtype:
-        return replace(found, source=source)
+        return replace(svd, source=source)
     if not bool(S.to(dtype).isfinite().all()):
         raise ValueError(
             f"the matrix has entries so large that its norm overflows {dtype}; scale it down, or "
@@ -429,6 +382,7 @@ def _residual(A: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _check(A: Tensor) -> None:
+    """Refuse anything but dense, real, non-empty matrices."""
     if not isinstance(A, Tensor) or not A.dtype.is_floating_point:
         kind = A.dtype if isinstance(A, Tensor) else type(A).__name__
         raise ValueError(f"a floating-point torch tensor is needed, not {kind}")
@@ -442,18 +396,8 @@ def _check(A: Tensor) -> None:
         raise ValueError(f"non-empty matrices (…, m, n) are needed, not shape {tuple(A.shape)}")
 
 
-def _check_rank(A: Tensor, rank: int) -> int:
-    _check(A)
-    rank = checks.positive_int(rank, "rank")
-    if rank > min(A.shape[-2:]):
-        raise ValueError(
-            f"rank must be at most min(m, n) = {min(A.shape[-2:])} for shape "
-            f"{tuple(A.shape)}, not {rank}"
-        )
-    return rank
-
-
-def _check_tol(A: Tensor, tol: float, relative: bool, norms: Tensor, scale: Tensor | None) -> float:
+def _limit(A: Tensor, tol: float, relative: bool, norms: Tensor, scale: Tensor | None) -> float:
+    """The tolerance in units of the scaled matrix, if A's type can certify it."""
     if A.ndim > 2:
         raise ValueError(f"tol takes one matrix (m, n), not a batch of shape {tuple(A.shape)}")
     if not checks.number(tol, "tol") > 0:
@@ -464,9 +408,8 @@ def _check_tol(A: Tensor, tol: float, relative: bool, norms: Tensor, scale: Tens
     attainable = math.sqrt(4 * torch.finfo(A.dtype).eps) * norm
     if tol < attainable:
         raise ValueError(
-            f"an error of {tol / unit:.3g} can't be certified in {A.dtype}; at least "
-            f"{attainable / unit:.3g} can"
-            f" ({attainable / norm:.2g} of the norm)"
+            f"an error of {tol / unit:.3g} can't be certified in {A.dtype}; the smallest is "
+            f"{attainable / unit:.3g} ({attainable / norm:.2g} of the norm)"
         )
     return tol
 
@@ -476,9 +419,11 @@ def _work(A: Tensor) -> Tensor:
     return A if A.dtype in (torch.float32, torch.float64) else A.float()
 
 
-def _result(A: Tensor, U: Tensor, S: Tensor, Vh: Tensor, norm: Tensor) -> SVD:
-    """Fix the signs, and measure the error: ‖A − A_k‖² = ‖A‖² − Σ σ_i² for a projection of A."""
-    signs = _signs(U)
+def _result(A: Tensor, factors: Factors, norm: Tensor) -> SVD:
+    """The SVD with fixed signs and its error: ‖A − A_k‖² = ‖A‖² − Σ σ_i² for a projection of A."""
+    U, S, Vh = factors
+    largest = U.gather(-2, U.abs().argmax(-2, keepdim=True))
+    signs = torch.where(largest < 0, -1.0, 1.0).to(U.dtype)
     if bool((signs < 0).any()):
         U, Vh = U * signs, Vh * signs.mT
     with torch.no_grad():

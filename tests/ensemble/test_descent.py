@@ -11,8 +11,8 @@ import svdlib
 from svdlib.data import with_ones
 from svdlib.ensemble import descent
 from svdlib.ensemble.descent import Step
-from svdlib.ensemble.networks import Layer, cut, perceptron
-from svdlib.ensemble.projection import Projection, grouped, sources
+from svdlib.ensemble.networks import Layer, perceptron, truncated
+from svdlib.ensemble.projection import Projection, grouped, sketch_generators
 
 # Tolerances in float64 are some hundred ε for sums of a dozen terms.
 
@@ -123,13 +123,13 @@ def on_fake_gpu():
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("apart", [False, True])
-def test_a_step_stays_on_the_gpu(choice, optimizer, apart):
+@pytest.mark.parametrize("scattered", [False, True])
+def test_a_step_stays_on_the_gpu(choice, optimizer, scattered):
     """Fake tensors know their device, and refuse to be read or mixed with another's."""
     with FakeTensorMode():
         nets = on_fake_gpu()
         step = Step(nets, optimizer=optimizer, dropout=0.1)
-        groups = grouped([choice, None] * 2 if apart else [choice] * 4, step.weights)
+        groups = grouped([choice, None] * 2 if scattered else [choice] * 4, step.weights)
         x, y = torch.ones(64, 785, device="cuda"), torch.zeros(640, device="cuda")
         losses = torch.zeros(4, device="cuda")
         with torch.inference_mode():
@@ -143,7 +143,7 @@ def test_a_step_stays_on_the_gpu(choice, optimizer, apart):
             losses.sum().item()
 
 
-def test_factors_and_their_cut_stay_on_the_gpu():
+def test_factors_and_their_truncation_stay_on_the_gpu():
     with FakeTensorMode():
         nets = on_fake_gpu()
         with torch.device("cuda"):
@@ -153,7 +153,7 @@ def test_factors_and_their_cut_stay_on_the_gpu():
         x, y = torch.ones(64, 785, device="cuda"), torch.zeros(640, device="cuda")
         with torch.inference_mode():
             step.take(x, y, 0.01, torch.zeros(4, device="cuda"))
-            V, U, ranks = cut(*nets.layers[0].weights, tail=0.1)
+            V, U, ranks = truncated(*nets.layers[0].weights, tail=0.1)
         assert V.device.type == U.device.type == ranks.device.type == "cuda"
 
 
@@ -162,7 +162,7 @@ def test_factors_and_their_cut_stay_on_the_gpu():
 def test_no_synchronisation_inside_a_step(choice):
     device = torch.device("cuda")
     step = Step(svdlib.MLPEnsemble((784, 15, 15, 10), seeds=range(4), device=device))
-    groups = grouped([choice] * 4, step.weights, sources(range(4), 0, device))
+    groups = grouped([choice] * 4, step.weights, sketch_generators(range(4), 0, device))
     x, y = torch.ones(64, 785, device=device), torch.zeros(640, device=device)
     losses = torch.zeros(4, device=device)
     y[:64] = -1

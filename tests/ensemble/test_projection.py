@@ -4,8 +4,8 @@ import torch
 
 import svdlib
 from svdlib.ensemble.descent import Step
-from svdlib.ensemble.projection import Group, Projection, alike, grouped
-from svdlib.linalg.bases import taller
+from svdlib.ensemble.projection import Group, Projection, grouped, layer_stacks
+from svdlib.linalg.bases import with_spare_rows
 
 # Tolerances: ten times the worst seen, on kernels with and without AVX-512; 1e-4 is also the
 # perturbation.
@@ -50,16 +50,16 @@ def test_stacks_agree_with_the_svd(shape, method, generator):
     small = torch.randn(3, 4, 4, generator=g)
     projection = Projection(method, 5, oversample=2, power_iters=2)
     ours, kept = W.clone(), small.clone()
-    (layers,) = alike([ours, kept], [5, 5], projection, [generator] * 3)
-    layers.project_(warm=False)
+    (stack,) = layer_stacks([ours, kept], [5, 5], projection, [generator] * 3)
+    stack.project_(warm=False)
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
     assert torch.equal(kept, small)
 
     moved = expected + 1e-4 * torch.randn(3, *shape, generator=g)
     cold = moved.clone()
     ours.copy_(moved)
-    layers.project_(warm=True)
-    alike([cold], [5], Projection("truncsvd", 5))[0].project_(warm=False)
+    stack.project_(warm=True)
+    layer_stacks([cold], [5], Projection("truncsvd", 5))[0].project_(warm=False)
     torch.testing.assert_close(ours, cold, atol=1e-5, rtol=0)
 
 
@@ -102,42 +102,42 @@ def test_warm_projections_of_odd_matrices(kind, dtype, oversample, power_iters, 
     for method in ("truncsvd", "rsvd"):
         projection = Projection(method, 5, "step", oversample, power_iters)
         now = W.clone()
-        (layers,) = alike([now], [5], projection, [generator] * 2)
+        (stack,) = layer_stacks([now], [5], projection, [generator] * 2)
         for warm in (False, True, True, True):
-            layers.project_(warm)
+            stack.project_(warm)
         # A Gram matrix in that precision sees singular values down to √ε σ_1. A sketch without
         # power iterations multiplies what it does not see, here up to 300 times.
         seen = torch.finfo(dtype).eps ** 0.5 * torch.linalg.matrix_norm(W, 2).max().item()
         seen *= 3000 if method == "rsvd" and power_iters == 0 else 1
         torch.testing.assert_close(now, W, atol=seen, rtol=0)
         now += torch.randn(W.shape, dtype=dtype, generator=generator)
-        layers.project_(warm=True)
+        stack.project_(warm=True)
         assert (torch.linalg.matrix_rank(now, rtol=1e-4) == 5).all(), "not held at a lower rank"
 
 
 @pytest.mark.parametrize("rows", [15, 23])
-def test_what_lies_behind_the_rows_is_no_part_of_them(rows, generator):
+def test_spare_rows_do_not_change_the_result(rows, generator):
     """The Gram matrices read over the rows' end, the result must not."""
-    whole = torch.randn(3, 48, 100, generator=generator)
-    W = whole[:, :rows, :90]
+    storage = torch.randn(3, 48, 100, generator=generator)
+    W = storage[:, :rows, :90]
     alone = W.clone()
     for weights in (W, alone):
-        alike([weights], [4], Projection("truncsvd", 4))[0].project_(warm=False)
+        layer_stacks([weights], [4], Projection("truncsvd", 4))[0].project_(warm=False)
     torch.testing.assert_close(W, alone)
-    assert taller(whole[:, :15]).shape == (3, 16, 100)
-    assert taller(torch.zeros(3, 15, 9)).shape[1] == 15, "no room behind the last"
-    assert taller(torch.zeros(3, 16, 9)[:, 1:]).shape[1] == 15
+    assert with_spare_rows(storage[:, :15]).shape == (3, 16, 100)
+    assert with_spare_rows(torch.zeros(3, 15, 9)).shape[1] == 15, "no room behind the last"
+    assert with_spare_rows(torch.zeros(3, 16, 9)[:, 1:]).shape[1] == 15
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("sizes", [(784, 15, 30, 10), (20, 15, 15), (15, 20, 15, 10)])
-@pytest.mark.parametrize("apart", [False, True])
-def test_every_layer_of_a_step_s_matrices_is_projected(sizes, apart):
+@pytest.mark.parametrize("scattered", [False, True])
+def test_every_layer_of_a_step_s_matrices_is_projected(sizes, scattered):
     """Some have a row of ones behind them, some are turned over, some are the last."""
     nets = svdlib.MLPEnsemble(sizes, seeds=range(4), device="cpu")
     weights = Step(nets).weights
     before = [weight.clone() for weight in weights]
-    chosen = [0, 2] if apart else range(4)
+    chosen = [0, 2] if scattered else range(4)
     choices = [Projection("truncsvd", 5) if i in chosen else None for i in range(4)]
     with torch.inference_mode():
         for group in grouped(choices, weights):
@@ -167,7 +167,7 @@ def test_sketches_miss_as_much_as_those_of_the_matrix_itself(tail, oversample, p
     expected = torch.linalg.matrix_norm(A - Q @ ((P[..., :5] * S[:, None, :5]) @ Oh[:, :5]))
     ours = W.clone()
     projection = Projection("rsvd", 5, "step", oversample, power_iters)
-    alike([ours], [5], projection, [g] * 4000)[0].project_(warm=False)
+    layer_stacks([ours], [5], projection, [g] * 4000)[0].project_(warm=False)
     missed = torch.linalg.matrix_norm(A - ours.double())
     # Medians: without oversampling the mean does not exist. Four standard errors of 4,000 draws.
     assert missed.median() == pytest.approx(expected.median().item(), rel=0.05)
@@ -202,7 +202,7 @@ def test_a_training_loop_of_ones_own_is_the_ensembles(every, blobs):
     assert torch.linalg.matrix_rank(model[0].weight, rtol=1e-9) > 2
 
 
-def test_steps_that_a_scaler_leaves_out_are_not_counted():
+def test_steps_that_a_scaler_skips_are_not_counted():
     model = torch.nn.Linear(6, 5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     svdlib.Projection("rsvd", rank=np.int64(2), every=2).attach(
@@ -219,7 +219,7 @@ def test_steps_that_a_scaler_leaves_out_are_not_counted():
     assert ranks[1] == 5 and ranks[2] == 2 and ranks[3] > 2
 
 
-def test_what_can_not_be_attached():
+def test_attach_refuses_what_it_cannot_project():
     model = torch.nn.Linear(6, 5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="an optimizer knows no epochs"):
@@ -230,7 +230,7 @@ def test_what_can_not_be_attached():
         svdlib.Projection("truncsvd", (2, 3), every="step").attach(model, optimizer)
 
 
-def test_whole_numbers_of_any_kind():
+def test_ranks_and_steps_may_be_numpy_or_torch_numbers():
     for rank in (np.int64(5), torch.tensor(5)):
         assert svdlib.Projection("rsvd", rank, every=np.int64(3)) == svdlib.Projection("rsvd", 5, 3)
 

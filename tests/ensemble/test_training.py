@@ -128,19 +128,10 @@ def test_history_is_tidy(blobs):
     history = svdlib.train(
         nets, blobs, epochs=3, projection=[None, Projection("rsvd", 2, 7)], progress=False
     )
-    assert list(history) == [
-        "network",
-        "seed",
-        "method",
-        "rank",
-        "every",
-        "epoch",
-        "train_loss",
-        "test_loss",
-        "test_error",
-        "accuracy",
-        "seconds",
-    ]
+    columns = (
+        "network seed method rank every epoch train_loss test_loss test_error accuracy seconds"
+    )
+    assert list(history) == columns.split()
     assert len(history) == 6
     assert history.seed.tolist() == [5, 6] * 3
     assert history.every.dropna().unique().tolist() == [7]
@@ -280,7 +271,7 @@ def test_divergence_is_named_and_rows_are_kept(blobs):
 
 
 @pytest.mark.parametrize("every", ["epoch", "step", 3])
-def test_divergence_under_a_projection_is_told_alike(blobs, every):
+def test_divergence_under_a_projection_is_named_too(blobs, every):
     nets = svdlib.MLPEnsemble((12, 8, 3), seeds=(0, 1), device="cpu")
     projection = Projection("truncsvd", 2, every)
     with pytest.raises(FloatingPointError, match="a smaller learning rate may help"):
@@ -304,7 +295,10 @@ def test_bad_data_and_numbers(blobs):
             svdlib.train(nets, data, progress=False, **keywords)
         assert all(map(torch.equal, before, nets.parameters()))
 
-    refused("take 9 features but blobs has 12", nets=svdlib.MLPEnsemble((9, 3), device="cpu"))
+    refused(
+        "take 9 features but the train images have 12",
+        nets=svdlib.MLPEnsemble((9, 3), device="cpu"),
+    )
     refused("labels run from 0 to 2; networks with 2", nets=svdlib.MLPEnsemble((12, 2)))
     low = svdlib.Data("low", blobs.train_x, blobs.train_y - 1, blobs.test_x, blobs.test_y)
     refused("labels run from -1", data=low)
@@ -323,7 +317,7 @@ def test_bad_data_and_numbers(blobs):
     refused("seed must be a whole number", seed="0")
     refused(r"validation must be images and labels, \(x, y\)", validation=blobs.test_x)
     nan = torch.full((2, 12), torch.nan)
-    refused("validation's images has NaN", validation=(nan, torch.tensor([0, 1])))
+    refused("validation_x has NaN", validation=(nan, torch.tensor([0, 1])))
     holes = torch.where(torch.arange(12) == 3, torch.nan, blobs.test_x)
     lacking = svdlib.Data("lacking", blobs.train_x, blobs.train_y, holes, blobs.test_y)
     refused("test_x has NaN", data=lacking)
@@ -389,8 +383,8 @@ def test_tail_lowers_ranks_while_it_trains_and_networks_stay_usable(blobs):
     nets(blobs.test_x).sum().backward()  # no tensor is left in inference mode
 
 
-def test_a_cut_starts_adam_anew(blobs):
-    """The cut gives the factors new coordinates: two epochs in one call, or in two, are the same."""
+def test_a_truncation_starts_adam_anew(blobs):
+    """It gives the factors new coordinates: two epochs in one call, or in two, are the same."""
     settings = {"optimizer": "adam", "lr": 0.01, "tail": 0.1, "progress": False}
     once, twice = (factorized((12, 10, 10, 3), {"0": 5, "2": 4}) for _ in range(2))
     svdlib.train(once, blobs, epochs=2, **settings)
@@ -403,7 +397,9 @@ def test_a_cut_starts_adam_anew(blobs):
     svdlib.train(dense[0], blobs, epochs=2, **settings)
     for _ in range(2):
         svdlib.train(dense[1], blobs, epochs=1, **settings)
-    assert not torch.equal(dense[0].weights[0], dense[1].weights[0]), "without a cut it goes on"
+    assert not torch.equal(dense[0].weights[0], dense[1].weights[0]), (
+        "without a truncation it goes on"
+    )
 
 
 def test_validation_keeps_each_network_s_best_epoch(blobs):
@@ -443,9 +439,10 @@ def test_bad_settings_of_factors_and_optimizers(blobs):
         (dense, "dropout must be at least 0 and below 1, not 1", {"dropout": 1}),
         (dense, "a tail cuts factorized networks", {"tail": 0.1}),
         (thin, "tail must be between 0 and 1, not 1", {"tail": 1}),
-        (dense, "validation must be images", {"validation": (torch.rand(3, 9), torch.ones(3))}),
-        (dense, "validation must be images", {"validation": (torch.rand(0, 12), torch.ones(0))}),
-        (dense, "from 0 to 2", {"validation": (torch.rand(2, 12), torch.tensor([0, 3]))}),
+        (dense, "validation_y must be", {"validation": (torch.rand(3, 12), torch.ones(3))}),
+        (dense, "validation: 0 images", {"validation": (torch.rand(0, 12), torch.ones(0).long())}),
+        (dense, "validation images have 9", {"validation": (torch.rand(3, 9), torch.arange(3))}),
+        (dense, "labels 0 to 2", {"validation": (torch.rand(2, 12), torch.tensor([0, 3]))}),
         (thin, "have low rank already", {"projection": Projection("rsvd", 2)}),
     ):
         with pytest.raises(ValueError, match=message):
@@ -463,10 +460,10 @@ def test_blocks_of_seeds_put_together_are_one_run_of_all(blobs, sizes, every):
         svdlib.train(nets, blobs, epochs=2, projection=choices, shuffle=True, progress=False)
         return nets.weights[0].detach()
 
-    whole, first, last = (trained(seeds) for seeds in ([0, 0, 1, 1, 2, 2], [0, 0], [2, 2, 1, 1]))
-    torch.testing.assert_close(first, whole[:2], rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(last, whole[[4, 5, 2, 3]], rtol=1e-9, atol=1e-9)
-    assert not torch.allclose(whole[0], whole[1]), "no projection took place"
+    total, first, last = (trained(seeds) for seeds in ([0, 0, 1, 1, 2, 2], [0, 0], [2, 2, 1, 1]))
+    torch.testing.assert_close(first, total[:2], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(last, total[[4, 5, 2, 3]], rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(total[0], total[1]), "no projection took place"
 
 
 @pytest.mark.parametrize(

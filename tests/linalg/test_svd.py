@@ -265,7 +265,7 @@ def test_bad_sketch():
     for tol in (0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="tol must be positive"):
             svdlib.randomized_svd(A, tol=tol)
-    with pytest.raises(ValueError, match=r"can't be certified in torch\.float32; at least"):
+    with pytest.raises(ValueError, match=r"can't be certified in torch\.float32"):
         svdlib.randomized_svd(A, tol=1e-6, relative=True)
     with pytest.raises(ValueError, match="one matrix"):
         svdlib.randomized_svd(torch.rand(2, 4, 3), tol=0.1)
@@ -293,8 +293,8 @@ def test_entries_whose_squares_do_not_fit(method, size, generator):
     else:
         found = svdlib.truncated_svd(A, 10)
     error = (exact[found.rank :].square().sum() / exact.square().sum()).sqrt()
-    whole = torch.linalg.matrix_norm(A.double())
-    assert error - 1e-5 <= found.error / whole <= 1.2 * error
+    norm = torch.linalg.matrix_norm(A.double())
+    assert error - 1e-5 <= found.error / norm <= 1.2 * error
     rebuilt = (found.U.double() * found.S.double()) @ found.Vh.double()
     smallest = 1e-45 * 120  # S is rounded to a multiple of the least number there is
     off = torch.linalg.matrix_norm(A.double() - rebuilt).item()
