@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from svdlib.layers.kinds import matrix_layers
+from svdlib.network.opened import find_layers
 
 # The packages whose docstrings calibrate and train, and those whose docstrings test.
 LEARNED = ("numpy", "pandas", "torch")
@@ -187,7 +187,7 @@ def even_ranks(encoder: nn.Module, share: float) -> dict[str, int]:
     >>> even_ranks(nn.Sequential(nn.Linear(30, 30, bias=False)), 0.5)
     {'0': 7}
     """
-    shapes = {name: layer.weight.shape for name, layer in matrix_layers(encoder).items()}
+    shapes = {name: layer.weight.shape for name, layer in find_layers(encoder).items()}
     weights = sum(m * n for m, n in shapes.values())
     total = sum(parameter.numel() for parameter in encoder.parameters())
     left = (share * total - (total - weights)) / weights

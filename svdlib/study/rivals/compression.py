@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from svdlib.layers.calibrate import input_sums
-from svdlib.layers.factorize import shrunk
-from svdlib.layers.kinds import Matrix, evaluating, hooked, matrix, matrix_layers
-from svdlib.objective import Batch
+from svdlib.layers.factorize import factorized
+from svdlib.network.batches import Batch
+from svdlib.network.modes import evaluating
+from svdlib.network.opened import Network
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Product:
 
 def svd_llm(model: nn.Module, ranks: Mapping[str, int], data: Sequence[Batch]) -> nn.Module:
     """SVD-LLM's data whitening (Wang et al. 2024, section 3.1): the SVD of W S, X Xᵀ = S Sᵀ."""
-    layers = {name: matrix_layers(model)[name] for name in ranks}
-    sums = input_sums(model, layers, data, None, None)
+    net = Network.copy_of(model)
+    sums = input_sums(net, ranks, data, None, None)
 
     def factors(name: str, W: Tensor) -> Product:
         C = cast(Tensor, sums[name].square) / sums[name].count
@@ -39,29 +40,27 @@ def svd_llm(model: nn.Module, ranks: Mapping[str, int], data: Sequence[Batch]) -
         U, s, Vh = torch.linalg.svd(W @ S, full_matrices=False)
         return Product(U * s, torch.linalg.solve_triangular(S.mT, Vh.mT, upper=True).mT)
 
-    return _factorized(model, ranks, factors)
+    return _factorized(net, ranks, factors)
 
 
 def asvd(
     model: nn.Module, ranks: Mapping[str, int], data: Sequence[Batch], alpha: float = 0.5
 ) -> nn.Module:
     """ASVD (Yuan et al. 2023, section 3.2): the SVD of W D, D the inputs' mean sizes to the α."""
-    layers = {name: matrix_layers(model)[name] for name in ranks}
-    sizes: dict[str, Any] = dict.fromkeys(layers, 0)
+    net = Network.copy_of(model)
+    sizes: dict[str, Any] = dict.fromkeys(ranks, 0)
 
-    def add_sizes(name: str, inputs: tuple[Tensor, ...]) -> None:
-        sizes[name] += inputs[0].flatten(0, -2).double().abs().sum(0)
+    def add_sizes(name: str, x: Tensor) -> None:
+        sizes[name] += x.flatten(0, -2).double().abs().sum(0)
 
-    with torch.no_grad(), evaluating(model), hooked(layers, before=add_sizes):
-        for batch in data:
-            model(**batch) if isinstance(batch, Mapping) else model(batch)
+    net.watch(ranks, data, None, add_sizes, lambda batch: None)
 
     def factors(name: str, W: Tensor) -> Product:
         D = (sizes[name] / sizes[name].mean()).clamp(min=1e-6) ** alpha
         U, s, Vh = torch.linalg.svd(W * D, full_matrices=False)
         return Product(U * s, Vh / D)
 
-    return _factorized(model, ranks, factors)
+    return _factorized(net, ranks, factors)
 
 
 def fisher(
@@ -77,11 +76,12 @@ def fisher(
     >>> fisher(model, {"0": 2}, [x], lambda model, x: model(x).square().mean())[0].rank
     2
     """
-    weights = {name: matrix_layers(model)[name].weight for name in ranks}
+    net = Network.copy_of(model)
+    weights = {name: net.layers[name].weight for name in ranks}
     sums = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in weights.items()}
-    with torch.enable_grad(), evaluating(model):
+    with torch.enable_grad(), evaluating(net.model):
         for batch in data:
-            gradients = torch.autograd.grad(loss(model, batch), list(weights.values()))
+            gradients = torch.autograd.grad(loss(net.model, batch), list(weights.values()))
             for name, gradient in zip(weights, gradients, strict=True):
                 sums[name] += gradient.double().square()
 
@@ -91,16 +91,12 @@ def fisher(
         U, s, Vh = torch.linalg.svd(D * W, full_matrices=False)
         return Product(U * s / D, Vh)
 
-    return _factorized(model, ranks, factors)
+    return _factorized(net, ranks, factors)
 
 
 def _factorized(
-    model: nn.Module, ranks: Mapping[str, int], factors: Callable[[str, Tensor], Product]
+    net: Network, ranks: Mapping[str, int], factors: Callable[[str, Tensor], Product]
 ) -> nn.Module:
     """The model with the factors of each layer's name and matrix."""
-
-    def fits(_: nn.Module, layers: Mapping[str, Matrix]) -> Iterator[tuple[str, Product]]:
-        for name, layer in layers.items():
-            yield name, factors(name, matrix(layer).double())
-
-    return shrunk(model, ranks, fits)
+    matrices = {name: net.layers[name].matrix().double() for name in ranks}
+    return factorized(net, ranks, ((name, factors(name, W)) for name, W in matrices.items()))

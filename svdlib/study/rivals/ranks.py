@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from svdlib import clock
 from svdlib.ensemble.networks import perceptron
-from svdlib.layers.kinds import matrix_layers
+from svdlib.network.opened import find_layers
 from svdlib.ranks.profile import loss_profile, search_ranks
 from svdlib.study.rivals.timing import product_rate
 
@@ -30,7 +30,7 @@ def profile_race(
     torch.manual_seed(0)
     model = perceptron(sizes).to(x.device)
     times = {"paper": 0.0, "one SVD": 0.0}
-    for name, layer in matrix_layers(model).items():
+    for name, layer in find_layers(model).items():
         weight = layer.weight.detach()
         count = min(weight.shape) + 1
         svd = clock.median(partial(torch.linalg.svd, weight, full_matrices=False), repeats)
