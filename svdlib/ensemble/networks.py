@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from svdlib import checks, threads
+from svdlib.network import kinds
+from svdlib.network.chain import is_relu_perceptron
 from svdlib.network.low_rank import LowRank
+from svdlib.network.opened import find_layers
 
 
 def perceptron(sizes: Sequence[int]) -> nn.Sequential:
@@ -43,15 +46,12 @@ class Layer(nn.Module):
         self.register_buffer("ranks", ranks)
 
     @classmethod
-    def of(cls, linears: Sequence[nn.Linear | LowRank]) -> Layer:
+    def of(cls, layers: Sequence[kinds.Layer]) -> Layer:
         """Copies of one layer of each network, all of them dense or all factorized."""
-        factors = [part.factors if isinstance(part, LowRank) else (part,) for part in linears]
-        stacks = [
-            [factor.weight.detach() for factor in same] for same in zip(*factors, strict=True)
-        ]
-        weights = [_padded(stack) for stack in stacks]
-        bias = torch.stack([cast(Tensor, linear.bias).detach() for linear in linears])
-        ranks = [linear.rank for linear in linears if isinstance(linear, LowRank)]
+        factors = zip(*(layer.weights for layer in layers), strict=True)
+        weights = [_padded([weight.detach() for weight in stack]) for stack in factors]
+        bias = torch.stack([cast(Tensor, layer.bias).detach() for layer in layers])
+        ranks = [layer.max_rank for layer in layers if layer.is_factorized]
         return cls(weights, bias, torch.tensor(ranks, device=bias.device) if ranks else None)
 
     @property
@@ -192,8 +192,8 @@ class MLPEnsemble(nn.Module):
 
     def restack_(self, modules: Sequence[nn.Sequential]) -> None:
         """Replace the networks by copies of these, as many and of the same shape."""
-        stacks = zip(*(_linears(module) for module in modules), strict=True)
-        self.layers = nn.ModuleList(Layer.of(linears) for linears in stacks)  # type: ignore[assignment]
+        stacks = zip(*(find_layers(module).values() for module in modules), strict=True)
+        self.layers = nn.ModuleList(Layer.of(layers) for layers in stacks)  # type: ignore[assignment]
 
     @property
     def weights(self) -> list[Tensor]:
@@ -323,25 +323,19 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
-def _linears(module: nn.Sequential) -> list[nn.Linear | LowRank]:
-    return [cast(nn.Linear | LowRank, layer) for layer in module[::2]]
-
-
 def _check_perceptrons(modules: Sequence[nn.Sequential]) -> None:
     """Refuse anything but perceptrons of one shape, with biases and real weights."""
     if not modules:
         raise ValueError("an ensemble needs at least one module, none was given")
+    shapes = set()
     for module in modules:
-        linears = all(type(layer) in (nn.Linear, LowRank) for layer in module[::2])
-        if len(module) % 2 == 0 or not linears or any(type(m) is not nn.ReLU for m in module[1::2]):
+        if not is_relu_perceptron(module):
             raise ValueError(f"a perceptron is Linear, ReLU, …, Linear, not {module}")
-        if any(layer.bias is None for layer in _linears(module)):
+        layers = find_layers(module).values()
+        if any(layer.bias is None for layer in layers):
             raise ValueError("every Linear of an ensemble needs a bias")
         if any(p.is_complex() for p in module.parameters()):
             raise ValueError("an ensemble holds real weights, not complex ones")
-    shapes = {
-        tuple((type(m).__name__, m.out_features, m.in_features) for m in _linears(module))
-        for module in modules
-    }
+        shapes.add(tuple((type(each.module).__name__, *each.sides[::-1]) for each in layers))
     if len(shapes) > 1:
         raise ValueError(f"the modules must have one shape, not {sorted(shapes)}")

@@ -14,6 +14,7 @@ from svdlib.bars import bar
 from svdlib.network.batches import Batch, Batches, refuse_generator, tensors
 from svdlib.network.calls import Objective, called, cross_entropy
 from svdlib.network.kinds import KINDS, Layer
+from svdlib.network.low_rank import LowRank
 from svdlib.network.opened import Network
 from svdlib.network.task import MEMORY, Moments, Sweep, Task, check_data
 
@@ -275,6 +276,16 @@ class Link:
             z += self.layer.bias.detach()[:, None]
         for US, part in zip(self.US, code.split(self.steps), strict=True):
             yield z.addmm_(US, part)
+
+
+def is_relu_perceptron(model: nn.Sequential) -> bool:
+    """Whether a model is Linear, ReLU, …, Linear, each Linear dense or factorized.
+
+    >>> is_relu_perceptron(nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1)))
+    True
+    """
+    linear = all(type(layer) in (nn.Linear, LowRank) for layer in model[::2])
+    return linear and len(model) % 2 == 1 and all(type(step) is nn.ReLU for step in model[1::2])
 
 
 def perceptron_of(net: Network) -> list[Link]:

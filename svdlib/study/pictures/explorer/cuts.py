@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from svdlib.network.opened import find_layers
 from svdlib.ranks.front import front, layers_of
 from svdlib.ranks.joint import joint_profile
 
@@ -41,7 +42,7 @@ class Cuts:
         self.layers = layers_of(self.joint)
         best = front(self.joint)
         self.best = best[best.excess == 0].reset_index(drop=True)
-        linear = [layer for layer in model if isinstance(layer, nn.Linear)]
+        linear = find_layers(model).values()
         matrices = [layer.weight.double().cpu() for layer in linear]
         self.factors = [torch.linalg.svd(matrix, full_matrices=False) for matrix in matrices]
         self.biases = [0 if layer.bias is None else layer.bias.double().cpu() for layer in linear]
