@@ -66,7 +66,7 @@ runpy.run_module("svdlib", run_name="__main__")
 
 # From the ground up: a wing imports those before it in this list, and what stands beside none.
 FLOORS = (
-    "bars", "checks", "clock", "files", "threads", "data", "objective", "linalg", "layers", "ensemble", "ranks", "compress", "study",
+    "bars", "checks", "clock", "files", "threads", "data", "linalg", "network", "layers", "ensemble", "ranks", "compress", "study",
 )  # fmt: skip
 
 
@@ -91,7 +91,15 @@ def test_imports_go_one_way():
                     other = name.split(".")[1]
                     seen.add((place, other))
                     assert FLOORS.index(other) <= FLOORS.index(place), f"{path}: {name}"
-    assert ("layers", "linalg") in seen and ("ranks", "ensemble") not in seen
+    assert ("layers", "network") in seen and ("ranks", "ensemble") not in seen
+
+
+def test_only_the_network_wing_asks_for_a_layers_type():
+    asked = r"nn\.(Linear|Conv|Embedding|MultiheadAttention)|\bLowRank\b"
+    pattern = re.compile(rf"(isinstance\([^()]*|type\([^()]*\)[^\n]*)({asked})")
+    for path in (ROOT / "svdlib").rglob("*.py"):
+        if path.parent.name != "network":
+            assert not pattern.search(path.read_text()), path
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -126,7 +134,7 @@ def test_every_figure_is_in_the_gallery():
 
 
 # A user's own code speaks there, in its own traceback.
-SHOWN = {"svdlib/objective.py"}
+SHOWN = {"svdlib/network/calls.py"}
 
 
 def test_an_error_shows_no_inner_one_above_it():
