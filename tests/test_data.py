@@ -346,7 +346,7 @@ def test_what_killed_downloads_left_goes_and_one_under_way_is_waited_for(monkeyp
 
     def begun():
         end = time.monotonic() + 300
-        while not list(raw.glob("part-*/begun")):
+        while not list(raw.glob(".svdlib-*/begun")):
             assert time.monotonic() < end
             time.sleep(0.02)
 
@@ -355,17 +355,16 @@ def test_what_killed_downloads_left_goes_and_one_under_way_is_waited_for(monkeyp
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen(command, cwd=tmp_path, text=True, **pipes)
 
-    (raw / "part-of-old").mkdir(parents=True)  # such as older versions left
     for _ in range(2):
         killed = start()
         begun()
         killed.send_signal(signal.SIGKILL)
         killed.communicate()
-        (left,) = raw.glob("part-*")
+        (left,) = raw.glob(".svdlib-*")
         (left / "begun").unlink()
     first = start()
     begun()
-    (going,) = raw.glob("part-*")
+    (going,) = raw.glob(".svdlib-*")
     second = start()
     assert "waiting for another process that writes to" in second.stderr.readline()
     assert going.is_dir() and list(raw.iterdir()) == [going]

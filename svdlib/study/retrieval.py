@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from svdlib.layers.kinds import matrix_layers
+from svdlib.study.running.inputs import refusing
 
 # Of these the docstrings calibrate and train, and of those they test.
 LEARNED = ("numpy", "pandas", "torch")
@@ -33,6 +34,9 @@ ASIDE = re.compile(
 
 # The encoder's longest text, in tokens.
 TOKENS = 128
+
+# The smallest share of the encoder's weights that may be left.
+MIN_SHARE = 0.02
 
 
 def missing() -> str | None:
@@ -324,3 +328,13 @@ def told(table: pd.DataFrame) -> pd.DataFrame:
             for a, b, c in zip(*ends, strict=True)
         ]
     return out.sort_values(["share", "recall"], ascending=False).set_index(["share", "form"])
+
+
+@refusing(whole="texts pairs finetune", shares="shares", switch="everything")
+def check(shares: Sequence[float]) -> None:
+    """Refuse what 10_your_network could not use."""
+    if min(shares) < MIN_SHARE:
+        raise ValueError(
+            f"each of shares must be at least {MIN_SHARE} of the encoder's weights, where each "
+            f"layer still has a rank, not {min(shares)}"
+        )

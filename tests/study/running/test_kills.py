@@ -83,7 +83,7 @@ def test_nothing_outlives_a_killed_runner(folder, tmp_path, command, number):
 def test_the_next_run_sweeps_what_a_killed_one_left(folder, scheduler):
     write(folder, "a", "open(f'{figures}/a.csv', 'w').close()")
     for place in ("runs", "runs/a", "figures"):
-        Path(place, f"{files.UNFINISHED}{os.getpid()}-1-x").mkdir(parents=True)
+        Path(place, f"{files.PREFIX}x").mkdir(parents=True)
     runner.run(scheduler=scheduler, progress=False)
     assert not [path for place in ("runs", "figures") for path in Path(place).rglob(".*")]
     assert Path("figures/a.csv").exists()
