@@ -16,7 +16,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 # How the names of unfinished folders begin.
-PREFIX = ".svdlib-"
+PREFIX = ".svdlib_"
 
 
 @contextmanager
@@ -69,11 +69,11 @@ def tidy(place: Path) -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def complete_file(path: Path) -> Iterator[Path]:
     """Where to write a file that then replaces ``path``; if the block fails, nothing changes.
 
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     with whole_file(Path(folder, "a")) as part:
+    ...     with complete_file(Path(folder, "a")) as part:
     ...         _ = part.write_text("complete")
     ...     os.listdir(folder)
     ['a']
@@ -89,7 +89,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def complete_folder(path: Path) -> Iterator[Path]:
     """A folder to fill that then replaces ``path``; if the block fails, nothing changes.
 
     Where another process is faster, its folder stays.
@@ -113,5 +113,5 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 def put(path: Path, text: str) -> None:
     """Write a text file, complete or not at all."""
-    with whole_file(path) as part:
+    with complete_file(path) as part:
         part.write_text(text, encoding="utf-8")

@@ -346,7 +346,7 @@ def test_what_killed_downloads_left_goes_and_one_under_way_is_waited_for(monkeyp
 
     def begun():
         end = time.monotonic() + 300
-        while not list(raw.glob(".svdlib-*/begun")):
+        while not list(raw.glob(".svdlib_*/begun")):
             assert time.monotonic() < end
             time.sleep(0.02)
 
@@ -360,11 +360,11 @@ def test_what_killed_downloads_left_goes_and_one_under_way_is_waited_for(monkeyp
         begun()
         killed.send_signal(signal.SIGKILL)
         killed.communicate()
-        (left,) = raw.glob(".svdlib-*")
+        (left,) = raw.glob(".svdlib_*")
         (left / "begun").unlink()
     first = start()
     begun()
-    (going,) = raw.glob(".svdlib-*")
+    (going,) = raw.glob(".svdlib_*")
     second = start()
     assert "waiting for another process that writes to" in second.stderr.readline()
     assert going.is_dir() and list(raw.iterdir()) == [going]

@@ -84,11 +84,11 @@ def test_a_file_is_put_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_a_folder_takes_the_place_of_another_whole_or_not_at_all(tmp_path, monkeypatch):
     place = tmp_path / "runs" / "a"
     for content in ("old", "new"):
-        with files.whole_folder(place) as part:
+        with files.complete_folder(place) as part:
             (part / "file").write_text(content)
             assert not place.exists() or (place / "file").read_text() == "old"
         assert (place / "file").read_text() == content
-    with pytest.raises(OSError, match="full"), files.whole_folder(place) as part:
+    with pytest.raises(OSError, match="full"), files.complete_folder(place) as part:
         raise OSError("full")
     rename = files.Path.rename
 
@@ -98,7 +98,7 @@ def test_a_folder_takes_the_place_of_another_whole_or_not_at_all(tmp_path, monke
         return rename(path, target)
 
     monkeypatch.setattr(files.Path, "rename", fails)
-    with pytest.raises(KeyboardInterrupt), files.whole_folder(place) as part:
+    with pytest.raises(KeyboardInterrupt), files.complete_folder(place) as part:
         (part / "file").write_text("newer")
     assert (place / "file").read_text() == "new" and [*place.parent.iterdir()] == [place]
 

@@ -130,8 +130,7 @@ def guarded(place: str) -> Iterator[None]:
     """End all that is started inside with the block, or with this process if it is killed.
 
     A process of its own, the guard, waits for either, by a pipe that then closes. It kills all
-    processes that inherited the block's mark in the environment, such as kernels and what they
-    started, and removes the folder ``place``.
+    that inherited the block's mark in the environment, and removes the folder ``place``.
     """
     mark = uuid.uuid4().hex
     guard = subprocess.Popen(

@@ -28,7 +28,7 @@ def refusing(**kinds: str) -> Callable[[Callable[..., None]], Callable[[Mapping[
 
     The check takes the notebook's ``globals()``. It first holds each parameter that is there to
     its rule, and then calls the function with the parameters that it names. It raises a
-    ValueError whose sentence says what was wrong, and above which Jupyter shows the cell alone.
+    ValueError that says in one sentence what was wrong, without the frames of inner functions.
 
     Args:
         kinds: names of parameters by the kind of rule, see `RULES`.
@@ -46,7 +46,6 @@ def refusing(**kinds: str) -> Callable[[Callable[..., None]], Callable[[Mapping[
     def made(fit: Callable[..., None]) -> Callable[[Mapping[str, Any]], None]:
         @wraps(fit)
         def check(parameters: Mapping[str, Any]) -> None:
-            __tracebackhide__ = True
             try:
                 for name, rule in rules.items():
                     if name in parameters:
@@ -65,17 +64,18 @@ def _whole(name: str, value: object, least: int = 1) -> None:
         raise ValueError(f"{name} must be at most {LARGEST:,}, not {value:,}")
 
 
-def _list(name: str, value: object) -> Sequence[Any]:
-    if not isinstance(value, list | tuple) or not value:
-        raise ValueError(f"{name} must be a list with one entry at least, not {value!r}")
-    if len(set(map(str, value))) < len(value):
-        raise ValueError(f"{name} has an entry twice: {value!r}; once is enough")
-    return value
+def _each(rule: Rule) -> Rule:
+    """The rule for a list whose entries keep this rule."""
 
+    def check(name: str, value: object) -> None:
+        if not isinstance(value, list | tuple) or not value:
+            raise ValueError(f"{name} must be a list with one entry at least, not {value!r}")
+        if len(set(map(str, value))) < len(value):
+            raise ValueError(f"{name} has an entry twice: {value!r}; once is enough")
+        for entry in value:
+            rule(f"each of {name}", entry)
 
-def _whole_list(name: str, value: object, least: int = 1) -> None:
-    for entry in _list(name, value):
-        checks.positive_int(entry, f"each of {name}", least)
+    return check
 
 
 def _widths(name: str, value: object) -> None:
@@ -89,28 +89,16 @@ def _widths(name: str, value: object) -> None:
         )
 
 
-def _wide(name: str, value: object) -> None:
-    if value != []:
-        _widths(name, value)
+def _share(name: str, value: object) -> None:
+    if not isinstance(value, int | float) or not 0 < value < 1:
+        raise ValueError(f"{name} must be a number between 0 and 1, not {value!r}")
 
 
-def _networks(name: str, value: object) -> None:
-    for widths in _list(name, value):
-        _widths(f"each of {name}", widths)
-
-
-def _shares(name: str, value: object) -> None:
-    for share in _list(name, value):
-        if not isinstance(share, int | float) or not 0 < share < 1:
-            raise ValueError(f"each of {name} must be a number between 0 and 1, not {share!r}")
-
-
-def _shapes(name: str, value: object) -> None:
-    for shape in _list(name, value):
-        if not isinstance(shape, list | tuple) or len(shape) != 2:
-            raise ValueError(f"each of {name} must be [rows, columns], not {shape!r}")
-        for side in shape:
-            checks.positive_int(side, f"each side in {name}", 2)
+def _shape(name: str, value: object) -> None:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError(f"{name} must be [rows, columns], not {value!r}")
+    for side in value:
+        checks.positive_int(side, f"each side in {name}", 2)
 
 
 def _positive(name: str, value: object) -> None:
@@ -133,13 +121,13 @@ RULES: dict[str, Rule] = {
     "whole": _whole,
     "from_zero": partial(_whole, least=0),
     "from_two": partial(_whole, least=2),
-    "wholes": _whole_list,
-    "wholes_from_two": partial(_whole_list, least=2),
+    "wholes": _each(_whole),
+    "wholes_from_two": _each(partial(_whole, least=2)),
     "widths": _widths,
-    "widths_or_none": _wide,
-    "networks": _networks,
-    "shares": _shares,
-    "shapes": _shapes,
+    "widths_or_none": lambda name, value: None if value == [] else _widths(name, value),
+    "networks": _each(_widths),
+    "shares": _each(_share),
+    "shapes": _each(_shape),
     "positive": _positive,
     "switch": _switch,
     "every": lambda name, value: checks.one_of(value, ("epoch", "step", "published"), name),

@@ -51,61 +51,49 @@ def run(
     dry_run: bool = False,
     progress: bool = True,
 ) -> list[Outcome]:
-    """Execute notebooks, each with every combination of parameters; a failure stops no other.
+    """Execute notebooks, each with every combination of parameters, as docs/sweeps.md tells.
 
-    Each run has a folder of its own under ``out``, with its figures; completed runs are not
-    repeated. Where ``over`` is empty, the folder's notebooks at their own parameters also put
-    their figures into ``figures/``, each notebook all of them or none. Whatever stops this call,
-    the runs that were done are kept, and the same call does the rest.
+    A failure stops no other run. Whatever stops this call, completed runs are kept, and the same
+    call does the rest.
 
     Args:
         names: notebooks; all of the folder's by default.
         given: parameters for all notebooks that have them, as text.
         over: parameters with several values each, see `combinations`.
-        jobs: runs at a time on this machine, which share its cores; one by default.
-        scheduler: the address of a Dask scheduler, whose workers do it instead.
-        figures: another folder, for the figures of all notebooks, whatever their parameters.
-        fresh: repeat completed runs too.
-        dry_run: only list what would run.
+        figures: a folder for all figures; by default ``figures/`` for those of the folder's
+            notebooks at their own parameters, where ``over`` is empty, and none for others.
 
     Returns:
-        an outcome per run, those that were completed before included, with where its figures are.
+        an outcome per run, those completed before included, with where its figures are.
 
     Raises:
-        ValueError: an unknown notebook or parameter, a bad value in any combination, jobs below 1,
-            beyond the cores or beside a scheduler, an ``out`` that holds the notebooks, the
-            study's figures for other parameters, a folder that can't be written, a scheduler that
-            does not answer, workers with other versions.
+        ValueError: bad arguments, before anything is started.
         ConnectionError: the scheduler is lost on the way, or no worker of this machine can be kept.
         OSError: results can't be written, as on a full disk.
         KeyboardInterrupt: Ctrl-C, after the kernels that were started are stopped.
     """
     notebooks = find(names, folder)
-    without = sweeps.lacking(
-        notebooks, [name for name in (*(given or {}), *dict(over)) if name != "figures"]
-    )
+    without = sweeps.lacking(notebooks, (*(given or {}), *dict(over)))
     runs = sweeps.plan(notebooks, given or {}, over, here=scheduler is None)
     _check_options(notebooks, jobs, scheduler, out)
     published = _published(runs, figures, folder, swept=bool(over))
-    left = [each for each in runs if fresh or not (out / each.place).is_dir()]
+    there = {planned.place for planned in runs if not fresh and (out / planned.place).is_dir()}
+    left = [planned for planned in runs if planned.place not in there]
     if progress or dry_run:
         for name, others in without.items():
             if others:
                 _note(f"{name} is no parameter of {', '.join(others)}")
-        there = len(runs) - len(left)
         summary = f"{len(left)} {'run' if len(left) == 1 else 'runs'}"
-        _note(summary + (f", {there} there already" if there else ""))
+        _note(summary + (f", {len(there)} there already" if there else ""))
     if dry_run:
-        for each in left:
-            print(each.place)
+        for planned in left:
+            print(planned.place)
         return []
     for place in {out, *published.values()}:
         _check_writable(place)
     for place in {out, *published.values(), *(out / notebook.stem for notebook in notebooks)}:
         files.tidy(place)
-    outcomes = [
-        Outcome(each.notebook.stem, out / each.place, 0.0) for each in runs if each not in left
-    ]
+    outcomes = [Outcome(place.parent.name, out / place, 0.0) for place in there]
     if left:
         with sweeps.connected(scheduler) if scheduler else sweeps.local(jobs or 1) as client:
             if progress and "dashboard" in client.scheduler_info().get("services", {}):
@@ -116,10 +104,10 @@ def run(
                 outcomes += _shown(coming, len(left), progress)
     for index, outcome in enumerate(outcomes):
         if outcome.error is None:
-            target = published.get(outcome.output.relative_to(out))
-            if target:
+            target = published.get(outcome.output.relative_to(out), outcome.output)
+            if target != outcome.output:
                 _publish(outcome.output, target)
-            outcomes[index] = replace(outcome, figures=target or outcome.output)
+            outcomes[index] = replace(outcome, figures=target)
     return sorted(outcomes, key=lambda outcome: str(outcome.output))
 
 
@@ -145,15 +133,15 @@ def _published(
 ) -> dict[Path, Path]:
     """Where the figures of runs go beside their own folders, by the places of the runs."""
     published = {}
-    for each in () if swept else runs:
-        of_the_study = each.own and each.notebook.parent.resolve() == folder.resolve()
+    for planned in () if swept else runs:
+        of_the_study = planned.own and planned.notebook.parent.resolve() == folder.resolve()
         if figures and figures.resolve() == FIGURES.resolve() and not of_the_study:
             raise ValueError(
                 f"{figures} is for the study's notebooks at their own parameters, not for "
-                f"{each.place}; give another --figures, or none to have them beside the results"
+                f"{planned.place}; give another --figures, or none to have them beside the results"
             )
         if figures or of_the_study:
-            published[each.place] = figures or FIGURES
+            published[planned.place] = figures or FIGURES
     return published
 
 
@@ -169,20 +157,16 @@ def _check_writable(place: Path) -> None:
 def sweep(
     names: Sequence[str] = (), *, target: Path = Path("results"), **options: Any
 ) -> list[Outcome]:
-    """Run the sweeps that the study rests on, and put each one's table into ``target``.
-
-    Args:
-        names: of the files ``results/NAME.toml``, see `results.Sweep`; all by default.
-        options: as for `run`.
+    """Run the sweeps of these names, or all, and put their tables into ``target``, as `run` does.
 
     Raises:
         ValueError: an unknown sweep or a bad file; and as `run` does.
     """
     outcomes = []
-    for each in results.sweeps(names, target):
-        found = run([each.notebook], each.parameters, list(each.over.items()), **options)
+    for wanted in results.sweeps(names, target):
+        found = run([wanted.notebook], wanted.parameters, list(wanted.over.items()), **options)
         if found and not any(outcome.error for outcome in found):
-            results.write(each, [outcome.output for outcome in found], target)
+            results.write(wanted, [outcome.output for outcome in found], target)
         outcomes += found
     return outcomes
 
@@ -193,10 +177,11 @@ def refresh(names: Sequence[str] = (), folder: Path = NOTEBOOKS) -> list[Outcome
     Progress bars are left out, so that a stored notebook shows results alone.
     """
 
-    def put(each: Run, done: Done) -> Outcome:
+    def put(planned: Run, done: Done) -> Outcome:
+        path = planned.notebook
         if done.error is None:
-            files.put(each.notebook, cleaned(done.files[each.notebook.name].decode()))
-        return Outcome(each.notebook.stem, each.notebook, done.seconds, done.error)
+            files.put(path, cleaned(done.files[path.name].decode()))
+        return Outcome(path.stem, path, done.seconds, done.error)
 
     runs = [
         Run(path, path.read_text("utf-8"), None, {}, True, Path(path.stem))
@@ -261,22 +246,22 @@ def report(outcomes: Sequence[Outcome]) -> str:
     notebook  outcome  seconds  results
     a         ok           2.0  runs/a/own-1
     """
-    listed = [each for each in outcomes if each.error or len(outcomes) <= LISTED]
-    width = max((len(each.name) for each in listed), default=8)
+    listed = [outcome for outcome in outcomes if outcome.error or len(outcomes) <= LISTED]
+    width = max((len(outcome.name) for outcome in listed), default=8)
     lines = [f"{'notebook':<{width}}  {'outcome':<7}  seconds  results"] if listed else []
-    for each in listed:
-        status = "failed" if each.error else "ok"
-        lines.append(f"{each.name:<{width}}  {status:<7}  {each.seconds:7.1f}  {each.output}")
-        if each.error:
-            lines.append(f"    {each.error}")
+    for outcome in listed:
+        name, status = f"{outcome.name:<{width}}", "failed" if outcome.error else "ok"
+        lines.append(f"{name}  {status:<7}  {outcome.seconds:7.1f}  {outcome.output}")
+        if outcome.error:
+            lines.append(f"    {outcome.error}")
     if len(listed) < len(outcomes):
         lines.append(f"{len(outcomes) - len(listed)} runs ok")
     figures: dict[str, list[str]] = {}
-    for each in sorted(outcomes, key=lambda each: each.figures == each.output):
-        if each.figures:
-            beside = each.figures == each.output
-            place = "beside the executed notebook" if beside else f"in {each.figures}"
-            figures.setdefault(place, []).append(each.name)
+    for outcome in sorted(outcomes, key=lambda outcome: outcome.figures == outcome.output):
+        beside = outcome.figures == outcome.output
+        place = "beside the executed notebook" if beside else f"in {outcome.figures}"
+        if outcome.figures:
+            figures.setdefault(place, []).append(outcome.name)
     for place, names in figures.items():
         lines.append(f"figures {place}: {', '.join(dict.fromkeys(names))}")
     return "\n".join(lines)
@@ -338,12 +323,9 @@ def _parser() -> argparse.ArgumentParser:
     notebooks = argparse.ArgumentParser(add_help=False)
     notebooks.add_argument("names", nargs="*", metavar="NOTEBOOK", help="01_baseline …; all")
 
-    runner = commands.add_parser(
-        "run",
-        help="execute notebooks, rebuild figures",
-        parents=[many, notebooks],
-        allow_abbrev=False,
-    )
+    rebuild = "execute notebooks, rebuild figures"
+    both = [many, notebooks]
+    runner = commands.add_parser("run", help=rebuild, parents=both, allow_abbrev=False)
     # Here for --help alone: `_take_parameters` takes both out before, unless the value is missing.
     pair = argparse.SUPPRESS
     runner.add_argument("-p", "--parameter", nargs=2, default=pair, metavar=("NAME", "VALUE"))
@@ -355,14 +337,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     swept = commands.add_parser("sweep", help="measure what is in results/", parents=[many])
     swept.add_argument("names", nargs="*", metavar="NAME", help="of results/NAME.toml; all")
-    commands.add_parser(
-        "refresh", help="execute notebooks in place, for committing", parents=[notebooks]
-    )
+    in_place = "execute notebooks in place, for committing"
+    commands.add_parser("refresh", help=in_place, parents=[notebooks])
     commands.add_parser("lab", help="open copies of the notebooks in JupyterLab, with its options")
     commands.add_parser("readme", help="write the README's numbers from results/")
-    gather = commands.add_parser(
-        "collect", help="one CSV of a table of all runs of a notebook", parents=[out]
-    )
+    one_table = "one CSV of a table of all runs of a notebook"
+    gather = commands.add_parser("collect", help=one_table, parents=[out])
     gather.add_argument("notebook", help="such as 04_comparison")
     gather.add_argument("table", help="such as 04_error_by_rank")
     return parser

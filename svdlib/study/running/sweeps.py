@@ -42,9 +42,6 @@ from svdlib.study.running.parameters import Values, combinations, declared, defa
 # A run whose worker or kernel was killed is tried so often in all.
 TRIES = 3
 
-# Seconds in which the kernels of a stopped worker end.
-PATIENCE = 20
-
 # Parameters on which no result depends.
 ASIDE = {"figures", "progress"}
 
@@ -94,11 +91,8 @@ def plan(
         here: whether they run on this machine, so that the device must be one of its own.
 
     Raises:
-        ValueError: as `combinations`, for any of them; what a notebook's own check refuses;
-            ``figures``, which each run sets for itself.
+        ValueError: as `combinations`, for any of them; what a notebook's own check refuses.
     """
-    if "figures" in {*given, *dict(over)}:
-        raise ValueError("each run has a folder for its figures; give --figures for the last step")
     runs: dict[Path, Run] = {}
     for notebook in notebooks:
         own, known = defaults(notebook), declared(notebook)
@@ -132,8 +126,7 @@ def plan(
 
 
 def _check(sources: Iterable[str]) -> str:
-    """The code with which a notebook checks its parameters: the line ``NAME.check(globals())`` of
-    a cell, and the cell's import of that name."""
+    """A notebook's check of its parameters: a line ``NAME.check(globals())``, after its import."""
     for source in sources:
         if called := re.search(r"^(\w+)\.check\(globals\(\)\)$", source, re.MULTILINE):
             lines = [line for line in ast.parse(source).body if isinstance(line, ast.ImportFrom)]
@@ -147,8 +140,10 @@ def lacking(notebooks: Sequence[Path], names: Sequence[str]) -> dict[str, list[s
     """For each of these parameters, the notebooks that don't have it.
 
     Raises:
-        ValueError: none of the notebooks has a parameter.
+        ValueError: a parameter that none of them has; ``figures``, which each run sets for itself.
     """
+    if "figures" in names:
+        raise ValueError("each run has a folder for its figures; give --figures for the last step")
     known = {notebook.stem: declared(notebook) for notebook in notebooks}
     found = {name: [stem for stem, has in known.items() if name not in has] for name in names}
     for name, without in found.items():
@@ -190,11 +185,7 @@ def fit() -> str:
 
 @contextlib.contextmanager
 def local(jobs: int) -> Iterator[Client]:
-    """A cluster on this machine's loopback alone, whose workers share the cores.
-
-    Raises:
-        ChildProcessError: a worker can't be started.
-    """
+    """A cluster on this machine's loopback alone, whose workers share the cores."""
     share = max(1, cores() // jobs)
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     threads = min(share, int(wanted)) if wanted.isdigit() and int(wanted) else share
@@ -235,7 +226,7 @@ def _kill(cluster: LocalCluster) -> None:
                 worker = psutil.Process(nanny.process.pid)
                 below = worker.children(recursive=True)
                 worker.kill()
-                _end(psutil.wait_procs(below, timeout=PATIENCE)[1])
+                _end(psutil.wait_procs(below, timeout=20)[1])
 
 
 def _end(processes: Iterable[psutil.Process]) -> None:
@@ -251,13 +242,7 @@ def _end_children() -> None:
 
 @contextlib.contextmanager
 def connected(address: str) -> Iterator[Client]:
-    """A scheduler's client, once it and its workers are seen to have this Python and svdlib.
-
-    Certificates for a ``tls://`` address are those of Dask's own configuration.
-
-    Raises:
-        ValueError: nobody answers within ten seconds, or one of them has other versions.
-    """
+    """A scheduler's client, if it answers and all have this Python and svdlib; else a ValueError."""
     try:
         client = Client(address, timeout=10)
     except Exception as error:  # noqa: BLE001 - a bad address, another protocol, no certificate
@@ -269,10 +254,8 @@ def connected(address: str) -> Iterator[Client]:
             scheduler = client.run_on_scheduler(fit)
         except Exception as error:  # noqa: BLE001 - it has no svdlib, or an old one
             raise ValueError(f"the scheduler can't import this svdlib: {error}") from None
-        for worker, found in {
-            "(the scheduler)": scheduler,
-            **client.run(fit, on_error="return"),
-        }.items():
+        _check_fit("(the scheduler)", scheduler, fit())
+        for worker, found in client.run(fit, on_error="return").items():
             _check_fit(worker, found, fit())
         yield client
 
@@ -286,14 +269,14 @@ def _check_fit(worker: str, found: object, wanted: str) -> None:
 
 def _workers(client: Client) -> int:
     """How many there are, each with one thread, since a process can run one notebook at a time."""
-    found = client.nthreads()
-    for worker, threads in found.items():
+    threads_of = client.nthreads()
+    for worker, threads in threads_of.items():
         if threads != 1:
             raise ValueError(
                 f"worker {worker} has {threads} threads; start workers with --nthreads 1, "
                 "and as many as runs shall go at a time"
             )
-    return len(found)
+    return len(threads_of)
 
 
 def _work(wanted: str, run: Run, home: str) -> Done:
@@ -396,13 +379,7 @@ def _result(future: Future) -> Done:
 
 
 def save(run: Run, done: Done, out: Path) -> Outcome:
-    """Put a run's results into its folder, whole or not at all; a failed run's beside it.
-
-    ``run.json`` has the parameters, seconds, machine, versions and error, if any.
-
-    Raises:
-        OSError: such as a full disk.
-    """
+    """Put a run's results into its folder, whole or not at all; a failed run's beside it."""
     place = out / run.place
     failed = place.with_name(f"{place.name}.failed")
     about = {
@@ -414,7 +391,7 @@ def save(run: Run, done: Done, out: Path) -> Outcome:
         **({"error": done.error} if done.error else {}),
     }
     target = failed if done.error else place
-    with files.whole_folder(target) as part:
+    with files.complete_folder(target) as part:
         for name, content in done.files.items():
             (part / name).write_bytes(content)
         (part / "run.json").write_text(json.dumps(about, indent=1, default=repr) + "\n")
