@@ -27,8 +27,8 @@ def refusing(**kinds: str) -> Callable[[Callable[..., None]], Callable[[Mapping[
     """Make a notebook's check of a function that checks how parameters fit one another.
 
     The check takes the notebook's ``globals()``. It first holds each parameter that is there to
-    its rule, and then calls the function with the parameters that it names. It raises a
-    ValueError that says in one sentence what was wrong, without the frames of inner functions.
+    its rule, and then calls the function with the parameters that it names, if they are there.
+    Its ValueError says in one sentence what was wrong, without the frames of inner functions.
 
     Args:
         kinds: names of parameters by the kind of rule, see `RULES`.
@@ -44,13 +44,18 @@ def refusing(**kinds: str) -> Callable[[Callable[..., None]], Callable[[Mapping[
     rules = {name: RULES[kind] for kind in kinds for name in kinds[kind].split()} | COMMON
 
     def made(fit: Callable[..., None]) -> Callable[[Mapping[str, Any]], None]:
+        named = signature(fit).parameters
+        needed = {name for name in named if named[name].default is named[name].empty}
+
         @wraps(fit)
         def check(parameters: Mapping[str, Any]) -> None:
             try:
                 for name, rule in rules.items():
                     if name in parameters:
                         rule(name, parameters[name])
-                fit(**{name: parameters.get(name) for name in signature(fit).parameters})
+                found = {name: parameters[name] for name in named if name in parameters}
+                if needed <= found.keys():
+                    fit(**found)
             except ValueError as error:
                 raise ValueError(str(error)) from None
 
@@ -177,7 +182,7 @@ def few_combinations(sizes: Widths) -> None:
     widths="sizes",
     every="every",
 )
-def check(sizes: Widths, rank: int | None, ranks: Sequence[int] | None) -> None:
+def check(sizes: Widths, rank: int | None = None, ranks: Sequence[int] | None = None) -> None:
     """Refuse what the notebooks that train the paper's network, 01 to 04, could not use."""
     if rank is not None:
         below_full(rank, sizes)

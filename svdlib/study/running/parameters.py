@@ -81,7 +81,7 @@ def _assigned(notebook: Path) -> Iterator[tuple[str, ast.expr | None, ast.expr]]
     try:
         cells = nbformat.read(notebook, as_version=4).cells
         sources = [c.source for c in cells if "parameters" in c.metadata.get("tags", [])]
-        lines = ast.parse(re.sub(r"(?m)^[%!].*", "", "".join(sources[:1]))).body
+        lines = statements("".join(sources[:1]))
     except (nbformat.ValidationError, SyntaxError) as error:
         raise ValueError(f"{notebook}: {str(error).splitlines()[0]}") from None
     except (
@@ -98,6 +98,11 @@ def _assigned(notebook: Path) -> Iterator[tuple[str, ast.expr | None, ast.expr]]
             yield line.target.id, line.annotation, line.value
         elif isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
             yield line.targets[0].id, None, line.value
+
+
+def statements(source: str) -> list[ast.stmt]:
+    """A cell's code, without lines for IPython alone."""
+    return ast.parse(re.sub(r"(?m)^[%!].*", "", source)).body
 
 
 def parse(

@@ -37,7 +37,13 @@ from distributed.comm import CommClosedError
 import svdlib
 from svdlib import clock, files
 from svdlib.study.running.execute import Done, cores, environment, execute, guards
-from svdlib.study.running.parameters import Values, combinations, declared, defaults
+from svdlib.study.running.parameters import (
+    Values,
+    combinations,
+    declared,
+    defaults,
+    statements,
+)
 
 # A run whose worker or kernel was killed is tried so often in all.
 TRIES = 3
@@ -120,6 +126,8 @@ def plan(
                 exec(check, {**everything, **local_device})  # noqa: S102 - the notebook's own
             except ValueError as error:
                 raise ValueError(f"{notebook.stem}: {error}") from None
+            except ImportError:  # what is only beside the notebook; there, its kernel checks
+                pass
             place = Path(notebook.stem, _name(sources, changed, everything))
             runs[place] = Run(notebook, text, quiet | parameters, everything, not changed, place)
     return list(runs.values())
@@ -129,7 +137,7 @@ def _check(sources: Iterable[str]) -> str:
     """A notebook's check of its parameters: a line ``NAME.check(globals())``, after its import."""
     for source in sources:
         if called := re.search(r"^(\w+)\.check\(globals\(\)\)$", source, re.MULTILINE):
-            lines = [line for line in ast.parse(source).body if isinstance(line, ast.ImportFrom)]
+            lines = [line for line in statements(source) if isinstance(line, ast.ImportFrom)]
             for line in lines:
                 line.names = [part for part in line.names if called[1] in (part.asname, part.name)]
             return "\n".join([*(ast.unparse(line) for line in lines if line.names), called[0]])
