@@ -305,23 +305,23 @@ def complete(
     keep: Callable[[Run, Done], Outcome],
     patience: float = math.inf,
 ) -> Generator[Outcome | int]:
-    """Execute runs on a client's workers, and keep the results of each as they come.
+    """Execute runs on a client's workers, and ``keep`` the results of each as they come.
 
     As many are under way as there are workers, those included that join later, so that neither
-    the client nor the scheduler holds more. A run whose worker or kernel was killed is tried
-    again, `TRIES` times in all. If this ends early, the kernels that are under way end too.
+    the client nor the scheduler holds more. (Dask's own retries would not do: a worker's death
+    also counts against the runs that wait for it, its limit is each scheduler's to set, and a
+    kernel that is ended at Ctrl-C would be tried again.) A run whose worker or kernel was killed
+    is tried again, `TRIES` times in all. If this ends early, the kernels under way end too.
 
     Args:
-        keep: what is done with the results of a run.
         patience: seconds to wait for a worker while there is none.
 
     Yields:
-        the outcome of each; and once a second, or after each batch, how many are under way.
+        each outcome, and at least once a second how many runs are under way.
 
     Raises:
         ConnectionError: the scheduler is lost, or all workers.
         ValueError: a worker that joined later does not fit.
-        OSError: results can't be written.
     """
     left = [(run, 1) for run in reversed(runs)]
     under_way: dict[Future, tuple[Run, int]] = {}

@@ -257,6 +257,12 @@ def test_another_client_s_result_of_the_same_run_stays(folder, monkeypatch):
     assert len(list(Path("runs/a").iterdir())) == 1
 
 
+def test_a_check_is_found_beside_magics_and_left_to_the_kernel_where_it_is_not_here(folder):
+    cell = "%time 1\nfrom absent import a as b, c\nb.check(globals())\nc()"
+    assert sweeps._check(["1 + 1", cell]) == "from absent import a as b\nb.check(globals())"
+    assert len(sweeps.plan([write(folder, "a", cell)], {})) == 1
+
+
 def test_one_run_is_planned_once(folder):
     path = write(folder, "a", TABLE)
     assert len(sweeps.plan([path], {}, [("progress", "true,True"), ("n", "2,2")])) == 1
