@@ -28,7 +28,7 @@ def find(names: Sequence[str] = (), folder: Path = NOTEBOOKS) -> list[Path]:
     """The notebooks of these names (``01_baseline``, or a path), each once, or all of the folder's.
 
     Raises:
-        ValueError: no notebook of that name (the known ones are listed), or two files of one name.
+        ValueError: no notebook of that name, or two files of one name.
     """
     known = sorted(folder.glob("*.ipynb"))
     if not known and not names:
@@ -161,8 +161,7 @@ def combinations(
             separate values.
 
     Raises:
-        ValueError: as `parse`, for any combination; a parameter given twice, an empty range, a
-            step of 0, more than 100,000 combinations.
+        ValueError: as `parse`, a parameter given twice, a bad range, or too many combinations.
     """
     known = declared(notebook)
     fixed = parse(notebook, given, known)

@@ -18,13 +18,6 @@ from svdlib import files
 from svdlib.study.running import runner
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "notebooks").mkdir()
-    return tmp_path / "notebooks"
-
-
 def write(folder, name, *sources):
     cells = [new_code_cell("figures: str = ''", metadata={"tags": ["parameters"]})]
     cells += map(new_code_cell, sources)

@@ -37,13 +37,6 @@ def write(folder: Path, name: str, *sources: str) -> Path:
 DRAW = "open(f'{figures}/{dataset}.csv', 'w').write(str(seeds))"
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "notebooks").mkdir()
-    return tmp_path / "notebooks"
-
-
 def test_success_puts_figures_in_place(folder, scheduler):
     write(folder, "good", DRAW)
     given = {"seeds": "7", "dataset": "KMNIST"}

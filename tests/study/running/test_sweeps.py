@@ -32,13 +32,6 @@ KEEP = partial(sweeps.save, out=Path("runs"))
 TABLE = "open(f'{figures}/table.csv', 'w').write(f'square\\n{n * n}\\n')"
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "notebooks").mkdir()
-    return tmp_path / "notebooks"
-
-
 def write(folder: Path, name: str, *sources: str) -> Path:
     cells = [new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})]
     cells += map(new_code_cell, sources)
