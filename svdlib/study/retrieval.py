@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from svdlib.network.opened import find_layers
+from svdlib.study.running.inputs import refusing
 
 # The packages whose docstrings calibrate and train, and those whose docstrings test.
 LEARNED = ("numpy", "pandas", "torch")
@@ -36,6 +37,9 @@ TOKENS = 128
 INPUTS = ("input_ids", "attention_mask")
 
 Batch = dict[str, Tensor]
+
+# The smallest share of the encoder's weights that may be left.
+MIN_SHARE = 0.02
 
 
 def missing() -> str | None:
@@ -286,3 +290,13 @@ def recall_table(table: pd.DataFrame) -> pd.DataFrame:
             for a, b, c in zip(*ends, strict=True)
         ]
     return out.sort_values(["share", "recall"], ascending=False).set_index(["share", "form"])
+
+
+@refusing(whole="texts pairs finetune", shares="shares", switch="everything")
+def check(shares: Sequence[float]) -> None:
+    """Refuse what 10_your_network could not use."""
+    if min(shares) < MIN_SHARE:
+        raise ValueError(
+            f"each of shares must be at least {MIN_SHARE} of the encoder's weights, where each "
+            f"layer still has a rank, not {min(shares)}"
+        )

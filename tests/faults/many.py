@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import resource
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -32,10 +33,11 @@ def main(runs: int = 10_000, jobs: int = 2) -> tuple[float, float]:
         notebook = Path(folder, "a.ipynb")
         nbformat.write(new_notebook(cells=[cell]), notebook)
         planned = sweeps.plan([notebook], {}, [("n", f"0:{runs}")])
+        keep = partial(sweeps.save, out=Path(folder, "runs"))
         start = clock.now()
         found = sum(
             isinstance(outcome, sweeps.Outcome) and outcome.error is None
-            for outcome in sweeps.complete(client, planned, Path(folder, "runs"))
+            for outcome in sweeps.complete(client, planned, keep)
         )
         seconds = clock.now() - start
         assert found == len(list(Path(folder, "runs", "a").glob("n=*/a.ipynb"))) == runs

@@ -5,16 +5,9 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pandas as pd
-
-from svdlib import files
-
-if TYPE_CHECKING:  # would bring Jupyter along
-    from svdlib.study.running.parameters import Values
 
 RESULTS = Path(__file__).parents[3] / "results"
 
@@ -131,93 +124,3 @@ def gathered(places: Sequence[Path], table: str) -> pd.DataFrame:
     if not parts:
         raise FileNotFoundError(f"no run has a table {table}.csv: {len(places)} runs looked at")
     return pd.concat(parts, ignore_index=True)
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """What ``results/NAME.toml`` asks for: a notebook, run over parameters, and one of its tables.
-
-    ::
-
-        notebook = "04_comparison"
-        table = "04_figure1"
-        columns = ["first_seed", "method", "epoch", "test_error"]
-
-        [parameters]  # of all runs
-        epochs = 10
-
-        [over]  # every combination; a list, or a range as text
-        first_seed = "0:1000:100"
-    """
-
-    name: str
-    notebook: str
-    table: str
-    columns: list[str]
-    parameters: dict[str, str]
-    over: list[tuple[str, Values]]
-
-
-def sweeps(names: Sequence[str] = (), folder: Path = RESULTS) -> list[Sweep]:
-    """The sweeps of these names, or all of the folder's.
-
-    Raises:
-        ValueError: no sweep of that name (the known ones are listed), a file that is no TOML, or
-            lacks a key, or has one too many.
-    """
-    known = {path.stem: path for path in sorted(folder.glob("*.toml"))}
-    for name in names or [""] * (not known):
-        if name not in known:
-            listed = ", ".join(known) or "none"
-            raise ValueError(f"no sweep {name!r} in {folder}; known: {listed}")
-    return [_sweep(known[name]) for name in names or known]
-
-
-def _sweep(path: Path) -> Sweep:
-    try:
-        read = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeError) as error:
-        raise ValueError(f"{path} is no TOML: {error}") from None
-    kinds = {"notebook": str, "table": str, "columns": list, "parameters": dict, "over": dict}
-    for key, value in read.items():
-        if key not in kinds or not isinstance(value, kinds[key]):
-            needed = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
-            raise ValueError(f"{path}: {key} = {value!r} does not belong there; known: {needed}")
-    if missing := kinds.keys() - read.keys():
-        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}")
-    parameters = {name: str(value) for name, value in read["parameters"].items()}
-    wrong = [name for name, values in read["over"].items() if type(values) not in (str, list)]
-    for name in wrong:
-        raise ValueError(f"{path}: over {name} takes a list, or a range as text")
-    return Sweep(
-        path.stem,
-        read["notebook"],
-        read["table"],
-        read["columns"],
-        parameters,
-        list(read["over"].items()),
-    )
-
-
-def write(sweep: Sweep, places: Sequence[Path], folder: Path = RESULTS) -> None:
-    """Put a finished sweep's table, and a table of how each run came about, into the folder.
-
-    ``NAME.csv`` has the columns asked for, to five digits; ``NAME.runs.csv`` has, for each run,
-    what it was run over, its seconds, date, machine and versions, and the hash of the code.
-
-    Raises:
-        ValueError: the table lacks a column.
-    """
-    table = gathered(places, sweep.table)
-    over = [name for name, _ in sweep.over]
-    table = table.sort_values([_column(table, name) for name in over], kind="stable")
-    if lacking := [name for name in sweep.columns if name not in table]:
-        raise ValueError(f"{sweep.table}.csv lacks {lacking}; it has {list(table)}")
-    runs = [json.loads((place / "run.json").read_text()) for place in places]
-    told = pd.DataFrame(
-        {name: each["parameters"][name] for name in over}
-        | {key: value for key, value in each.items() if key not in ("parameters", "notebook")}
-        for each in runs
-    ).sort_values(over, kind="stable")
-    for name, content in ((sweep.name, table[sweep.columns]), (f"{sweep.name}.runs", told)):
-        files.put(folder / f"{name}.csv", content.to_csv(index=False, float_format="%.5g"))

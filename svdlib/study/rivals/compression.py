@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from svdlib.layers.factorize import factorized
 from svdlib.network.batches import Batch
 from svdlib.network.modes import evaluating
 from svdlib.network.opened import Network
+from svdlib.study.running import inputs
 
 
 @dataclass(frozen=True)
@@ -100,3 +102,42 @@ def _factorized(
     """The model with the factors of each layer's name and matrix."""
     matrices = {name: net.layers[name].matrix().double() for name in ranks}
     return factorized(net, ranks, ((name, factors(name, W)) for name, W in matrices.items()))
+
+
+@inputs.refusing(
+    whole="validation paper_seeds paper_epochs paper_more seeds epochs finetune start_rank narrow_rank",
+    from_zero="first_seed",
+    wholes="paper_ranks budgets",
+    widths="paper_sizes wide narrow",
+    shares="tails",
+    switch="everything",
+)
+def check(
+    paper_sizes: Sequence[int],
+    paper_ranks: Sequence[int],
+    wide: Sequence[int],
+    budgets: Sequence[int],
+    start_rank: int,
+    narrow: Sequence[int],
+    narrow_rank: int,
+) -> None:
+    """Refuse what 08_compression could not use."""
+    _check_thin("each of paper_ranks", max(paper_ranks), paper_sizes[:2], "paper_sizes")
+    _check_thin("start_rank", start_rank, wide[:-1], "wide")
+    _check_thin("narrow_rank", narrow_rank, narrow[:-1], "narrow")
+    layers = list(pairwise(wide))
+    full = sum(n * m + m for n, m in layers)
+    smallest = full - sum(n * m - (m + n) for n, m in layers[:-1])
+    for budget in budgets:
+        if not smallest <= budget < full:
+            raise ValueError(
+                f"each of budgets must be at least {smallest:,}, what {list(wide)} has at rank 1, and "
+                f"below its own {full:,}, not {budget:,}"
+            )
+
+
+def _check_thin(name: str, rank: int, widths: Sequence[int], of: str) -> None:
+    """Refuse a rank at which two factors of a layer store no less than its matrix."""
+    largest, m, n = min(((m * n - 1) // (m + n), m, n) for n, m in pairwise(widths))
+    why = f"where two factors of the {m} × {n} matrix store less than it does"
+    inputs.at_most(name, rank, largest, why, f"{of} = {list(widths)}")

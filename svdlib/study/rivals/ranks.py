@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 
 from svdlib import clock
 from svdlib.ensemble.networks import perceptron
+from svdlib.network.kinds import stored
 from svdlib.network.opened import find_layers
+from svdlib.ranks.joint import MOST
 from svdlib.ranks.profile import loss_profile, search_ranks
 from svdlib.study.rivals.timing import product_rate
+from svdlib.study.running import inputs
 
 
 def profile_race(
@@ -63,3 +67,34 @@ def _forward_passes(
         weight = {f"{name}.weight": U[:, :rank] * S[:rank] @ Vh[:rank]}
         z = torch.func.functional_call(model, weight, (x,))
         nn.functional.cross_entropy(z, y).item()
+
+
+@inputs.refusing(
+    whole="seeds graded epochs validation wide_epochs wide_images bench_images",
+    wholes="wide_ranks",
+    widths="sizes",
+    widths_or_none="wide",
+    networks="bench",
+    shares="shares",
+    positive="tolerance",
+)
+def check(
+    sizes: Sequence[int], shares: Sequence[float], wide: Sequence[int], wide_ranks: Sequence[int]
+) -> None:
+    """Refuse what 06_rank_revealer could not use."""
+    layers = list(pairwise(sizes))
+    full = sum(n * m + m for n, m in layers)
+    smallest = sum(stored(1, m, n) + m for n, m in layers)
+    for share in shares:
+        if int(share * full) < smallest:
+            raise ValueError(
+                f"each of shares must be at least {math.ceil(1000 * smallest / full) / 1000}, what "
+                f"{list(sizes)} keeps of its parameters at rank 1, not {share}"
+            )
+    inputs.few_combinations(sizes)
+    number = math.prod(len({min(rank, *layer) for rank in wide_ranks}) for layer in pairwise(wide))
+    if number > MOST:
+        raise ValueError(
+            f"wide_ranks must have at most {MOST:,} combinations over the layers of {list(wide)}, "
+            f"not {number:,}"
+        )

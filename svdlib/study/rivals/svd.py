@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,7 +16,9 @@ from torch import Tensor
 from svdlib import clock
 from svdlib.bars import bar
 from svdlib.linalg.svd import OVERSAMPLE, POWER_ITERS, randomized_svd, truncated_svd
+from svdlib.study.evidence import theory
 from svdlib.study.evidence.statistics import interval
+from svdlib.study.running import inputs
 
 # From so many m·n·k on, SciPy's two take seconds to minutes.
 LIMIT = 2**27
@@ -174,3 +177,31 @@ def call_times(
         row["truncated_svd"] = timed(partial(truncated_svd, A, k))
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+@inputs.refusing(
+    whole="rank repeats",
+    from_two="draws",
+    wholes="ranks race_ranks",
+    wholes_from_two="oversamples",
+    widths="widths",
+    shapes="shapes race_shapes",
+)
+def check(
+    rank: int,
+    oversamples: Sequence[int],
+    widths: Sequence[int],
+    shapes: Sequence[Sequence[int]],
+    ranks: Sequence[int],
+    race_shapes: Sequence[Sequence[int]],
+    race_ranks: Sequence[int],
+) -> None:
+    """Refuse what 07_randomized_svd could not use."""
+    largest = max(shapes, key=math.prod)
+    why = f"below the shorter side of {list(largest)}, the largest of shapes"
+    inputs.at_most("the least of ranks", min(ranks), min(largest) - 1, why, "shapes")
+    limit = min(map(min, race_shapes)) - OVERSAMPLE
+    why = f"{OVERSAMPLE} below the shortest side of race_shapes"
+    blamed = f"race_shapes = {race_shapes}"
+    inputs.at_most("each of race_ranks", max(race_ranks), limit, why, blamed)
+    theory.check_sketches(rank, oversamples, side=min(100, *widths[:2]))

@@ -27,6 +27,7 @@ from svdlib.ensemble.parts import Batches, Part
 from svdlib.ensemble.projection import Projection
 from svdlib.ensemble.training import train
 from svdlib.study.rivals.timing import operations, product_rate
+from svdlib.study.running import inputs
 
 Epoch = Callable[[], float]
 
@@ -297,3 +298,14 @@ def step_operations(
     rates = [0.01] * len(losses)
     with threads.inside(1):
         return operations(lambda: part.train(batches, rates, losses, Event()), len(losses))
+
+
+@inputs.refusing(
+    whole="projected rank repeats",
+    from_zero="oversample power_iters",
+    wholes="counts",
+    widths="sizes",
+)
+def check(rank: int, sizes: Sequence[int]) -> None:
+    """Refuse what 05_speed could not use."""
+    inputs.below_full(rank, sizes)

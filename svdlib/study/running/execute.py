@@ -17,27 +17,24 @@ from pathlib import Path
 
 import nbformat
 import papermill
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
 from svdlib import clock, files
 
-# Of a kernel: its own messages, such as that it was interrupted, are not the notebook's.
-QUIET = ["--log-level=CRITICAL"]
-
-# One cell may take as long as the largest sweep of the study does on a slow machine.
+# Seconds for one cell: the largest sweep of the study on a slow machine.
 CELL_TIMEOUT = 3600
 
 
 @dataclass
 class Done:
-    """What came of a run.
+    """The result of a run.
 
     Attributes:
+        about: date, machine and versions, see `machine`.
         files: the executed notebook, and what the notebook wrote into its folder of figures.
         error: what failed, in a line; None if nothing did.
-        final: whether another try would end alike: the notebook itself is at fault, no kernel
-            that was killed.
+        final: whether another try would end alike: the notebook itself fails, and nobody killed
+            its kernel.
     """
 
     seconds: float
@@ -47,61 +44,63 @@ class Done:
     final: bool = True
 
 
-def execute(text: str, name: str, parameters: Mapping[str, object], home: str | None) -> Done:
-    """Execute a notebook headless, in a temporary folder of which nothing stays.
+def execute(text: str, name: str, parameters: Mapping[str, object] | None, home: str) -> Done:
+    """Execute a notebook headless, in a temporary folder that is removed afterwards.
 
     Args:
         text: the notebook, as JSON.
         name: what its executed copy is called, without ``.ipynb``.
-        parameters: values for its parameters cell; ``figures`` is a folder in the temporary one.
+        parameters: values for its parameters cell, with the temporary folder's as ``figures``;
+            None leaves the notebook as it is.
         home: the working folder, where this machine has it; else the temporary one.
     """
-    start, about = clock.now(), {}
+    start = clock.now()
+    done = Done(0.0, {})
     try:
-        about = machine()
-        left, error, final = _executed(text, name, parameters, home)
-    except OSError as failure:  # no room for temporary files, say
-        left, error, final = {}, f"{type(failure).__name__}: {failure}", False
-    return Done(clock.now() - start, about, left, error, final)
+        done.about = machine()
+        temporary = Path(tempfile.gettempdir())
+        files.tidy(temporary)
+        with files.unfinished(temporary) as place, guarded(str(place)):
+            _execute(text, place / f"{name}.ipynb", parameters, home, done)
+    except OSError as failure:  # such as no room for temporary files
+        done.error, done.final = f"{type(failure).__name__}: {failure}", False
+    done.seconds = clock.now() - start
+    return done
 
 
-def _executed(
-    text: str, name: str, parameters: Mapping[str, object], home: str | None
-) -> tuple[dict[str, bytes], str | None, bool]:
-    """The files that it leaves, and `Done`'s error and final."""
-    files.tidy(Path(tempfile.gettempdir()))
-    with tempfile.TemporaryDirectory(prefix=files.unfinished()) as place, guarded(place):
-        source, output = Path(place, "source.ipynb"), Path(place, f"{name}.ipynb")
-        figures = Path(place, "figures")
-        figures.mkdir()
-        source.write_text(text)
-        error, final = None, True
-        try:
-            papermill.execute_notebook(
-                str(source),
-                str(output),
-                parameters={"figures": str(figures), **parameters},
-                cwd=home if home and Path(home).is_dir() else place,
-                kernel_name="python3",
-                language="python",
-                execution_timeout=CELL_TIMEOUT,
-                progress_bar=False,
-                extra_arguments=QUIET,
-            )
-        except papermill.PapermillExecutionError as failure:
-            error = f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}"
-        except DeadKernelError as failure:
-            error, final = f"the kernel died: {failure}", False
-        except CellTimeoutError:
-            error = f"a cell took more than {CELL_TIMEOUT} s"
-        except Exception as failure:  # noqa: BLE001 - a full disk, no kernel: named, others go on
-            error, final = f"{type(failure).__name__}: {failure}", False
-        written = [*figures.iterdir(), *([output] if output.is_file() else [])]
-        left = {path.name: path.read_bytes() for path in written if path.is_file()}
-    return left, error, final
+def _execute(
+    text: str, output: Path, parameters: Mapping[str, object] | None, home: str, done: Done
+) -> None:
+    """Execute a notebook into ``output``, and put its files and error into ``done``."""
+    source, figures = output.with_name("source.ipynb"), output.with_name("figures")
+    figures.mkdir()
+    source.write_text(text, encoding="utf-8")
+    try:
+        papermill.execute_notebook(
+            str(source),
+            str(output),
+            parameters=None if parameters is None else {"figures": str(figures), **parameters},
+            cwd=home if Path(home).is_dir() else str(output.parent),
+            kernel_name="python3",
+            language="python",
+            execution_timeout=CELL_TIMEOUT,
+            progress_bar=False,
+            # A kernel's own messages, such as that it was interrupted, are not the notebook's.
+            extra_arguments=["--log-level=CRITICAL"],
+        )
+    except papermill.PapermillExecutionError as failure:
+        done.error = f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}"
+    except CellTimeoutError:
+        done.error = f"a cell took more than {CELL_TIMEOUT} s"
+    except DeadKernelError as failure:
+        done.error, done.final = f"the kernel died: {failure}", False
+    except Exception as failure:  # noqa: BLE001 - such as a full disk: named, and others go on
+        done.error, done.final = f"{type(failure).__name__}: {failure}", False
+    written = [path for path in (*figures.iterdir(), output) if path.is_file()]
+    done.files = {path.name: path.read_bytes() for path in written}
 
 
-# Waits for the end of its input; then kills what has the mark, and removes a folder.
+# Waits for the end of its input; then kills all processes with the mark, and removes a folder.
 GUARD = """
 import shutil, sys, time
 sys.stdin.buffer.read()
@@ -119,22 +118,19 @@ while found and time.monotonic() < end:
                 except psutil.Error:
                     pass
     time.sleep(0.05 * found)
-if place:
-    shutil.rmtree(place, ignore_errors=True)
+shutil.rmtree(place, ignore_errors=True)
 """
 
-
-# Those of this process, by number.
+# The guards of this process, by number.
 guards: set[int] = set()
 
 
 @contextlib.contextmanager
-def guarded(place: str = "") -> Iterator[None]:
-    """What is started inside ends with the block, or with this process, however that ends.
+def guarded(place: str) -> Iterator[None]:
+    """End all that is started inside with the block, or with this process if it is killed.
 
-    A process of its own waits for either, by a pipe that then closes. Then it kills all that
-    inherited the block's mark in the environment, kernels and what these started, and removes the
-    folder ``place``.
+    A process of its own, the guard, waits for either, by a pipe that then closes. It kills all
+    that inherited the block's mark in the environment, and removes the folder ``place``.
     """
     mark = uuid.uuid4().hex
     guard = subprocess.Popen(
@@ -142,103 +138,86 @@ def guarded(place: str = "") -> Iterator[None]:
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C is not for it
+        start_new_session=True,  # Ctrl-C does not reach it
     )
     guards.add(guard.pid)
-    before = os.environ.get("SVDLIB_RUN")
-    os.environ["SVDLIB_RUN"] = mark
     try:
-        yield
+        with environment():
+            os.environ["SVDLIB_RUN"] = mark
+            yield
     finally:
-        if before is None:
-            del os.environ["SVDLIB_RUN"]
-        else:
-            os.environ["SVDLIB_RUN"] = before
         guard.communicate()
         guards.discard(guard.pid)
 
 
+@contextlib.contextmanager
+def environment() -> Iterator[None]:
+    """Leave this process's environment as it was."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+
+
 def machine() -> dict[str, object]:
-    """When and on what: date, processor, cores, threads of a kernel, and versions.
+    """Date, processor, cores, threads of a kernel, and versions.
 
     >>> machine()["cores"] >= 1
     True
     """
+    processor = platform.processor() or platform.machine()
+    if (cpuinfo := Path("/proc/cpuinfo")).is_file():
+        lines = cpuinfo.read_text(errors="replace").splitlines()
+        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        processor = (models or [processor])[0]
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "processor": _processor(),
+        "processor": processor,
         "cores": cores(),
         "threads": int(os.environ.get("OMP_NUM_THREADS") or cores()),
         "python": platform.python_version(),
-        "svdlib": version("svdlib"),
-        "torch": version("torch"),
+        **{package: version(package) for package in ("svdlib", "torch")},
     }
 
 
 def cores() -> int:
-    """Those that this process may use.
-
-    >>> cores() >= 1
-    True
-    """
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _processor() -> str:
-    """Its name, where the system tells it."""
-    told = Path("/proc/cpuinfo")
-    if told.is_file():
-        for line in told.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
-def _kept(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
-    """Outputs without warnings, bars and widgets; of a widget that has a still picture, this."""
-    kept = []
+def cleaned(text: str) -> str:
+    """An executed notebook to commit: without warnings, bars, widgets, and what papermill adds.
+
+    Of a widget that has a still picture, the picture stays.
+    """
+    content = nbformat.reads(text, as_version=4)
+    for cell in content.cells:
+        for key in ("execution", "papermill"):
+            cell.metadata.pop(key, None)
+        if not cell.metadata.get("tags"):
+            cell.metadata.pop("tags", None)
+        if cell.cell_type == "code":
+            cell.outputs = kept(cell.outputs)
+    for key in ("widgets", "papermill"):
+        content.metadata.pop(key, None)
+    content.metadata["language_info"] = {"name": "python"}
+    return nbformat.writes(content) + "\n"
+
+
+def kept(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Outputs without warnings, progress bars and widgets."""
+    found = []
     for output in outputs:
         data = output.get("data", {})
         widget = data.pop(WIDGET, None)
         if output.get("name") == "stderr" or output.get("metadata", {}).get("progress"):
             continue
         if widget is None or set(data) > {"text/plain"}:
-            kept.append(output)
-    return kept
-
-
-def refreshed(text: str, home: str) -> tuple[str, str | None, float]:
-    """A notebook with the outputs of a run at its own parameters; the error; seconds.
-
-    Without what changes at every run, and without widgets: of a panel its still picture stays.
-    """
-    start, error = clock.now(), None
-    content = nbformat.reads(text, as_version=4)
-    client = NotebookClient(
-        content,
-        timeout=CELL_TIMEOUT,
-        kernel_name="python3",
-        store_widget_state=False,
-        extra_arguments=QUIET,
-        resources={"metadata": {"path": home}},
-    )
-    try:
-        with guarded():
-            client.execute()
-    except CellExecutionError as failure:
-        number = sum(cell.get("execution_count") is not None for cell in content.cells)
-        error = f"cell {number}: {failure.ename}: {failure.evalue}"
-    except Exception as failure:  # noqa: BLE001 - a dead kernel, a full disk: named, others go on
-        error = f"{type(failure).__name__}: {failure}"
-    for cell in content.cells:
-        cell.metadata.pop("execution", None)
-        if cell.cell_type == "code":
-            cell.outputs = _kept(cell.outputs)
-    content.metadata.pop("widgets", None)
-    content.metadata["language_info"] = {"name": "python"}
-    return nbformat.writes(content) + "\n", error, clock.now() - start
+            found.append(output)
+    return found

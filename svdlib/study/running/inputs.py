@@ -1,101 +1,86 @@
-"""What the parameters of a notebook may be, by their names: said in the cell that reads them."""
+"""Rules for the parameters of a notebook, from which each notebook's ``check`` is made."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, wraps
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from svdlib import checks, data
-from svdlib.linalg.svd import OVERSAMPLE
-from svdlib.network.kinds import stored
-from svdlib.ranks.joint import ALL, MOST
-from svdlib.study.evidence import theory
+from svdlib.ranks.joint import ALL
 
 PIXELS, CLASSES = 784, 10
 
-# Larger whole numbers are a slip of the keyboard, and too large for a seed.
+# Larger whole numbers are a typing mistake, and too large for a seed.
 LARGEST = 10**12
 
-# The least that may be left of the encoder of 10_your_network.
-LEAST = 0.02
-
-# Whole numbers from 0 on; all others begin at 1, or where less than two say nothing.
-FROM_ZERO = ("first_seed", "oversample", "power_iters")
-FROM_TWO = ("draws", "oversamples")
-WHOLE = (
-    *("seeds", "paper_seeds", "deviation_seeds", "sweep_seeds", "graded", "projected"),
-    *("epochs", "paper_epochs", "paper_more", "finetune", "wide_epochs"),
-    *("rank", "start_rank", "narrow_rank", "validation", "wide_images", "bench_images"),
-    *("draws", "repeats", "texts", "pairs"),
-)
-LISTS = ("ranks", "paper_ranks", "wide_ranks", "race_ranks", "counts", "budgets", "oversamples")
-WIDTHS = ("sizes", "paper_sizes", "narrow", "widths")
-SHARES = ("shares", "tails")
-SHAPES = ("shapes", "race_shapes")
-SWITCHES = ("progress", "everything")
+# Widths of a network's layers. A layer from n to m neurons has a matrix m × n.
+Widths = Sequence[int]
+Rule = Callable[[str, Any], object]
 
 
-def check(namespace: dict[str, object], every_rank: bool = False) -> None:
-    """Refuse parameters that no notebook could use, with one sentence, before anything is done.
+def refusing(**kinds: str) -> Callable[[Callable[..., None]], Callable[[Mapping[str, Any]], None]]:
+    """Make a notebook's check of a function that checks how parameters fit one another.
 
-    Which names are parameters is noted at the first call, as ``_parameters``: when all cells are
-    run again, the later ones have used names that are parameters of other notebooks.
+    The check takes the notebook's ``globals()``. It first holds each parameter that is there to
+    its rule, and then calls the function with the parameters that it names, if they are there.
+    Its ValueError says in one sentence what was wrong, without the frames of inner functions.
 
     Args:
-        namespace: a notebook's ``globals()``; names that are no parameters are left alone.
-        every_rank: whether the notebook measures its networks at every combination of ranks.
+        kinds: names of parameters by the kind of rule, see `RULES`.
 
-    Raises:
-        ValueError: what was wrong, what was given, what would do.
-
-    >>> check({"seeds": 4, "rank": 10, "sizes": [784, 15, 15, 10], "device": "cpu"})
+    >>> @refusing(whole="seeds", widths="sizes")
+    ... def check(sizes): ...
+    >>> check({"seeds": 4, "sizes": [784, 15, 15, 10], "device": "cpu"})
     >>> check({"seeds": "4"})
     Traceback (most recent call last):
     ...
     ValueError: seeds must be a whole number of at least 1, not '4'
     """
-    __tracebackhide__ = True  # Jupyter then shows the cell and the sentence
-    try:
-        own = namespace.setdefault("_parameters", [name for name in RULES if name in namespace])
-        given = {name: namespace[name] for name in own}  # type: ignore[attr-defined]
-        for name, value in given.items():
-            RULES[name](name, value)
-        for names, fit in FITS.items():
-            if given.keys() >= set(names):
-                fit(*(given[name] for name in names))
-        if every_rank:
-            _combinations(namespace["sizes"])  # type: ignore[arg-type]
-    except ValueError as error:
-        raise ValueError(str(error)) from None
+    rules = {name: RULES[kind] for kind in kinds for name in kinds[kind].split()} | COMMON
+
+    def made(fit: Callable[..., None]) -> Callable[[Mapping[str, Any]], None]:
+        named = signature(fit).parameters
+        needed = {name for name in named if named[name].default is named[name].empty}
+
+        @wraps(fit)
+        def check(parameters: Mapping[str, Any]) -> None:
+            try:
+                for name, rule in rules.items():
+                    if name in parameters:
+                        rule(name, parameters[name])
+                found = {name: parameters[name] for name in named if name in parameters}
+                if needed <= found.keys():
+                    fit(**found)
+            except ValueError as error:
+                raise ValueError(str(error)) from None
+
+        return check
+
+    return made
 
 
-def _least(name: str) -> int:
-    return 0 if name in FROM_ZERO else 2 if name in FROM_TWO else 1
+def _whole(name: str, value: object, least: int = 1) -> None:
+    if checks.positive_int(value, name, least) > LARGEST:
+        raise ValueError(f"{name} must be at most {LARGEST:,}, not {value:,}")
 
 
-def _whole(name: str, value: object) -> None:
-    number = checks.positive_int(value, name, _least(name))
-    if number > LARGEST:
-        raise ValueError(f"{name} must be at most {LARGEST:,}, not {number:,}")
+def _each(rule: Rule) -> Rule:
+    """The rule for a list whose entries keep this rule."""
 
+    def check(name: str, value: object) -> None:
+        if not isinstance(value, list | tuple) or not value:
+            raise ValueError(f"{name} must be a list with one entry at least, not {value!r}")
+        if len(set(map(str, value))) < len(value):
+            raise ValueError(f"{name} has an entry twice: {value!r}; once is enough")
+        for entry in value:
+            rule(f"each of {name}", entry)
 
-def _images(name: str, value: object) -> None:
-    checks.positive_int(value, name, least=100)
-
-
-def _list(name: str, value: object) -> list[object]:
-    if not isinstance(value, list | tuple) or not value:
-        raise ValueError(f"{name} must be a list with one entry at least, not {value!r}")
-    if len(set(map(str, value))) < len(value):
-        raise ValueError(f"{name} has an entry twice: {value!r}; once is enough")
-    return list(value)
-
-
-def _whole_list(name: str, value: object) -> None:
-    for entry in _list(name, value):
-        checks.positive_int(entry, f"each of {name}", _least(name))
+    return check
 
 
 def _widths(name: str, value: object) -> None:
@@ -109,33 +94,16 @@ def _widths(name: str, value: object) -> None:
         )
 
 
-def _wide(name: str, value: object) -> None:
-    if value != []:
-        _widths(name, value)
+def _share(name: str, value: object) -> None:
+    if not isinstance(value, int | float) or not 0 < value < 1:
+        raise ValueError(f"{name} must be a number between 0 and 1, not {value!r}")
 
 
-def _shares(name: str, value: object) -> None:
-    for share in _list(name, value):
-        if not isinstance(share, int | float) or not 0 < share < 1:
-            raise ValueError(f"each of {name} must be a number between 0 and 1, not {share!r}")
-
-
-def _shapes(name: str, value: object) -> None:
-    for shape in _list(name, value):
-        if not isinstance(shape, list | tuple) or len(shape) != 2:
-            raise ValueError(f"each of {name} must be [rows, columns], not {shape!r}")
-        for side in shape:
-            checks.positive_int(side, f"each side in {name}", least=2)
-
-
-def _networks(name: str, value: object) -> None:
-    for widths in _list(name, value):
-        _widths(f"each of {name}", widths)
-
-
-def _switch(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, not {value!r}")  # noqa: TRY004
+def _shape(name: str, value: object) -> None:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError(f"{name} must be [rows, columns], not {value!r}")
+    for side in value:
+        checks.positive_int(side, f"each side in {name}", 2)
 
 
 def _positive(name: str, value: object) -> None:
@@ -150,85 +118,55 @@ def _folder(name: str, value: object) -> None:
         )
 
 
-RULES: dict[str, Callable[[str, object], object]] = {
-    "dataset": lambda name, value: checks.one_of(value, data.NAMES, name),
-    "device": lambda name, value: checks.device(value),  # type: ignore[arg-type]
+def _switch(name: str, value: object) -> None:
+    checks.truth(value, name)
+
+
+RULES: dict[str, Rule] = {
+    "whole": _whole,
+    "from_zero": partial(_whole, least=0),
+    "from_two": partial(_whole, least=2),
+    "wholes": _each(_whole),
+    "wholes_from_two": _each(partial(_whole, least=2)),
+    "widths": _widths,
+    "widths_or_none": lambda name, value: None if value == [] else _widths(name, value),
+    "networks": _each(_widths),
+    "shares": _each(_share),
+    "shapes": _each(_shape),
+    "positive": _positive,
+    "switch": _switch,
     "every": lambda name, value: checks.one_of(value, ("epoch", "step", "published"), name),
+}
+
+# The parameters that many notebooks have.
+COMMON: dict[str, Rule] = {
+    "dataset": lambda name, value: checks.one_of(value, data.NAMES, name),
+    "train_images": partial(_whole, least=100),
+    "device": lambda name, value: checks.device(str(value)),
     "figures": _folder,
-    "train_images": _images,
-    "tolerance": _positive,
-    "bench": _networks,
-    **dict.fromkeys((*WHOLE, *FROM_ZERO), _whole),
-    **dict.fromkeys(LISTS, _whole_list),
-    **dict.fromkeys(WIDTHS, _widths),
-    "wide": _wide,
-    **dict.fromkeys(SHARES, _shares),
-    **dict.fromkeys(SHAPES, _shapes),
-    **dict.fromkeys(SWITCHES, _switch),
+    "progress": _switch,
 }
 
 
-# Below, what must fit one another. A layer from n to m neurons has a matrix m × n.
-Widths = Sequence[int]
+# How parameters must fit one another.
 
 
-def _at_most(name: str, value: int, most: int, why: str, blamed: str) -> None:
-    """Refuse a larger value; where 1 is too large already, what it is held against is to blame."""
-    if most < 1:
-        raise ValueError(f"{blamed} is too small: {name} must be at most {most}, {why}")
-    if value > most:
-        raise ValueError(f"{name} must be at most {most}, {why}, not {value}")
+def at_most(name: str, value: int, largest: int, why: str, blamed: str) -> None:
+    """Refuse a larger value; where even 1 is too large, ``blamed`` is at fault."""
+    if largest < 1:
+        raise ValueError(f"{blamed} is too small: {name} must be at most {largest}, {why}")
+    if value > largest:
+        raise ValueError(f"{name} must be at most {largest}, {why}, not {value}")
 
 
-def _below(rank: int, sizes: Widths) -> None:
-    most, why = min(sizes[:2]) - 1, "below the full rank of the first layer"
-    _at_most("rank", rank, most, why, f"sizes = {list(sizes)}")
+def below_full(rank: int, sizes: Widths) -> None:
+    """Refuse a rank that is not below the full rank of the first layer."""
+    why = "below the full rank of the first layer"
+    at_most("rank", rank, min(sizes[:2]) - 1, why, f"sizes = {list(sizes)}")
 
 
-def _up_to_full(ranks: Sequence[int], sizes: Widths) -> None:
-    most = max(map(min, pairwise(sizes)))
-    _at_most("each of ranks", max(ranks), most, "the full rank of the widest layer", "sizes")
-
-
-def _paying(name: str, ranks: Sequence[int], widths: Widths, of: str) -> None:
-    """Refuse ranks at which two factors store no less than each of the layers' matrices."""
-    n, m = min(pairwise(widths), key=_most)
-    why = f"where two factors of the {m} × {n} matrix store less than it does"
-    _at_most(name, max(ranks), _most((n, m)), why, f"{of} = {list(widths)}")
-
-
-def _most(layer: tuple[int, int]) -> int:
-    """The highest rank at which two factors of the layer's matrix store less than it does."""
-    n, m = layer
-    return (m * n - 1) // (m + n)
-
-
-def _budgets(budgets: Sequence[int], wide: Widths) -> None:
-    _widths("wide", wide)
-    layers = list(pairwise(wide))
-    full = sum(n * m + m for n, m in layers)
-    least = full - sum(n * m - (m + n) for n, m in layers[:-1])
-    for budget in budgets:
-        if not least <= budget < full:
-            raise ValueError(
-                f"each of budgets must be at least {least:,}, what {list(wide)} has at rank 1, and "
-                f"below its own {full:,}, not {budget:,}"
-            )
-
-
-def _affordable(shares: Sequence[float], sizes: Widths) -> None:
-    layers = list(pairwise(sizes))
-    full = sum(n * m + m for n, m in layers)
-    least = sum(stored(1, m, n) + m for n, m in layers)
-    for share in shares:
-        if int(share * full) < least:
-            raise ValueError(
-                f"each of shares must be at least {math.ceil(1000 * least / full) / 1000}, what "
-                f"{list(sizes)} keeps of its parameters at rank 1, not {share}"
-            )
-
-
-def _combinations(sizes: Widths) -> None:
+def few_combinations(sizes: Widths) -> None:
+    """Refuse networks that are too large to be measured at every combination of ranks."""
     number = math.prod(min(layer) + 1 for layer in pairwise(sizes))
     if number > ALL:
         raise ValueError(
@@ -237,53 +175,17 @@ def _combinations(sizes: Widths) -> None:
         )
 
 
-def _grid(wide_ranks: Sequence[int], wide: Widths) -> None:
-    layers = pairwise(wide)
-    number = math.prod(len({min(rank, *layer) for rank in wide_ranks}) for layer in layers)
-    if number > MOST:
-        raise ValueError(
-            f"wide_ranks must have at most {MOST:,} combinations over the layers of {list(wide)}, "
-            f"not {number:,}"
-        )
-
-
-def _map(shapes: Sequence[Widths], ranks: Sequence[int]) -> None:
-    largest = max(shapes, key=math.prod)
-    why = f"below the shorter side of {list(largest)}, the largest of shapes"
-    _at_most("the least of ranks", min(ranks), min(largest) - 1, why, "shapes")
-
-
-def _race(race_shapes: Sequence[Widths], race_ranks: Sequence[int]) -> None:
-    most = min(map(min, race_shapes)) - OVERSAMPLE
-    why = f"{OVERSAMPLE} below the shortest side of race_shapes"
-    _at_most("each of race_ranks", max(race_ranks), most, why, f"race_shapes = {race_shapes}")
-
-
-def _of_an_encoder(shares: Sequence[float], texts: int) -> None:
-    if min(shares) < LEAST:
-        raise ValueError(
-            f"each of shares must be at least {LEAST} of the encoder's weights, where each layer "
-            f"still has a rank, not {min(shares)}"
-        )
-
-
-FITS: dict[tuple[str, ...], Callable[..., object]] = {
-    ("rank", "sizes"): _below,
-    ("ranks", "sizes"): _up_to_full,
-    ("paper_ranks", "paper_sizes"): lambda ranks, sizes: _paying(
-        "each of paper_ranks", ranks, sizes[:2], "paper_sizes"
-    ),
-    ("budgets", "wide"): _budgets,
-    ("start_rank", "wide"): lambda rank, wide: _paying("start_rank", [rank], wide[:-1], "wide"),
-    ("narrow_rank", "narrow"): lambda rank, narrow: _paying(
-        "narrow_rank", [rank], narrow[:-1], "narrow"
-    ),
-    ("shares", "sizes"): _affordable,
-    ("shares", "texts"): _of_an_encoder,
-    ("wide_ranks", "wide"): _grid,
-    ("shapes", "ranks"): _map,
-    ("race_shapes", "race_ranks"): _race,
-    ("rank", "oversamples", "widths"): lambda rank, oversamples, widths: theory.check_sketches(
-        rank, oversamples, side=min(100, *widths[:2])
-    ),
-}
+@refusing(
+    whole="seeds epochs rank deviation_seeds sweep_seeds",
+    from_zero="first_seed oversample power_iters",
+    wholes="ranks",
+    widths="sizes",
+    every="every",
+)
+def check(sizes: Widths, rank: int | None = None, ranks: Sequence[int] | None = None) -> None:
+    """Refuse what the notebooks that train the paper's network, 01 to 04, could not use."""
+    if rank is not None:
+        below_full(rank, sizes)
+    if ranks is not None:
+        full = max(map(min, pairwise(sizes)))
+        at_most("each of ranks", max(ranks), full, "the full rank of the widest layer", "sizes")

@@ -1,10 +1,11 @@
-"""JupyterLab on copies of the notebooks, so that what it saves by itself changes no committed one."""
+"""JupyterLab on copies of the notebooks, so that its autosave changes no committed one."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 from svdlib import files
 from svdlib.study.running.parameters import NOTEBOOKS, find
 
-# The copies, and in it what each notebook was when it was copied.
+# The folder of the copies, and the file in it with a hash of each notebook when it was copied.
 LAB = Path("lab")
 COPIED = ".copied.json"
 
@@ -30,48 +31,44 @@ def main(arguments: Sequence[str] = ()) -> int:
     command = [sys.executable, "-m", "jupyterlab", *root, *arguments]
     if os.name == "posix":
         os.execv(sys.executable, command)
-    import subprocess  # elsewhere a process can't become another
-
-    return subprocess.run(command, check=False).returncode
+    return subprocess.call(command)  # elsewhere a process can't become another
 
 
 def copies(folder: Path = NOTEBOOKS, lab: Path = LAB) -> list[str]:
-    """Copy the notebooks, but never over a copy that was changed: what was left so, in sentences.
+    """Copy the notebooks, but never over a changed copy; say in a sentence which was left so.
 
     ``runs/`` and ``figures/`` are there by links.
 
     Raises:
         ValueError: there are no notebooks, or ``lab`` is no folder.
-        OSError: it can't be written.
     """
     notebooks = find(folder=folder)
     if lab.exists() and not lab.is_dir():
         raise ValueError(f"{lab} is to be the folder of the copies, but is a file; move it")
     lab.mkdir(exist_ok=True)
-    told = []
+    kept = []
     with files.alone(lab):
         record = lab / COPIED
         copied = json.loads(record.read_text()) if record.is_file() else {}
         for notebook in notebooks:
-            copy, now = lab / notebook.name, _digest(notebook)
-            was = copied.get(notebook.name)
-            if copy.exists() and _digest(copy) not in (was, now):
-                if was != now:
-                    told.append(
+            copy, now, before = lab / notebook.name, _digest(notebook), copied.get(notebook.name)
+            if copy.exists() and _digest(copy) not in (before, now):
+                if before != now:
+                    kept.append(
                         f"{copy} has changes of yours and stays; {notebook} has changed since it "
                         f"was copied, rename or remove {copy} to get that"
                     )
                 continue
-            if not copy.exists() or was != now:
+            if not copy.exists() or before != now:
                 files.put(copy, notebook.read_text("utf-8"))
             copied[notebook.name] = now
         files.put(record, json.dumps(copied, indent=1))
-        for beside in ("runs", "figures"):
-            link, target = lab / beside, folder.absolute().parent / beside
-            if not link.exists() and not link.is_symlink():
-                target.mkdir(exist_ok=True)
-                link.symlink_to(os.path.relpath(target, lab.absolute()))
-    return told
+    for beside in ("runs", "figures"):
+        link, target = lab / beside, folder.absolute().parent / beside
+        if not link.exists() and not link.is_symlink():
+            target.mkdir(exist_ok=True)
+            link.symlink_to(os.path.relpath(target, lab.absolute()))
+    return kept
 
 
 def _digest(path: Path) -> str:

@@ -9,28 +9,28 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from distributed import Client, KilledWorker
 from tqdm.auto import tqdm
 
 from svdlib import clock, files
 from svdlib.study.evidence import readme, records
-from svdlib.study.running import lab, sweeps
-from svdlib.study.running.execute import cores, refreshed
+from svdlib.study.running import lab, results, sweeps
+from svdlib.study.running.execute import Done, cleaned, cores
 from svdlib.study.running.parameters import NOTEBOOKS, Values, find
 from svdlib.study.running.sweeps import Outcome, Run
 
-# The study's own: of the committed notebooks at their own parameters.
+# The study's own figures: of the committed notebooks at their own parameters.
 FIGURES = Path("figures")
 
-# Where there is no terminal, a line so often (seconds).
+# Without a terminal, seconds between two lines about progress.
 LINE = 60
 
-# Workers of this machine that are killed come back in less (seconds); those of others may take long.
+# Killed workers of this machine come back within so many seconds; those of others may take long.
 PATIENCE = 60
 
 # More outcomes than this are counted, not listed.
@@ -51,48 +51,73 @@ def run(
     dry_run: bool = False,
     progress: bool = True,
 ) -> list[Outcome]:
-    """Execute notebooks, each with every combination of parameters; a failure stops no other.
+    """Execute notebooks, each with every combination of parameters, as docs/sweeps.md tells.
 
-    Each run has a folder of its own under ``out``, with its figures; what is there already is not
-    run again. Where ``over`` is empty, the folder's notebooks at their own parameters also put
-    their figures into ``figures/``, each notebook all of them or none.
+    A failure stops no other run. Whatever stops this call, completed runs are kept, and the same
+    call does the rest.
 
     Args:
         names: notebooks; all of the folder's by default.
         given: parameters for all notebooks that have them, as text.
         over: parameters with several values each, see `combinations`.
-        jobs: runs at a time on this machine, which share its cores; one by default.
-        scheduler: the address of a Dask scheduler, whose workers do it instead.
-        figures: another folder, for the figures of all notebooks, whatever their parameters.
-        fresh: run again what is there.
-        dry_run: only tell what would run.
+        figures: a folder for all figures; by default ``figures/`` for those of the folder's
+            notebooks at their own parameters, where ``over`` is empty, and none for others.
 
     Returns:
-        an outcome each, those that were there included, by place, with where its figures are.
+        an outcome per run, those completed before included, with where its figures are.
 
     Raises:
-        ValueError: an unknown notebook or parameter, a value of another type in any combination,
-            jobs below 1, beyond the cores or beside a scheduler, an ``out`` that holds the
-            notebooks, the study's figures for other parameters, a folder that can't be written, a
-            scheduler that does not answer, workers with other versions.
+        ValueError: bad arguments, before anything is started.
         ConnectionError: the scheduler is lost on the way, or no worker of this machine can be kept.
-        OSError: results can't be written: a full disk, say.
+        OSError: results can't be written, as on a full disk.
         KeyboardInterrupt: Ctrl-C, after the kernels that were started are stopped.
-
-    Whatever stops it, the runs that were done are kept, and the same call does the rest.
     """
     notebooks = find(names, folder)
+    without = sweeps.lacking(notebooks, (*(given or {}), *dict(over)))
     runs = sweeps.plan(notebooks, given or {}, over, here=scheduler is None)
-    study = {
-        each.place
-        for each in runs
-        if each.own and each.notebook.parent.resolve() == folder.resolve()
-    }
-    published = {
-        each.place: figures or FIGURES
-        for each in runs
-        if not over and (figures or each.place in study)
-    }
+    _check_options(notebooks, jobs, scheduler, out)
+    published = _published(runs, figures, folder, swept=bool(over))
+    there = {planned.place for planned in runs if not fresh and (out / planned.place).is_dir()}
+    left = [planned for planned in runs if planned.place not in there]
+    if progress or dry_run:
+        for name, others in without.items():
+            if others:
+                _note(f"{name} is no parameter of {', '.join(others)}")
+        summary = f"{len(left)} {'run' if len(left) == 1 else 'runs'}"
+        _note(summary + (f", {len(there)} there already" if there else ""))
+    if dry_run:
+        for planned in left:
+            print(planned.place)
+        return []
+    for place in {out, *published.values()}:
+        _check_writable(place)
+    for place in {out, *published.values(), *(out / notebook.stem for notebook in notebooks)}:
+        files.tidy(place)
+    outcomes = [Outcome(place.parent.name, out / place, 0.0) for place in there]
+    if left:
+        with sweeps.connected(scheduler) if scheduler else sweeps.local(jobs or 1) as client:
+            if progress and "dashboard" in client.scheduler_info().get("services", {}):
+                _note(f"dashboard: {client.dashboard_link}")
+            patience = math.inf if scheduler else PATIENCE
+            coming = sweeps.complete(client, left, partial(sweeps.save, out=out), patience)
+            with contextlib.closing(coming):
+                outcomes += _shown(coming, len(left), progress)
+    for index, outcome in enumerate(outcomes):
+        if outcome.error is None:
+            target = published.get(outcome.output.relative_to(out), outcome.output)
+            if target != outcome.output:
+                _publish(outcome.output, target)
+            outcomes[index] = replace(outcome, figures=target)
+    return sorted(outcomes, key=lambda outcome: str(outcome.output))
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _check_options(
+    notebooks: Sequence[Path], jobs: int | None, scheduler: str | None, out: Path
+) -> None:
     if jobs is not None and scheduler is not None:
         raise ValueError("--jobs is for this machine, --scheduler for others; give one of them")
     if scheduler == "":
@@ -101,155 +126,23 @@ def run(
         raise ValueError(f"jobs must be at least 1 and at most the {cores()} cores, not {jobs}")
     if any(out.resolve() == notebook.parent.resolve() for notebook in notebooks):
         raise ValueError(f"{out} holds the notebooks themselves; choose another --out")
-    if figures and figures.resolve() == FIGURES.resolve():
-        for place in published.keys() - study:
+
+
+def _published(
+    runs: Sequence[Run], figures: Path | None, folder: Path, swept: bool
+) -> dict[Path, Path]:
+    """Where the figures of runs go beside their own folders, by the places of the runs."""
+    published = {}
+    for planned in () if swept else runs:
+        of_the_study = planned.own and planned.notebook.parent.resolve() == folder.resolve()
+        if figures and figures.resolve() == FIGURES.resolve() and not of_the_study:
             raise ValueError(
-                f"{figures} is for the study's notebooks at their own parameters, not for {place}; "
-                "give another --figures, or none to have them beside the results"
+                f"{figures} is for the study's notebooks at their own parameters, not for "
+                f"{planned.place}; give another --figures, or none to have them beside the results"
             )
-    left = runs if fresh else sweeps.missing(runs, out)
-    if progress or dry_run:
-        for name, others in sweeps.lacking(notebooks, (*(given or {}), *dict(over))).items():
-            if others:
-                print(f"{name} is no parameter of {', '.join(others)}", file=sys.stderr)
-        _tell(runs, left, dry_run)
-    if dry_run:
-        return []
-    for place in {out, *published.values()}:
-        _check_writable(place)
-        files.tidy(place)
-    for notebook in notebooks:
-        files.tidy(out / notebook.stem)
-    todo = {each.place for each in left}
-    outcomes = [
-        Outcome(each.notebook.stem, out / each.place, 0.0)
-        for each in runs
-        if each.place not in todo
-    ]
-    if left:
-        with sweeps.connected(scheduler) if scheduler else sweeps.local(jobs or 1) as client:
-            if progress:
-                _tell_dashboard(client)
-            patience = math.inf if scheduler else PATIENCE
-            with contextlib.closing(sweeps.complete(client, left, out, patience)) as done:
-                outcomes += _shown(done, len(left), progress)
-    for number, outcome in enumerate(outcomes):
-        if outcome.error is None:
-            target = published.get(outcome.output.relative_to(out))
-            if target:
-                _put_in_place(outcome.output, target)
-            outcomes[number] = replace(outcome, figures=target or outcome.output)
-    return sorted(outcomes, key=lambda outcome: str(outcome.output))
-
-
-def sweep(
-    names: Sequence[str] = (),
-    *,
-    jobs: int | None = None,
-    scheduler: str | None = None,
-    out: Path = Path("runs"),
-    results: Path = Path("results"),
-    folder: Path = NOTEBOOKS,
-    fresh: bool = False,
-    dry_run: bool = False,
-) -> list[Outcome]:
-    """Run the sweeps that the study rests on, and put each one's table into ``results``.
-
-    Args:
-        names: of the files ``results/NAME.toml``, see `records.Sweep`; all by default.
-
-    Raises:
-        ValueError: an unknown sweep or one that is not as it should be; and as `run` does.
-    """
-    outcomes = []
-    for each in records.sweeps(names, results):
-        found = run(
-            [each.notebook],
-            each.parameters,
-            each.over,
-            jobs=jobs,
-            scheduler=scheduler,
-            out=out,
-            folder=folder,
-            fresh=fresh,
-            dry_run=dry_run,
-        )
-        if found and not any(outcome.error for outcome in found):
-            records.write(each, [outcome.output for outcome in found], results)
-        outcomes += found
-    return outcomes
-
-
-def _tell(runs: Sequence[Run], left: Sequence[Run], dry_run: bool) -> None:
-    """What would run, each in a line where nothing is run; and how many are there already."""
-    if dry_run:
-        for each in left:
-            print(each.place)
-    there = len(runs) - len(left)
-    told = f"{len(left)} {'run' if len(left) == 1 else 'runs'}"
-    print(told + (f", {there} there already" if there else ""), file=sys.stderr)
-
-
-def _tell_dashboard(client: Client) -> None:
-    if "dashboard" in client.scheduler_info().get("services", {}):
-        print(f"dashboard: {client.dashboard_link}", file=sys.stderr)
-
-
-def _shown(
-    outcomes: Iterable[Outcome | int], total: int, progress: bool, line: float = LINE
-) -> list[Outcome]:
-    """All outcomes; meanwhile a bar, or a line a minute where there is no terminal."""
-    found: list[Outcome] = []
-    running = failed = 0
-    start = told = clock.now()
-    bars = progress and sys.stderr.isatty()
-    with tqdm(total=total, unit="run", disable=not bars) as bar:
-        for outcome in outcomes:
-            if isinstance(outcome, int):
-                running = outcome
-            else:
-                found.append(outcome)
-                failed += outcome.error is not None
-                bar.update()
-            bar.set_postfix_str(f"{running} running, {failed} failed", refresh=False)
-            now = clock.now()
-            if progress and not bars and now - told >= line:
-                told, done = now, len(found)
-                left = (total - done) * (now - start) / done / 60 if done else None
-                time = f"some {left:.0f} min left" if left is not None else "time left unknown"
-                print(
-                    f"{done} of {total} done, {running} running, {failed} failed, {time}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-    return found
-
-
-def _put_in_place(place: Path, figures: Path) -> None:
-    """Copy a run's pictures and tables, all of them or none, with the folder to itself."""
-    with (
-        files.alone(figures),
-        tempfile.TemporaryDirectory(dir=figures, prefix=files.unfinished()) as stage,
-    ):
-        new, old = Path(stage, "new"), Path(stage, "old")
-        new.mkdir()
-        old.mkdir()
-        names = [path.name for path in place.iterdir() if path.suffix not in (".ipynb", ".json")]
-        for name in names:
-            shutil.copyfile(place / name, new / name)
-            if (figures / name).exists():
-                shutil.copy2(figures / name, old / name)
-        begun = []
-        try:
-            for name in names:
-                begun.append(name)
-                (new / name).replace(figures / name)
-        except BaseException:
-            for name in begun:
-                (figures / name).unlink(missing_ok=True)
-                if (old / name).exists():
-                    (old / name).replace(figures / name)
-            raise
+        if figures or of_the_study:
+            published[planned.place] = figures or FIGURES
+    return published
 
 
 def _check_writable(place: Path) -> None:
@@ -261,28 +154,89 @@ def _check_writable(place: Path) -> None:
         raise ValueError(f"can't write to the folder {place}: {error.strerror}") from None
 
 
+def sweep(
+    names: Sequence[str] = (), *, target: Path = Path("results"), **options: Any
+) -> list[Outcome]:
+    """Run the sweeps of these names, or all, and put their tables into ``target``, as `run` does.
+
+    Raises:
+        ValueError: an unknown sweep or a bad file; and as `run` does.
+    """
+    outcomes = []
+    for wanted in results.sweeps(names, target):
+        found = run([wanted.notebook], wanted.parameters, list(wanted.over.items()), **options)
+        if found and not any(outcome.error for outcome in found):
+            results.write(wanted, [outcome.output for outcome in found], target)
+        outcomes += found
+    return outcomes
+
+
 def refresh(names: Sequence[str] = (), folder: Path = NOTEBOOKS) -> list[Outcome]:
     """Execute notebooks in place, at their own parameters; one that fails stays as it was.
 
     Progress bars are left out, so that a stored notebook shows results alone.
     """
-    notebooks = find(names, folder)
 
-    def outcomes(client: Client) -> Iterator[Outcome]:
-        for path in notebooks:  # one after the other: a killed worker takes one along
-            future = client.submit(
-                refreshed, path.read_text("utf-8"), str(path.parent.resolve()), pure=False
-            )
-            try:
-                text, error, seconds = future.result()
-            except KilledWorker:
-                text, error, seconds = "", "its worker was killed", 0.0
-            if error is None:
-                files.put(path, text)
-            yield Outcome(path.stem, path, seconds, error)
+    def put(planned: Run, done: Done) -> Outcome:
+        path = planned.notebook
+        if done.error is None:
+            files.put(path, cleaned(done.files[path.name].decode()))
+        return Outcome(path.stem, path, done.seconds, done.error)
 
+    runs = [
+        Run(path, path.read_text("utf-8"), None, {}, True, Path(path.stem))
+        for path in find(names, folder)
+    ]
     with sweeps.local(1) as client:
-        return _shown(outcomes(client), len(notebooks), progress=True)
+        return _shown(sweeps.complete(client, runs, put, PATIENCE), len(runs), progress=True)
+
+
+def _shown(
+    outcomes: Iterable[Outcome | int], total: int, progress: bool, line: float = LINE
+) -> list[Outcome]:
+    """All outcomes; meanwhile a bar, or a line a minute where there is no terminal."""
+    found: list[Outcome] = []
+    running = failed = 0
+    start = noted = clock.now()
+    bars = progress and sys.stderr.isatty()
+    with tqdm(total=total, unit="run", disable=not bars) as bar:
+        for outcome in outcomes:
+            if isinstance(outcome, int):
+                running = outcome
+            else:
+                found.append(outcome)
+                failed += outcome.error is not None
+                bar.update()
+            bar.set_postfix_str(f"{running} running, {failed} failed", refresh=False)
+            now = clock.now()
+            if progress and not bars and now - noted >= line:
+                noted, done = now, len(found)
+                left = f"some {(total - done) * (now - start) / done / 60:.0f} min" if done else ""
+                time = f"{left} left" if left else "time left unknown"
+                _note(f"{done} of {total} done, {running} running, {failed} failed, {time}")
+    return found
+
+
+def _publish(place: Path, figures: Path) -> None:
+    """Copy a run's pictures and tables, all of them or none, with the folder to itself."""
+    with files.alone(figures), files.unfinished(figures) as stage:
+        new, old = stage / "new", stage / "old"
+        shutil.copytree(place, new, ignore=shutil.ignore_patterns("*.ipynb", "*.json"))
+        old.mkdir()
+        names = [path.name for path in new.iterdir()]
+        for name in names:
+            if (figures / name).exists():
+                shutil.copy2(figures / name, old / name)
+        try:
+            for name in names:
+                (new / name).replace(figures / name)
+        except BaseException:
+            for name in names:
+                if (old / name).exists():
+                    (old / name).replace(figures / name)
+                else:
+                    (figures / name).unlink(missing_ok=True)
+            raise
 
 
 def report(outcomes: Sequence[Outcome]) -> str:
@@ -292,84 +246,68 @@ def report(outcomes: Sequence[Outcome]) -> str:
     notebook  outcome  seconds  results
     a         ok           2.0  runs/a/own-1
     """
-    listed = [each for each in outcomes if each.error or len(outcomes) <= LISTED]
+    listed = [outcome for outcome in outcomes if outcome.error or len(outcomes) <= LISTED]
     width = max((len(outcome.name) for outcome in listed), default=8)
     lines = [f"{'notebook':<{width}}  {'outcome':<7}  seconds  results"] if listed else []
     for outcome in listed:
-        status = "failed" if outcome.error else "ok"
-        lines.append(
-            f"{outcome.name:<{width}}  {status:<7}  {outcome.seconds:7.1f}  {outcome.output}"
-        )
+        name, status = f"{outcome.name:<{width}}", "failed" if outcome.error else "ok"
+        lines.append(f"{name}  {status:<7}  {outcome.seconds:7.1f}  {outcome.output}")
         if outcome.error:
             lines.append(f"    {outcome.error}")
     if len(listed) < len(outcomes):
         lines.append(f"{len(outcomes) - len(listed)} runs ok")
-    elsewhere: dict[Path, list[str]] = {}
-    for each in outcomes:
-        if each.figures and each.figures != each.output:
-            elsewhere.setdefault(each.figures, []).append(each.name)
-    lines += [f"figures in {place}: {', '.join(names)}" for place, names in elsewhere.items()]
-    beside = dict.fromkeys(each.name for each in outcomes if each.figures == each.output)
-    if beside:
-        lines.append(f"figures beside the executed notebook: {', '.join(beside)}")
+    figures: dict[str, list[str]] = {}
+    for outcome in sorted(outcomes, key=lambda outcome: outcome.figures == outcome.output):
+        beside = outcome.figures == outcome.output
+        place = "beside the executed notebook" if beside else f"in {outcome.figures}"
+        if outcome.figures:
+            figures.setdefault(place, []).append(outcome.name)
+    for place, names in figures.items():
+        lines.append(f"figures {place}: {', '.join(dict.fromkeys(names))}")
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line, ``python -m svdlib``; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["lab"]:  # all else is JupyterLab's
+    if arguments[:1] == ["lab"]:  # all other arguments are JupyterLab's
         return lab.main(arguments[1:])
-    rest, given, over = _parameters(arguments)
+    rest = list(arguments)
+    given, over = _take_parameters(rest)
     parser = _parser()
     options = vars(parser.parse_args(rest))
     command = options.pop("command")
-    if command != "run" and (given or over):
+    if command == "run":
+        options |= {"given": given, "over": over}
+    elif given or over:
         parser.error(f"-p and --over belong to run, not to {command}")
-    streams = [each for each in (sys.stdout, sys.stderr) if hasattr(each, "reconfigure")]
-    errors = [stream.errors for stream in streams]
-    for stream in streams:  # a terminal that knows no σ shows \u03c3
-        stream.reconfigure(errors="backslashreplace")
     try:
-        return _run(command, options, given, over)
-    finally:
-        for stream, before in zip(streams, errors, strict=True):
-            stream.reconfigure(errors=before)
-
-
-def _run(
-    command: str,
-    options: dict[str, Any],
-    given: Mapping[str, str],
-    over: Sequence[tuple[str, Values]],
-) -> int:
-    previous = signal.signal(signal.SIGTERM, _stop)
-    try:
-        if command == "collect":
-            table = records.collect(options["out"], options["notebook"], options["table"])
-            with contextlib.suppress(BrokenPipeError):  # a reader that has seen enough, as head
-                print(table.to_csv(index=False), end="", flush=True)
-            return 0
-        if command == "readme":
-            readme.write()
-            return 0
-        if command == "refresh":
-            outcomes = refresh(options["names"])
-        elif command == "sweep":
-            outcomes = sweep(**options)
-        else:
-            outcomes = run(given=given, over=over, **options)
+        outcomes = COMMANDS[command](**options)
     except (ValueError, OSError) as error:
         print(f"svdlib: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print("svdlib: stopped; the kernels are stopped too", file=sys.stderr)
         return 128 + int(stop.args[0] if stop.args else signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    if not options.get("dry_run"):
-        print(report(outcomes))
+    if outcomes is None or options.get("dry_run"):
+        return 0
+    print(report(outcomes))
     return int(any(outcome.error for outcome in outcomes))
+
+
+def _collect(out: Path, notebook: str, table: str) -> None:
+    collected = records.collect(out, notebook, table)
+    with contextlib.suppress(BrokenPipeError):  # a reader that has seen enough, as head
+        print(collected.to_csv(index=False), end="", flush=True)
+
+
+COMMANDS: dict[str, Callable[..., list[Outcome] | None]] = {
+    "run": run,
+    "sweep": sweep,
+    "refresh": refresh,
+    "readme": readme.write,
+    "collect": _collect,
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -380,14 +318,15 @@ def _parser() -> argparse.ArgumentParser:
     many = argparse.ArgumentParser(add_help=False, parents=[out])
     many.add_argument("--jobs", type=int, help="runs at a time on this machine (1)")
     many.add_argument("--scheduler", help="address of a Dask scheduler, instead of --jobs")
-    many.add_argument("--fresh", action="store_true", help="run again what is there")
-    many.add_argument("--dry-run", action="store_true", help="only tell what would run")
+    many.add_argument("--fresh", action="store_true", help="repeat completed runs too")
+    many.add_argument("--dry-run", action="store_true", help="only list what would run")
+    notebooks = argparse.ArgumentParser(add_help=False)
+    notebooks.add_argument("names", nargs="*", metavar="NOTEBOOK", help="01_baseline …; all")
 
-    runner = commands.add_parser(
-        "run", help="execute notebooks, rebuild figures", parents=[many], allow_abbrev=False
-    )
-    runner.add_argument("names", nargs="*", metavar="NOTEBOOK", help="01_baseline …; all")
-    # Both are taken out before, see `_parameters`: one that comes here lacks its value.
+    rebuild = "execute notebooks, rebuild figures"
+    both = [many, notebooks]
+    runner = commands.add_parser("run", help=rebuild, parents=both, allow_abbrev=False)
+    # Here for --help alone: `_take_parameters` takes both out before, unless the value is missing.
     pair = argparse.SUPPRESS
     runner.add_argument("-p", "--parameter", nargs=2, default=pair, metavar=("NAME", "VALUE"))
     runner.add_argument("--over", nargs=2, default=pair, metavar=("NAME", "1,2,3|0:100:10"))
@@ -398,43 +337,35 @@ def _parser() -> argparse.ArgumentParser:
     )
     swept = commands.add_parser("sweep", help="measure what is in results/", parents=[many])
     swept.add_argument("names", nargs="*", metavar="NAME", help="of results/NAME.toml; all")
-    again = commands.add_parser("refresh", help="execute notebooks in place, for committing")
-    again.add_argument("names", nargs="*", metavar="NOTEBOOK", help="01_baseline …; all")
+    in_place = "execute notebooks in place, for committing"
+    commands.add_parser("refresh", help=in_place, parents=[notebooks])
     commands.add_parser("lab", help="open copies of the notebooks in JupyterLab, with its options")
     commands.add_parser("readme", help="write the README's numbers from results/")
-    gather = commands.add_parser(
-        "collect", help="one CSV of a table of all runs of a notebook", parents=[out]
-    )
+    one_table = "one CSV of a table of all runs of a notebook"
+    gather = commands.add_parser("collect", help=one_table, parents=[out])
     gather.add_argument("notebook", help="such as 04_comparison")
     gather.add_argument("table", help="such as 04_error_by_rank")
     return parser
 
 
-def _parameters(
-    arguments: Sequence[str],
-) -> tuple[list[str], dict[str, str], list[tuple[str, Values]]]:
-    """The arguments without each complete ``-p NAME VALUE`` and ``--over NAME VALUES``; and these.
+def _take_parameters(arguments: list[str]) -> tuple[dict[str, str], list[tuple[str, Values]]]:
+    """Take each ``-p NAME VALUE`` and ``--over NAME VALUES`` out; a value may begin with a dash.
 
-    A value may begin with a dash.
-
-    >>> _parameters(["run", "-p", "rate", "-1e-3", "--over", "rank", "-1,2", "--jobs", "2"])
-    (['run', '--jobs', '2'], {'rate': '-1e-3'}, [('rank', '-1,2')])
+    >>> arguments = ["run", "-p", "rate", "-1e-3", "--over", "rank", "-1,2", "--jobs", "2"]
+    >>> _take_parameters(arguments), arguments
+    (({'rate': '-1e-3'}, [('rank', '-1,2')]), ['run', '--jobs', '2'])
     """
-    rest: list[str] = []
     given: dict[str, str] = {}
     over: list[tuple[str, Values]] = []
-    left = list(arguments)
-    while left:
-        if left[0] in ("-p", "--parameter", "--over") and len(left) >= 3:
-            option, name, value, *left = left
-            if option == "--over":
-                over.append((name, value))
-            else:
-                given[name] = value
+    place = 0
+    while place < len(arguments) - 2:
+        option, name, value = arguments[place : place + 3]
+        if option not in ("-p", "--parameter", "--over"):
+            place += 1
+            continue
+        del arguments[place : place + 3]
+        if option == "--over":
+            over.append((name, value))
         else:
-            rest.append(left.pop(0))
-    return rest, given, over
-
-
-def _stop(number: int, frame: object) -> None:
-    raise KeyboardInterrupt(number)
+            given[name] = value
+    return given, over

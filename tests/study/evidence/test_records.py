@@ -9,9 +9,8 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 import svdlib
 from svdlib import Projection
-from svdlib.study.evidence import records
 from svdlib.study.evidence.records import RESULTS, committed
-from svdlib.study.running import runner
+from svdlib.study.running import results, runner
 from svdlib.study.running.parameters import combinations
 
 
@@ -49,8 +48,10 @@ def test_every_committed_table_says_how_it_came_about():
             assert len(committed(name, about["parameters"])) > 0
         else:
             runs = pd.read_csv(RESULTS / f"{name}.runs.csv")
-            (sweep,) = records.sweeps([name])
-            asked = combinations(Path("notebooks", f"{sweep.notebook}.ipynb"), {}, sweep.over)
+            (sweep,) = results.sweeps([name])
+            asked = combinations(
+                Path("notebooks", f"{sweep.notebook}.ipynb"), {}, [*sweep.over.items()]
+            )
             assert len(runs) == len(asked)
             assert {"seconds", "date", "processor", "python", "svdlib", "torch", "code"} <= {*runs}
             assert list(pd.read_csv(RESULTS / f"{name}.csv", nrows=1)) == sweep.columns
@@ -79,7 +80,7 @@ def test_a_sweep_is_run_and_written(tmp_path, monkeypatch, scheduler, capsys):
     ]
     nbformat.write(new_notebook(cells=cells), "notebooks/a.ipynb")
     Path("results/own.toml").write_text(SWEEP)
-    sweep = partial(runner.sweep, scheduler=scheduler, results=Path("results"))
+    sweep = partial(runner.sweep, scheduler=scheduler, target=Path("results"))
     assert [outcome.error for outcome in sweep(["own"])] == [None, None]
     table = pd.read_csv("results/own.csv")
     assert table["n (parameter)"].tolist() == [1, 2] and table.square.tolist() == [0.33333, 1.3333]
@@ -111,11 +112,11 @@ def test_a_sweep_is_run_and_written(tmp_path, monkeypatch, scheduler, capsys):
 def test_bad_sweeps(tmp_path, content, message):
     (tmp_path / "own.toml").write_text(content)
     with pytest.raises(ValueError, match=message):
-        records.sweeps([], tmp_path)
+        results.sweeps([], tmp_path)
     with pytest.raises(ValueError, match=r"no sweep 'other' in .*; known: own"):
-        records.sweeps(["other"], tmp_path)
+        results.sweeps(["other"], tmp_path)
     with pytest.raises(ValueError, match="known: none"):
-        records.sweeps([], tmp_path / "none")
+        results.sweeps([], tmp_path / "none")
 
 
 @pytest.mark.parametrize("every", ["epoch", "published"])

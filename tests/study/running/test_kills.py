@@ -18,13 +18,6 @@ from svdlib import files
 from svdlib.study.running import runner
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "notebooks").mkdir()
-    return tmp_path / "notebooks"
-
-
 def write(folder, name, *sources):
     cells = [new_code_cell("figures: str = ''", metadata={"tags": ["parameters"]})]
     cells += map(new_code_cell, sources)
@@ -83,7 +76,7 @@ def test_nothing_outlives_a_killed_runner(folder, tmp_path, command, number):
 def test_the_next_run_sweeps_what_a_killed_one_left(folder, scheduler):
     write(folder, "a", "open(f'{figures}/a.csv', 'w').close()")
     for place in ("runs", "runs/a", "figures"):
-        Path(place, f"{files.UNFINISHED}{os.getpid()}-1-x").mkdir(parents=True)
+        Path(place, f"{files.PREFIX}x").mkdir(parents=True)
     runner.run(scheduler=scheduler, progress=False)
     assert not [path for place in ("runs", "figures") for path in Path(place).rglob(".*")]
     assert Path("figures/a.csv").exists()

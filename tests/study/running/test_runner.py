@@ -37,13 +37,6 @@ def write(folder: Path, name: str, *sources: str) -> Path:
 DRAW = "open(f'{figures}/{dataset}.csv', 'w').write(str(seeds))"
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "notebooks").mkdir()
-    return tmp_path / "notebooks"
-
-
 def test_success_puts_figures_in_place(folder, scheduler):
     write(folder, "good", DRAW)
     given = {"seeds": "7", "dataset": "KMNIST"}
@@ -134,7 +127,7 @@ def test_figures_are_put_in_place_all_or_none(tmp_path, monkeypatch, function, c
     target = Path if function == "replace" else runner.shutil
     monkeypatch.setattr(target, function, failing(getattr(target, function)))
     try:
-        runner._put_in_place(place, figures)
+        runner._publish(place, figures)
     except OSError:
         wanted = {"a.csv": b"old", "c.csv": b"old"}
     else:
@@ -152,7 +145,7 @@ def test_two_runs_at_once_do_not_mix_their_figures(tmp_path, monkeypatch):
         for name in ("a.csv", "b.csv"):
             (tmp_path / run / name).write_text(run)
     whole, seen = Path.replace, []
-    other = threading.Thread(target=runner._put_in_place, args=(tmp_path / "two", figures))
+    other = threading.Thread(target=runner._publish, args=(tmp_path / "two", figures))
 
     def slow(path, target):
         if threading.current_thread() is not other:
@@ -163,7 +156,7 @@ def test_two_runs_at_once_do_not_mix_their_figures(tmp_path, monkeypatch):
         return whole(path, target)
 
     monkeypatch.setattr(Path, "replace", slow)
-    runner._put_in_place(tmp_path / "one", figures)
+    runner._publish(tmp_path / "one", figures)
     other.join()
     assert seen == [True, True]
     assert [path.read_text() for path in figures.iterdir()] == ["two", "two"]
@@ -271,7 +264,7 @@ def test_a_parameter_goes_to_the_notebooks_that_have_it(folder, scheduler, capsy
 def test_what_a_notebook_would_refuse_is_refused_before_a_kernel_starts(
     folder, capsys, monkeypatch, arguments, message
 ):
-    write(folder, "good", "if False: inputs.check(globals())")
+    write(folder, "good", "from svdlib.study.running import inputs\ninputs.check(globals())")
     text = (folder / "good.ipynb").read_text().replace("[1, 2]", "[784, 15, 10]")
     text = text.replace("flag: bool", "device: str = 'auto'\\nflag: bool")
     (folder / "good.ipynb").write_text(text)

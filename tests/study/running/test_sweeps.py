@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 import uuid
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -26,14 +27,9 @@ figures: str = ""
 progress: bool = True
 """.strip()
 
+KEEP = partial(sweeps.save, out=Path("runs"))
+
 TABLE = "open(f'{figures}/table.csv', 'w').write(f'square\\n{n * n}\\n')"
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "notebooks").mkdir()
-    return tmp_path / "notebooks"
 
 
 def write(folder: Path, name: str, *sources: str) -> Path:
@@ -173,7 +169,7 @@ def test_a_late_worker_a_lost_scheduler_and_a_second_go(folder, tmp_path):
 def test_a_full_disk_stops_with_what_is_there_whole(folder, scheduler, monkeypatch, capsys):
     write(folder, "a", TABLE)
     (run,) = sweeps.plan([folder / "a.ipynb"], {})
-    kept = sweeps.keep(run, Done(1.0, {}, {"a.ipynb": b"old"}), Path("runs"))
+    kept = sweeps.save(run, Done(1.0, {}, {"a.ipynb": b"old"}), Path("runs"))
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -216,7 +212,7 @@ def test_a_worker_that_joins_later_and_does_not_fit_ends_the_sweep(folder, sched
     with sweeps.connected(scheduler) as client:
         monkeypatch.setattr(sweeps, "code", lambda: "another")
         with pytest.raises(ValueError, match="can't run notebooks of this client: worker tcp"):
-            list(sweeps.complete(client, runs, Path("runs")))
+            list(sweeps.complete(client, runs, KEEP))
     assert places() == []
 
 
@@ -230,7 +226,7 @@ def test_what_ends_a_sweep_ends_its_kernels(folder, scheduler, tmp_path):
     )
     runs = sweeps.plan([path], {"text": str(told)})
     with sweeps.connected(scheduler) as client:
-        going = sweeps.complete(client, runs, Path("runs"))
+        going = sweeps.complete(client, runs, KEEP)
         while not told.exists():
             next(going)
         kernel = psutil.Process(int(told.read_text()))
@@ -243,15 +239,21 @@ def test_another_client_s_result_of_the_same_run_stays(folder, monkeypatch):
     rename = Path.rename
 
     def beaten(path, target):
-        if path.name.startswith(".svdlib"):
+        if path.name == "new":
             target.mkdir()
             (target / "theirs").touch()
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", beaten)
-    kept = sweeps.keep(run, Done(1.0, {}, {"a.ipynb": b"ours"}), Path("runs"))
+    kept = sweeps.save(run, Done(1.0, {}, {"a.ipynb": b"ours"}), Path("runs"))
     assert [path.name for path in kept.output.iterdir()] == ["theirs"]
     assert len(list(Path("runs/a").iterdir())) == 1
+
+
+def test_a_check_is_found_beside_magics_and_left_to_the_kernel_where_it_is_not_here(folder):
+    cell = "%time 1\nfrom absent import a as b, c\nb.check(globals())\nc()"
+    assert sweeps._check(["1 + 1", cell]) == "from absent import a as b\nb.check(globals())"
+    assert len(sweeps.plan([write(folder, "a", cell)], {})) == 1
 
 
 def test_one_run_is_planned_once(folder):

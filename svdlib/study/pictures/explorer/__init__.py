@@ -4,7 +4,7 @@
 trains networks and keeps them; `pictures` draws frames; `panels` binds them to widgets.
 """
 
-from svdlib.study.pictures.explorer.cuts import Cuts
+from svdlib.study.pictures.explorer.cuts import Cuts, check
 from svdlib.study.pictures.explorer.panels import (
     digits_panel,
     matrix_panel,
@@ -18,6 +18,7 @@ from svdlib.study.pictures.explorer.stills import save, show
 __all__ = [
     "Cuts",
     "Session",
+    "check",
     "digits_panel",
     "matrix_panel",
     "ranks_panel",

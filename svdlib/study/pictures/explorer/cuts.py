@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from svdlib.network.opened import find_layers
 from svdlib.ranks.front import front, layers_of
 from svdlib.ranks.joint import joint_profile
+from svdlib.study.running import inputs
 
 
 class Cuts:
@@ -95,3 +96,10 @@ class Cuts:
 def _margin(logits: Tensor, y: Tensor) -> Tensor:
     own = logits.gather(1, y[:, None])[:, 0]
     return own - logits.scatter(1, y[:, None], -torch.inf).amax(1)
+
+
+@inputs.refusing(whole="rank seeds epochs", widths="sizes")
+def check(rank: int, sizes: Sequence[int]) -> None:
+    """Refuse what 09_explorer could not use."""
+    inputs.below_full(rank, sizes)
+    inputs.few_combinations(sizes)

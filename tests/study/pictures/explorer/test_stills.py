@@ -7,7 +7,7 @@ from PIL import Image
 
 from svdlib.study.pictures import explorer
 from svdlib.study.pictures.explorer.stills import static_html
-from svdlib.study.running.execute import refreshed
+from svdlib.study.running.execute import cleaned, execute
 
 
 def picture(width, height):
@@ -38,9 +38,9 @@ def test_a_stored_notebook_keeps_the_still_and_no_widget():
         "explorer.show(w.VBox([w.HTML('rank 3')]))\nw.IntSlider()"
     )
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
-    text, error, _ = refreshed(nbformat.writes(book), ".")
-    assert error is None
-    (cell,) = nbformat.reads(text, as_version=4).cells
+    done = execute(nbformat.writes(book), "a", None, ".")
+    assert done.error is None
+    (cell,) = nbformat.reads(cleaned(done.files["a.ipynb"].decode()), as_version=4).cells
     (output,) = cell.outputs
     assert "rank 3" in output.data["text/html"]
     assert not any("widget" in kind for kind in output.data)

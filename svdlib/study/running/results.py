@@ -1,0 +1,99 @@
+"""Sweeps that the study rests on: ``results/NAME.toml`` asks for one, two tables keep its results."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from svdlib import files
+from svdlib.study.evidence.records import RESULTS, gathered
+from svdlib.study.running.parameters import Values
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A notebook, run over parameters, and which columns of one of its tables to keep.
+
+    ::
+
+        notebook = "04_comparison"
+        table = "04_figure1"
+        columns = ["first_seed", "method", "epoch", "test_error"]
+
+        [parameters]  # of all runs
+        epochs = 10
+
+        [over]  # every combination; a list, or a range as text
+        first_seed = "0:1000:100"
+    """
+
+    name: str
+    notebook: str
+    table: str
+    columns: list[str]
+    parameters: dict[str, str]
+    over: dict[str, Values]
+
+
+def sweeps(names: Sequence[str] = (), folder: Path = RESULTS) -> list[Sweep]:
+    """The sweeps of these names, or all of the folder's.
+
+    Raises:
+        ValueError: no sweep of that name (the known ones are listed), or a file that is not TOML,
+            lacks a key, or has an unknown one.
+    """
+    known = {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    for name in names or [""] * (not known):
+        if name not in known:
+            listed = ", ".join(known) or "none"
+            raise ValueError(f"no sweep {name!r} in {folder}; known: {listed}")
+    return [_read(known[name]) for name in names or known]
+
+
+def _read(path: Path) -> Sweep:
+    try:
+        content = tomllib.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no TOML: {error}") from None
+    kinds = {"notebook": str, "table": str, "columns": list, "parameters": dict, "over": dict}
+    for key, value in content.items():
+        if not isinstance(value, kinds.get(key, ())):
+            needed = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
+            raise ValueError(f"{path}: {key} = {value!r} does not belong there; known: {needed}")  # noqa: TRY004
+    if missing := sorted(kinds.keys() - content.keys()):
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
+    for name, values in content["over"].items():
+        if not isinstance(values, str | list):
+            raise ValueError(f"{path}: over {name} takes a list, or a range as text")  # noqa: TRY004
+    content["parameters"] = {name: str(value) for name, value in content["parameters"].items()}
+    return Sweep(path.stem, **content)
+
+
+def write(sweep: Sweep, places: Sequence[Path], folder: Path = RESULTS) -> None:
+    """Put a finished sweep's table, and a table of how each run came about, into the folder.
+
+    ``NAME.csv`` has the columns asked for, to five digits; ``NAME.runs.csv`` has, for each run,
+    what it was run over, its seconds, date, machine and versions, and the hash of the code.
+
+    Raises:
+        ValueError: the table lacks a column.
+    """
+    runs = [json.loads((place / "run.json").read_text()) for place in places]
+    order = sorted(
+        range(len(places)), key=lambda i: [runs[i]["parameters"][name] for name in sweep.over]
+    )
+    table = gathered([places[i] for i in order], sweep.table)
+    if lacking := [name for name in sweep.columns if name not in table]:
+        raise ValueError(f"{sweep.table}.csv lacks {lacking}; it has {list(table)}")
+    summary = pd.DataFrame(
+        {name: runs[i]["parameters"][name] for name in sweep.over}
+        | {key: value for key, value in runs[i].items() if key not in ("parameters", "notebook")}
+        for i in order
+    )
+    for name, content in ((sweep.name, table[sweep.columns]), (f"{sweep.name}.runs", summary)):
+        files.put(folder / f"{name}.csv", content.to_csv(index=False, float_format="%.5g"))
