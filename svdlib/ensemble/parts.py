@@ -22,11 +22,10 @@ THREAD = 12_400_000
 def shares(nets: MLPEnsemble, batch_size: int) -> tuple[list[slice], bool]:
     """Which networks each part has, and whether operations are large enough for inner threads.
 
-    It depends on sizes alone, so results do not depend on the number of threads. Fewer than
-    sixteen networks like the paper's are one part. More are an even number of parts of eight to
-    twenty-four, which fit into a processor's cache. A large network is a part of its own, and
-    remaining threads work inside its products (where their number may change the last bits). On a
-    GPU all networks are one part.
+    By sizes alone, so results do not depend on the number of threads. Fewer than sixteen networks
+    like the paper's are one part, as all are on a GPU. More are an even number of parts of eight
+    to twenty-four, which fit into a processor's cache. A large network is a part of its own, and
+    remaining threads work inside its products (where their number may change the last bits).
 
     >>> shares(MLPEnsemble((784, 15, 15, 10), range(32), device="cpu"), batch_size=64)
     ([slice(0, 16, None), slice(16, 32, None)], False)
@@ -43,8 +42,8 @@ def shares(nets: MLPEnsemble, batch_size: int) -> tuple[list[slice], bool]:
 class Batches:
     """The batches of an epoch, as `descent` takes them, of ``size`` images or fewer in the last.
 
-    ``images`` are (n, features + 1), the last column ones. Each batch has its ``labels``, minus
-    one-hot (classes · B,), and in ``order`` its images' numbers, unless they are in order (None).
+    ``images`` (n, features + 1) end in ones. Each batch has its ``labels``, minus one-hot
+    (classes · B,), and in ``order`` its images' numbers, unless they are in order (None).
     """
 
     images: Tensor
@@ -71,17 +70,10 @@ class Batches:
 
 
 class Part:
-    """Some networks of an ensemble while it is trained.
+    """Some networks of an ensemble while it is trained, after ``done`` steps.
 
-    Args:
-        networks: which of the ensemble's networks.
-        choices: a projection or None for each network of the ensemble.
-        optimizer, dropout: as in `train`.
-        seed: of the dropout, which is the same in all parts, and, with the networks' own seeds
-            or else their numbers, of the projections.
-
-    Attributes:
-        done: the number of steps so far.
+    ``choices`` has a projection or None for each network of the ensemble. ``seed`` is that of the
+    dropout, which is the same in all parts, and, with the networks' own seeds, of the projections.
     """
 
     def __init__(
@@ -93,12 +85,11 @@ class Part:
         dropout: float,
         seed: int,
     ) -> None:
-        self.networks, self.optimizer, self.dropout = networks, optimizer, dropout
-        self.choices = choices[networks]
-        self.masks = torch.Generator(nets.device).manual_seed(seed)
+        self.networks, self.choices, self.done = networks, choices[networks], 0
+        masks = torch.Generator(nets.device).manual_seed(seed)
+        self.settings = networks, optimizer, dropout, masks
         seeds = (nets.seeds or range(len(nets)))[networks]
         self.generators = sketch_generators(seeds, seed, nets.device)
-        self.done = 0
         # A new thread would work in the default stream instead of the caller's.
         on_gpu = nets.device.type == "cuda"
         self.stream = torch.cuda.current_stream(nets.device) if on_gpu else None
@@ -106,15 +97,14 @@ class Part:
 
     def begin(self, nets: MLPEnsemble) -> None:
         """Train the tensors that the ensemble holds now."""
-        self.step = Step(nets, self.networks, self.optimizer, self.dropout, self.masks)
+        self.step = Step(nets, *self.settings)
         self.groups = grouped(self.choices, self.step.weights, self.generators)
 
     @torch.inference_mode()
     def train(self, batches: Batches, rates: Sequence[float], losses: Tensor, stop: Event) -> None:
-        """One epoch: a step on every batch, each with its rate, and the projections then due.
+        """One epoch, or its steps until ``stop`` is set, with the projections then due.
 
-        ``losses`` (steps, networks of the ensemble) receive the batches' summed losses. Once
-        ``stop`` is set, the epoch ends before the next step.
+        ``losses`` (steps, networks of the ensemble) receive the batches' summed losses.
         """
         with torch.cuda.stream(self.stream):
             try:
@@ -125,7 +115,7 @@ class Part:
                     self.step.take(x, y, rate, loss)
                     self.done += 1
                     for group in self.groups:
-                        if group.is_due(self.done, len(rates)):
+                        if group.projection.is_due(self.done, len(rates)):
                             group.project_()
             finally:
                 self.step.store()

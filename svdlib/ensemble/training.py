@@ -27,7 +27,7 @@ from svdlib.ensemble.projection import Projection, Projections, per_network
 Row = dict[str, object]
 Watch = Callable[[list[Row]], object] | None
 # By part of the data: images and labels; and each network's mean loss and accuracy on them.
-HeldOut = dict[str, tuple[Tensor, Tensor]]
+Parts = dict[str, tuple[Tensor, Tensor]]
 Scores = dict[str, tuple[list[float], list[float]]]
 
 
@@ -52,15 +52,15 @@ def train(
 ) -> pd.DataFrame:
     """Train every network of an ensemble, in place. The defaults are the paper's.
 
-    All networks see the same batches, in the data's order unless ``shuffle``. A `Projection`
-    replaces the weights by low-rank ones, and each network may have its own: a sweep of ranks or
-    a comparison of methods from the same seeds is one call.
+    All networks see the same batches. Each may have a `Projection` of its own: a sweep of ranks
+    or a comparison of methods from the same seeds is one call. Factorized networks
+    (`MLPEnsemble.from_modules`) stay factorized: their thin factors are trained. With ``tail``,
+    each layer's W = U V is truncated after every epoch to the smallest rank r with
+    (Σ_{i>r} σ_i²)^½ ≤ tail · (Σ σ_i²)^½, as in dynamical low-rank training (Schotthöfer et al.
+    2022, Algorithm 1) after every step; Adam's moments then start anew.
 
-    Factorized networks (`MLPEnsemble.from_modules`) stay factorized: their thin factors are
-    trained. With ``tail``, each layer's W = U V is truncated after every epoch to the smallest
-    rank r with (Σ_{i>r} σ_i²)^½ ≤ tail · (Σ σ_i²)^½. This is the truncation of dynamical low-rank
-    training (Schotthöfer et al. 2022, Algorithm 1), after an epoch instead of every step. It
-    changes the factors' coordinates, so Adam's moments start anew.
+    Whatever stops the training, Ctrl-C included, the networks keep their last weights and the
+    exception carries the rows so far as ``history``.
 
     Args:
         nets: the ensemble in float32 or float64, moved to the data's device.
@@ -83,20 +83,16 @@ def train(
     Returns:
         one row per network and epoch: network, seed, method, rank, every, epoch (from 1),
         train_loss (mean over the epoch's batches as they were trained on), test_loss, test_error
-        and accuracy (percent), and seconds, the wall time of the epoch for the whole ensemble
-        without testing. With ``validation`` also validation_loss and validation_error.
+        and accuracy (percent), and seconds, the epoch's wall time for the whole ensemble without
+        testing. With ``validation`` also validation_loss and validation_error.
 
     Raises:
-        ValueError: frozen networks or networks in less than float32, sizes or labels that do not
-            fit the data, NaN in test or validation images, projections that do not fit the
-            networks, a projection of factorized layers or a tail without them, an unknown
-            optimizer or schedule, a number out of range.
+        ValueError: frozen networks or less than float32, data or projections that do not fit the
+            networks, NaN in test or validation images, a projection of factorized layers or a
+            tail without them, an unknown optimizer or schedule, a number out of range.
         TypeError: not an `MLPEnsemble`, not `Data`.
         FloatingPointError: NaN or infinite weights before the first step, or losses after an
             epoch; names the network, and the layer or step.
-
-    Whatever stops the training, Ctrl-C included, the networks keep their last weights and the
-    exception carries the rows so far as ``history``.
 
     >>> import svdlib
     >>> data = svdlib.load("MNIST", device="cpu").head(640, 100)
@@ -119,11 +115,10 @@ def train(
     seed = checks.positive_int(seed, "seed", least=0)
     choices = per_network(projection, nets)
     _check_factors(nets, choices, tail)
-    held_out = _held_out(nets, data, validation)
+    held_out = _parts(nets, data, validation)
+    images, classes = held_out.pop("train")
+    labels = -F.one_hot(classes, nets.sizes[-1]).to(images.dtype)
     nets.to(data.device)
-
-    images = with_ones(data.train_x.to(nets.weights[0].dtype))
-    labels = -F.one_hot(data.train_y, nets.sizes[-1]).to(images.dtype)
     generator = torch.Generator(data.device).manual_seed(seed) if shuffle else None
     batches = _batches(images, labels, batch_size, generator)
     steps = -(-len(images) // batch_size)
@@ -152,9 +147,8 @@ def train(
 class _Crew:
     """The parts of an ensemble in training, each with a thread of its own.
 
-    Attributes:
-        rows: of the history, so far.
-        best: with validation, each network's highest accuracy, and the network at that time.
+    ``rows`` are those of the history so far. ``best`` has each network's highest accuracy on the
+    validation images, if there are any, and the network at that time.
     """
 
     def __init__(
@@ -168,12 +162,11 @@ class _Crew:
     @contextmanager
     def at_work(self, large: bool) -> Iterator[None]:
         """Start the threads; ``large`` operations have inner threads too, if any are left."""
-        usual = torch.get_num_threads()
-        count = min(usual, len(self.parts))
+        usual, parts = torch.get_num_threads(), len(self.parts)
         with (
-            threads.inside(max(1, usual // len(self.parts)) if large else 1),
+            threads.inside(max(1, usual // parts) if large else 1),
             # A new thread learns of torch's setting only when it asks.
-            ThreadPoolExecutor(count, initializer=torch.get_num_threads) as self.pool,
+            ThreadPoolExecutor(min(usual, parts), initializer=torch.get_num_threads) as self.pool,
         ):
             yield
 
@@ -191,7 +184,7 @@ class _Crew:
     def train(
         self, epoch: int, batches: Batches, rates: Sequence[float], tail: float | None
     ) -> list[float]:
-        """Each network's mean loss in an epoch of training, and of truncation if there is a tail."""
+        """Each network's mean loss in an epoch of training, which a tail's truncation ends."""
         losses = batches.images.new_zeros(len(rates), len(self.nets))
         try:
             self.all_do(lambda part: part.train(batches, rates, losses, self.stop))
@@ -203,12 +196,12 @@ class _Crew:
         except torch.linalg.LinAlgError:
             _check_losses(losses, epoch)
             raise FloatingPointError(
-                f"the weights of some network are so large in epoch {epoch} that their SVD does "
-                "not converge; a smaller learning rate may help"
+                f"some weights are so large in epoch {epoch} that their SVD does not converge; a "
+                "smaller learning rate may help"
             ) from None
         return (losses.double().sum(0) / len(batches.images)).tolist()
 
-    def test(self, held_out: HeldOut) -> Scores:
+    def test(self, held_out: Parts) -> Scores:
         """Each network's mean loss and accuracy (percent) on each held-out part of the data."""
         scores = {}
         for name, (x, y) in held_out.items():
@@ -237,13 +230,12 @@ def _bar(
     nets: MLPEnsemble, choices: Sequence[Projection | None], epochs: int, steps: int, progress: bool
 ) -> tqdm:
     """A progress bar with a title: ``8 networks, rsvd of rank 10 every step, 10 epochs``."""
-    kind = "factorized network" if nets.factorized else "network"
-    words = [f"{len(nets)} {kind}{'s' if len(nets) > 1 else ''}"]
-    if (ways := len(set(choices))) > 1:
-        words.append(f"{ways} ways")
-    elif only := choices[0]:
-        words.append(f"{only.method} of rank {only.rank} every {only.every}")
-    title = ", ".join([*words, f"{epochs} epoch{'s' if epochs > 1 else ''}"])
+    title = f"{len(nets)} {'factorized ' * nets.factorized}network{'s' * (len(nets) > 1)}, "
+    if (different := len(set(choices))) > 1:
+        title += f"{different} ways, "
+    elif shared := choices[0]:
+        title += f"{shared.method} of rank {shared.rank} every {shared.every}, "
+    title += f"{epochs} epoch{'s' * (epochs > 1)}"
     # In a notebook a refresh is several messages, and nbval loses those after a thousand.
     return bar(total=epochs * steps, progress=progress, unit="step", desc=title, mininterval=1.0)
 
@@ -269,13 +261,12 @@ def _rows(
     ranks = nets.ranks
     for network, choice in enumerate(choices):
         row: Row = {"network": network, "seed": nets.seeds[network] if nets.seeds else None}
+        row |= {"method": "stock", "rank": None, "every": None}
         if nets.factorized:
             every = None if tail is None else "epoch"
             row |= {"method": "factorized", "rank": ranks[network], "every": every}
         elif choice:
             row |= {"method": choice.method, "rank": choice.rank, "every": choice.every}
-        else:
-            row |= {"method": "stock", "rank": None, "every": None}
         row |= {"epoch": epoch, "train_loss": train_loss[network]}
         for part, (losses, accuracies) in scores.items():
             row |= {f"{part}_loss": losses[network], f"{part}_error": 100 - accuracies[network]}
@@ -316,22 +307,27 @@ def _check_factors(
         raise ValueError("factorized networks have low rank already; give a tail, no projection")
 
 
-def _held_out(nets: MLPEnsemble, data: Data, validation: object) -> HeldOut:
-    """The parts of the data to test on, if they and the training images fit the networks."""
-    held_out = {"test": (data.test_x, data.test_y)}
+def _parts(nets: MLPEnsemble, data: Data, validation: object) -> Parts:
+    """The parts of the data, the images with a column of ones, if they fit the networks."""
+    parts = {"train": (data.train_x, data.train_y), "test": (data.test_x, data.test_y)}
     if validation is not None:
         if not isinstance(validation, tuple | list) or len(validation) != 2:
             raise ValueError("validation must be images and labels, (x, y); see Data.hold_out")
-        x, y = validation
-        checks.labeled_images("validation", x, y)
-        held_out["validation"] = x, y
-    inputs, outputs = nets.sizes[0], nets.sizes[-1]
-    checks.fit("train", data.train_x, data.train_y, inputs, outputs)
-    for part, (x, y) in held_out.items():
-        checks.fit(part, x, y, inputs, outputs)
-        checks.finite(x, f"{part}_x")
+        checks.labeled_images("validation", *validation)
+        parts["validation"] = validation[0], validation[1]
+    inputs, *_, outputs = nets.sizes
+    for part, (x, y) in parts.items():
+        if x.shape[1] != inputs:
+            taken = f"the networks take {inputs} features"
+            raise ValueError(f"{taken} but the {part} images have {x.shape[1]}")
+        low, high = int(y.min()), int(y.max())
+        if low < 0 or high >= outputs:
+            needed = f"networks with {outputs} outputs need labels 0 to {outputs - 1}"
+            raise ValueError(f"the {part} labels run from {low} to {high}; {needed}")
+        if part != "train":
+            checks.finite(x, f"{part}_x")
     dtype = nets.weights[0].dtype
-    return {part: (with_ones(x.to(dtype)), y) for part, (x, y) in held_out.items()}
+    return {part: (with_ones(x.to(dtype)), y) for part, (x, y) in parts.items()}
 
 
 def _check_losses(losses: Tensor, epoch: int) -> None:
