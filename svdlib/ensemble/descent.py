@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import pairwise
 
@@ -17,9 +16,8 @@ threshold_backward_ = torch.ops.aten.threshold_backward.grad_input
 log_softmax_ = torch.ops.aten._log_softmax.out
 
 
-@dataclass(frozen=True)
 class Affine:
-    """The maps h ↦ W h + b of S networks, W (out × ins), each one matrix, rows padded with zeros:
+    """The maps h ↦ W h + b of S networks, W (out × in), each one matrix, rows padded with zeros:
 
         [W b] [h]   [W h + b]
         [0 1] [1] = [   1   ].
@@ -29,14 +27,8 @@ class Affine:
     keeps b = 0, and no max(·, 0) follows it.
     """
 
-    padded: Tensor
-    ins: int
-    out: int
-    outer: bool
-
-    @classmethod
-    def of(cls, factor: Tensor, outer: bool, last: bool) -> Affine:
-        """A copy of a layer's factor: [W b] (S, out, in + 1), or an inner V (S, r, in)."""
+    def __init__(self, factor: Tensor, outer: bool, last: bool) -> None:
+        """From a copy of [W b] (S, out, in + 1), or of an inner V (S, r, in)."""
         networks, out, columns = factor.shape
         ins = columns - outer
         # To whole cache lines, 16 floats.
@@ -44,32 +36,19 @@ class Affine:
         padded[:, :out, :columns] = factor
         if not last:
             padded[:, out, ins] = 1
-        return cls(padded, ins, out, outer)
-
-    @property
-    def matrix(self) -> Tensor:
-        """(S, out + 1, in + 1), or for the last layer (S, out, in + 1), a view."""
-        return self.padded[..., : self.ins + 1]
-
-    @property
-    def weight(self) -> Tensor:
-        """W (S, out, in), a view."""
-        return self.padded[:, : self.out, : self.ins]
-
-    @property
-    def trained(self) -> Tensor:
-        """The columns that a step changes, a view: all, or without the bias."""
-        return self.padded[..., : self.ins + self.outer]
+        self.padded, self.out, self.outer = padded, out, outer
+        self.matrix, self.weight = padded[..., : ins + 1], padded[:, :out, :ins]
+        self.trained = padded[..., :columns]  # what a step changes: without an inner bias
 
 
 def descent(
     maps: Sequence[Affine],
+    target: Sequence[Tensor],
+    dropout: float,
+    generator: torch.Generator | None,
     batch: int,
-    onto: Sequence[Affine],
-    dropout: float = 0.0,
-    generator: torch.Generator | None = None,
 ) -> Callable[[Tensor, Tensor, float, Tensor], None]:
-    """A function that adds a multiple of the gradient of S perceptrons' loss to ``onto``.
+    """A function that adds a multiple of the gradient of S perceptrons' loss to ``target``.
 
     Forward, with activations h_l of shape (S, out + 1, B) that end in a row of ones, h_0 = xᵀ,
     and the matrices A_l = [W_l b_l; 0 1]:
@@ -91,7 +70,6 @@ def descent(
     above = range(1, len(maps))
     zeros = maps[0].matrix.new_zeros
     A = [map.matrix for map in maps]
-    target = [map.trained for map in onto]
     h = [zeros(*matrix.shape[:2], batch) for matrix in A]
     delta = [zeros(activations.shape) for activations in h]  # zero under the row of ones
     log_p = delta[-1].flatten(1)
@@ -155,18 +133,17 @@ class Step:
         outer = [factor is factors[-1] for factors in layers for factor in factors]
         self.factors = [factor.detach()[networks] for factors in layers for factor in factors]
         last = [factor is self.factors[-1] for factor in self.factors]
-        self.maps = list(map(Affine.of, self.factors, outer, last))
-        self.weights = [map.weight for map in self.maps]
+        self.maps = list(map(Affine, self.factors, outer, last))
+        self.weights = [affine.weight for affine in self.maps]
         self.adam: torch.optim.Adam | None = None
-        onto = self.maps
+        target = [affine.trained for affine in self.maps]
         if optimizer == "adam":
-            onto = [replace(map, padded=torch.zeros_like(map.padded)) for map in self.maps]
-            for trained, gradient in zip(self.maps, onto, strict=True):
-                trained.padded.grad = gradient.padded
-            self.adam = torch.optim.Adam([map.padded for map in self.maps], fused=True)
-        self.descent = cache(
-            partial(descent, self.maps, onto=onto, dropout=dropout, generator=generator)
-        )
+            padded = [affine.padded for affine in self.maps]
+            self.adam = torch.optim.Adam(padded, fused=True)
+            for position, matrix in enumerate(padded):
+                matrix.grad = torch.zeros_like(matrix)
+                target[position] = matrix.grad[..., : target[position].shape[-1]]
+        self.descent = cache(partial(descent, self.maps, target, dropout, generator))
 
     def take(self, x: Tensor, y: Tensor, rate: float, loss: Tensor) -> None:
         """One step on a batch, in place; see `descent` for x, y and loss."""
@@ -181,8 +158,8 @@ class Step:
 
     def store(self) -> None:
         """Put the matrices back into the ensemble."""
-        for factor, map in zip(self.factors, self.maps, strict=True):
-            factor.copy_(map.padded[:, : map.out, : factor.shape[-1]])
+        for factor, affine in zip(self.factors, self.maps, strict=True):
+            factor.copy_(affine.trained[:, : affine.out])
 
     def losses(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy (S,) and number of right answers (S,); x (n, in + 1), y (n,)."""

@@ -316,10 +316,9 @@ def _check_perceptrons(modules: Sequence[nn.Sequential]) -> None:
         if not is_relu_perceptron(module):
             raise ValueError(f"a perceptron is Linear, ReLU, …, Linear, not {module}")
         layers = find_layers(module).values()
-        if any(layer.bias is None for layer in layers):
-            raise ValueError("every Linear of an ensemble needs a bias")
-        if any(parameter.is_complex() for parameter in module.parameters()):
-            raise ValueError("an ensemble holds real weights, not complex ones")
+        is_complex = any(parameter.is_complex() for parameter in module.parameters())
+        if is_complex or any(layer.bias is None for layer in layers):
+            raise ValueError(f"every Linear needs a bias and real weights, not so in {module}")
         shapes.add(tuple((type(layer.module).__name__, *layer.sides[::-1]) for layer in layers))
     if len(shapes) > 1:
         raise ValueError(f"the modules must have one shape, not {sorted(shapes)}")

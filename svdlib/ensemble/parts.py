@@ -13,7 +13,7 @@ from torch import Tensor
 from svdlib.data import with_ones
 from svdlib.ensemble.descent import Step
 from svdlib.ensemble.networks import MLPEnsemble
-from svdlib.ensemble.projection import Projection, grouped, sketch_generators
+from svdlib.ensemble.projection import Choices, grouped, sketch_generators
 
 # Multiply-adds of a step, forward, that are worth a thread: sixteen of the paper's networks.
 THREAD = 12_400_000
@@ -52,9 +52,14 @@ class Batches:
     order: Sequence[Tensor] | None
 
     @classmethod
-    def of(cls, images: Tensor, labels: Tensor, size: int, order: Tensor | None) -> Batches:
-        """From minus one-hot labels (n, classes) and a permutation of the images, if any."""
-        labels = labels if order is None else labels[order]
+    def of(
+        cls, images: Tensor, labels: Tensor, size: int, generator: torch.Generator | None
+    ) -> Batches:
+        """From minus one-hot labels (n, classes); a generator draws the images' order."""
+        order = None
+        if generator is not None:
+            order = torch.randperm(len(images), generator=generator, device=images.device)
+            labels = labels[order]
         parts = [part.t().flatten() for part in labels.split(size)]
         return cls(images, size, parts, None if order is None else order.split(size))
 
@@ -80,7 +85,7 @@ class Part:
         self,
         nets: MLPEnsemble,
         networks: slice,
-        choices: Sequence[Projection | None],
+        choices: Choices,
         optimizer: str,
         dropout: float,
         seed: int,

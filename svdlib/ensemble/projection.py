@@ -98,13 +98,11 @@ class Projection:
 
         >>> model = nn.Linear(20, 15)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> handle = Projection("truncsvd", rank=3, every=2).attach(model, optimizer)
-        >>> for _ in range(2):
-        ...     model(torch.ones(1, 20)).sum().backward()
-        ...     optimizer.step()
+        >>> handle = Projection("truncsvd", rank=3, every="step").attach(model, optimizer)
+        >>> model(torch.ones(1, 20)).sum().backward()
+        >>> optimizer.step()
         >>> torch.linalg.matrix_rank(model.weight).item()
         3
-        >>> handle.remove()
         """
         if self.every == "epoch":
             raise ValueError("an optimizer knows no epochs; give every='step' or a number of steps")
@@ -143,7 +141,9 @@ class Projection:
         return self.rank
 
 
-Projections = Projection | None | Sequence[Projection | None]
+# One per network; for all of them.
+Choices = Sequence[Projection | None]
+Projections = Projection | None | Choices
 
 # One per network, for its sketches; none: torch's global one.
 Generators = Sequence[torch.Generator | None]
@@ -305,13 +305,15 @@ class Group:
                 W.index_copy_(0, self.index, own)
 
 
-def per_network(projection: Projections, nets: MLPEnsemble) -> list[Projection | None]:
+def per_network(projection: Projections, nets: MLPEnsemble) -> Choices:
     """A projection or None for each network, if they fit the networks."""
     if projection is None or isinstance(projection, Projection):
         projection = [projection] * len(nets)
     choices = list(projection)
     if len(choices) != len(nets):
         raise ValueError(f"{len(nets)} networks need as many projections, not {len(choices)}")
+    if nets.factorized and any(choices):
+        raise ValueError("factorized networks have low rank already; give a tail, no projection")
     for choice in choices:
         if isinstance(choice, Projection):
             choice.ranks(len(nets.layers))
@@ -321,7 +323,7 @@ def per_network(projection: Projections, nets: MLPEnsemble) -> list[Projection |
 
 
 def grouped(
-    choices: Sequence[Projection | None], weights: Sequence[Tensor], generators: Generators = ()
+    choices: Choices, weights: Sequence[Tensor], generators: Generators = ()
 ) -> list[Group]:
     """Networks by projection, so that each projection is one batched call per layer."""
     members: dict[Projection, list[int]] = {}

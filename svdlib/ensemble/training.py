@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from itertools import repeat
 from threading import Event
 from typing import Any
 
@@ -22,13 +21,13 @@ from svdlib.bars import bar
 from svdlib.data import Data, with_ones
 from svdlib.ensemble.networks import MLPEnsemble
 from svdlib.ensemble.parts import Batches, Part, shares
-from svdlib.ensemble.projection import Projection, Projections, per_network
+from svdlib.ensemble.projection import Choices, Projections, per_network
 
 Row = dict[str, object]
 Watch = Callable[[list[Row]], object] | None
-# By part of the data: images and labels; and each network's mean loss and accuracy on them.
+# Images and labels by part of the data; columns of the history, a number per network.
 Parts = dict[str, tuple[Tensor, Tensor]]
-Scores = dict[str, tuple[list[float], list[float]]]
+Columns = dict[str, list[Any]]
 
 
 @threads.making()
@@ -94,15 +93,14 @@ def train(
         FloatingPointError: NaN or infinite weights before the first step, or losses after an
             epoch; names the network, and the layer or step.
 
-    >>> import svdlib
-    >>> data = svdlib.load("MNIST", device="cpu").head(640, 100)
+    >>> from svdlib import Projection, load
+    >>> data = load("MNIST", device="cpu").head(640, 100)
     >>> nets = MLPEnsemble((784, 15, 10), seeds=(0, 1), device="cpu")
-    >>> history = train(nets, data, epochs=2, projection=[None, svdlib.Projection("truncsvd", 5)],
-    ...                 progress=False)
-    >>> history[["network", "method", "epoch"]].values.tolist()
-    [[0, 'stock', 1], [1, 'truncsvd', 1], [0, 'stock', 2], [1, 'truncsvd', 2]]
+    >>> choices = [None, Projection("truncsvd", 5)]
+    >>> train(nets, data, epochs=1, projection=choices, progress=False).method.tolist()
+    ['stock', 'truncsvd']
     """
-    _check_networks(nets, data)
+    _check_networks(nets, data, tail)
     epochs = checks.positive_int(epochs, "epochs")
     batch_size = checks.positive_int(batch_size, "batch_size")
     checks.one_of(optimizer, ("sgd", "adam"), "optimizer")
@@ -114,13 +112,11 @@ def train(
     shuffle, progress = checks.truth(shuffle, "shuffle"), checks.truth(progress, "progress")
     seed = checks.positive_int(seed, "seed", least=0)
     choices = per_network(projection, nets)
-    _check_factors(nets, choices, tail)
     held_out = _parts(nets, data, validation)
     images, classes = held_out.pop("train")
     labels = -F.one_hot(classes, nets.sizes[-1]).to(images.dtype)
     nets.to(data.device)
     generator = torch.Generator(data.device).manual_seed(seed) if shuffle else None
-    batches = _batches(images, labels, batch_size, generator)
     steps = -(-len(images) // batch_size)
     networks, large = shares(nets, min(batch_size, len(images)))
     parts = [Part(nets, share, choices, optimizer, dropout, seed) for share in networks]
@@ -130,11 +126,14 @@ def train(
         with progress_bar, crew.at_work(large):
             for epoch in range(1, epochs + 1):
                 start = clock.now(data.device)
+                if shuffle or epoch == 1:
+                    batches = Batches.of(images, labels, batch_size, generator)
                 rates = _rates(schedule, lr, epoch, epochs, steps)
-                train_loss = crew.train(epoch, next(batches), rates, tail)
+                train_loss = crew.train(epoch, batches, rates, tail)
                 seconds = clock.now(data.device) - start
-                scores = crew.test(held_out)
-                crew.rows += _rows(nets, choices, tail, epoch, train_loss, scores, seconds)
+                columns: Columns = {"epoch": [epoch] * len(nets), "train_loss": train_loss}
+                columns |= crew.test(held_out) | {"seconds": [seconds] * len(nets)}
+                crew.rows += _rows(nets, choices, tail, columns)
                 crew.tick()
         if validation:
             nets.restack_([net for _, net in crew.best])
@@ -201,34 +200,23 @@ class _Crew:
             ) from None
         return (losses.double().sum(0) / len(batches.images)).tolist()
 
-    def test(self, held_out: Parts) -> Scores:
-        """Each network's mean loss and accuracy (percent) on each held-out part of the data."""
-        scores = {}
+    def test(self, held_out: Parts) -> Columns:
+        """Losses and errors on each held-out part of the data, and the accuracy on the test one."""
+        columns, accuracies = {}, {}
         for name, (x, y) in held_out.items():
             found = self.all_do(partial(Part.test, x=x, y=y))
             loss, right = map(torch.cat, zip(*found, strict=True))
-            scores[name] = (loss / len(y)).tolist(), (100 * right / len(y)).tolist()
-            if name == "validation":
-                for network, accuracy in enumerate(scores[name][1]):
-                    if accuracy >= self.best[network][0]:
-                        self.best[network] = accuracy, self.nets[network]
-        return scores
+            accuracy = 100 * right / len(y)
+            accuracies[name] = accuracy.tolist()
+            columns[f"{name}_loss"] = (loss / len(y)).tolist()
+            columns[f"{name}_error"] = (100 - accuracy).tolist()
+        for network, percent in enumerate(accuracies.get("validation", [])):
+            if percent >= self.best[network][0]:
+                self.best[network] = percent, self.nets[network]
+        return columns | {"accuracy": accuracies["test"]}
 
 
-def _batches(
-    images: Tensor, labels: Tensor, size: int, generator: torch.Generator | None
-) -> Iterator[Batches]:
-    """The batches of one epoch after another, in a new order each if there is a generator."""
-    if generator is None:
-        yield from repeat(Batches.of(images, labels, size, None))
-    while True:
-        order = torch.randperm(len(images), generator=generator, device=images.device)
-        yield Batches.of(images, labels, size, order)
-
-
-def _bar(
-    nets: MLPEnsemble, choices: Sequence[Projection | None], epochs: int, steps: int, progress: bool
-) -> tqdm:
+def _bar(nets: MLPEnsemble, choices: Choices, epochs: int, steps: int, progress: bool) -> tqdm:
     """A progress bar with a title: ``8 networks, rsvd of rank 10 every step, 10 epochs``."""
     title = f"{len(nets)} {'factorized ' * nets.factorized}network{'s' * (len(nets) > 1)}, "
     if (different := len(set(choices))) > 1:
@@ -248,16 +236,8 @@ def _rates(schedule: str, lr: float, epoch: int, epochs: int, steps: int) -> lis
     return [lr * (1 + math.cos(math.pi * step / (epochs * steps))) / 2 for step in done]
 
 
-def _rows(
-    nets: MLPEnsemble,
-    choices: Sequence[Projection | None],
-    tail: float | None,
-    epoch: int,
-    train_loss: Sequence[float],
-    scores: Scores,
-    seconds: float,
-) -> Iterator[Row]:
-    """The rows of an epoch."""
+def _rows(nets: MLPEnsemble, choices: Choices, tail: float | None, more: Columns) -> Iterator[Row]:
+    """The rows of an epoch: which network, what was done to it, and more columns."""
     ranks = nets.ranks
     for network, choice in enumerate(choices):
         row: Row = {"network": network, "seed": nets.seeds[network] if nets.seeds else None}
@@ -267,44 +247,30 @@ def _rows(
             row |= {"method": "factorized", "rank": ranks[network], "every": every}
         elif choice:
             row |= {"method": choice.method, "rank": choice.rank, "every": choice.every}
-        row |= {"epoch": epoch, "train_loss": train_loss[network]}
-        for part, (losses, accuracies) in scores.items():
-            row |= {f"{part}_loss": losses[network], f"{part}_error": 100 - accuracies[network]}
-        yield row | {"accuracy": scores["test"][1][network], "seconds": seconds}
+        yield row | {name: values[network] for name, values in more.items()}
 
 
-def _check_networks(nets: object, data: object) -> None:
-    """Refuse anything but data and an ensemble that can be trained."""
+def _check_networks(nets: object, data: object, tail: float | None) -> None:
+    """Refuse anything but data and an ensemble that can be trained, so with a tail."""
     if not isinstance(nets, MLPEnsemble):
-        raise TypeError(
-            f"train takes an MLPEnsemble, not {type(nets).__name__}; see MLPEnsemble.from_modules"
-        )
+        given = type(nets).__name__
+        raise TypeError(f"train takes an MLPEnsemble, not {given}; see MLPEnsemble.from_modules")
     if not isinstance(data, Data):
         raise TypeError(f"train takes svdlib.Data, as load gives it, not {type(data).__name__}")
     if not all(parameter.requires_grad for parameter in nets.parameters()):
         raise ValueError("the networks are frozen; nets.requires_grad_() lets them be trained")
     if (dtype := nets.weights[0].dtype) not in (torch.float32, torch.float64):
         raise ValueError(f"train networks in float32 or float64, not {dtype}; see nets.float()")
-    for number, layer in enumerate(nets.layers):
-        for factor in layer.factors:
-            bad = (~factor.detach().isfinite()).flatten(1).any(1).nonzero()
-            if len(bad):
-                raise FloatingPointError(
-                    f"network {int(bad[0])}, layer {number} has NaN or infinite weights before "
-                    "the first step; train from finite ones"
-                )
-
-
-def _check_factors(
-    nets: MLPEnsemble, choices: Sequence[Projection | None], tail: float | None
-) -> None:
-    """Refuse a tail of dense networks, and a projection of factorized ones."""
     if tail is not None and not 0 < tail < 1:
         raise ValueError(f"tail must be between 0 and 1, not {tail}")
     if tail is not None and not nets.factorized:
         raise ValueError("a tail cuts factorized networks; factorize them, or use a Projection")
-    if nets.factorized and any(choices):
-        raise ValueError("factorized networks have low rank already; give a tail, no projection")
+    for number, layer in enumerate(nets.layers):
+        for factor in layer.factors:
+            bad = (~factor.detach().isfinite()).flatten(1).any(1).nonzero()
+            if len(bad):
+                where = f"network {int(bad[0])}, layer {number}"
+                raise FloatingPointError(f"{where} has NaN or infinite weights before training")
 
 
 def _parts(nets: MLPEnsemble, data: Data, validation: object) -> Parts:
