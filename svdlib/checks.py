@@ -21,9 +21,8 @@ def device(name: str | torch.device = "auto") -> torch.device:
         chosen = torch.device(name)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError):
-        raise ValueError(
-            f"device {str(name)!r} is not there; use 'auto', 'cpu' or 'cuda' on a machine with a GPU"
-        ) from None
+        use = "'auto', 'cpu' or 'cuda' on a machine with a GPU"
+        raise ValueError(f"device {str(name)!r} is not there; use {use}") from None
     return chosen
 
 
@@ -41,9 +40,8 @@ def rank(value: object, shape: Sequence[int]) -> int:
     """``value`` as an int, if a matrix of that shape (…, m, n) can have that rank."""
     largest = min(shape[-2:])
     if (number := positive_int(value, "rank")) > largest:
-        raise ValueError(
-            f"rank must be at most min(m, n) = {largest} for shape {tuple(shape)}, not {number}"
-        )
+        limit = f"min(m, n) = {largest} for shape {tuple(shape)}"
+        raise ValueError(f"rank must be at most {limit}, not {number}")
     return number
 
 
@@ -101,10 +99,8 @@ def labeled_images(part: str, x: object, y: object) -> None:
         needed = "_y must be a tensor (n,) of whole class numbers"
         raise ValueError(f"{part}{needed}, not {_described(y)}")
     if len(x) != len(y) or not len(x):
-        raise ValueError(
-            f"{part}: {len(x)} images and {len(y)} labels; give one label per image, and at least "
-            "one image"
-        )
+        counts = f"{part}: {len(x)} images and {len(y)} labels"
+        raise ValueError(f"{counts}; give one label per image, and at least one image")
 
 
 def _described(value: object) -> str:

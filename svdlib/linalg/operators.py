@@ -36,10 +36,10 @@ def sketched_operator(
     """
     shape = tuple(getattr(A, "shape", ()))
     if len(shape) != 2 or not (hasattr(A, "mT") and hasattr(A, "__matmul__")):
-        raise ValueError(
-            "a floating-point torch tensor is needed, or an operator with shape (m, n), A @ X and "
-            f"A.mT @ Y, not {type(A).__name__}"
+        needed = (
+            "a floating-point torch tensor, or an operator with shape (m, n), A @ X and A.mT @ Y"
         )
+        raise ValueError(f"A must be {needed}, not {type(A).__name__}")
     m, n = (checks.positive_int(side, "a side of the operator") for side in shape)
     dtype = getattr(A, "dtype", torch.float32)
     if dtype not in (torch.float32, torch.float64):
@@ -67,8 +67,7 @@ def _times(A: Operator, X: Tensor, rows: int) -> Tensor:
     Y = A @ X
     if not isinstance(Y, Tensor) or Y.shape != (rows, X.shape[1]):
         found = tuple(Y.shape) if isinstance(Y, Tensor) else type(Y).__name__
-        raise ValueError(
-            f"the operator times {tuple(X.shape)} must give {(rows, X.shape[1])}, not {found}"
-        )
+        product = f"the operator times {tuple(X.shape)}"
+        raise ValueError(f"{product} must give {(rows, X.shape[1])}, not {found}")
     checks.finite(Y, "the operator's product")
     return Y

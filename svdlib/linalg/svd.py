@@ -17,13 +17,10 @@ from svdlib.linalg.operators import Operator, sketched_operator
 
 # The names of the two approximations wherever one is chosen.
 METHODS = ("rsvd", "truncsvd")
-
 # The sketch's default p and q: generous, after Halko, Martinsson and Tropp.
 OVERSAMPLE, POWER_ITERS = 10, 2
-
 # Norms whose squares are no problem in these types; other matrices are scaled first.
 MODERATE = {torch.float32: (1e-10, 1e15), torch.float64: (1e-100, 1e100)}
-
 # Elements of A in each block of a residual.
 BLOCK = 2**22
 
@@ -364,10 +361,7 @@ def _rounded(svd: SVD, scale: Tensor | None, A: Tensor) -> SVD:
         return replace(svd, source=source)
     S = S.to(A.dtype)
     if not bool(S.isfinite().all()):
-        raise ValueError(
-            f"the matrix has entries so large that its norm overflows {A.dtype}; scale it down, or "
-            "give it in a wider type"
-        )
+        raise ValueError(f"the norm overflows {A.dtype}; scale A down, or give it a wider type")
     return SVD(svd.U.to(A.dtype), S, svd.Vh.to(A.dtype), error, source)
 
 
@@ -404,9 +398,9 @@ def _limit(A: Tensor, tol: object, relative: bool, norms: Tensor, scale: Tensor 
     # Yu, Gu and Li (2018), Theorem 3: below this ‖A‖² − ‖B‖² is rounding.
     attainable = math.sqrt(4 * torch.finfo(A.dtype).eps) * norm
     if tol < attainable:
+        smallest = f"the smallest is {attainable / unit:.3g} ({attainable / norm:.2g} of the norm)"
         raise ValueError(
-            f"an error of {tol / unit:.3g} can't be certified in {A.dtype}; the smallest is "
-            f"{attainable / unit:.3g} ({attainable / norm:.2g} of the norm)"
+            f"an error of {tol / unit:.3g} can't be certified in {A.dtype}; {smallest}"
         )
     return tol
 
