@@ -191,19 +191,18 @@ def read_idx(path: Path) -> np.ndarray:
     return entries.reshape(shape).copy()
 
 
-def _find(folder: Path, file: str, name: str) -> Path:
+def _arrays(folder: Path, name: str) -> tuple[list[np.ndarray], bool]:
+    """A folder's four arrays, and whether they match the published sums, if there are any."""
     # Files beside a folder of this name may be another data set's.
     if (raw := folder / name / "raw").is_dir():
         folder = raw
-    for path in (folder / file, folder / f"{file}.gz"):
-        if path.is_file():
-            return path
-    raise FileNotFoundError(f"{folder} holds neither {file} nor {file}.gz")
-
-
-def _arrays(folder: Path, name: str) -> tuple[list[np.ndarray], bool]:
-    """A folder's four arrays, and whether they match the published sums, if there are any."""
-    arrays = [read_idx(_find(folder, file, name)) for file in FILES]
+    arrays = []
+    for file in FILES:
+        if not (path := folder / file).is_file():
+            path = folder / f"{file}.gz"
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} holds neither {file} nor {file}.gz")
+        arrays.append(read_idx(path))
     for part, images, labels in zip(("train", "t10k"), arrays[::2], arrays[1::2], strict=True):
         if images.ndim != 3 or labels.ndim != 1 or not len(images):
             shapes = f"{part} images and labels of shapes {images.shape} and {labels.shape}"

@@ -1,8 +1,7 @@
 """Settings that torch keeps per process or thread, and how a call leaves them unchanged.
 
-OpenMP threads wait for each other after every operation. A step of a small network is some twenty
-operations of a few microseconds, so a second thread costs more than it brings. Small operations
-therefore use one thread, and independent pieces of work run side by side.
+OpenMP threads wait for each other after every operation, which costs a small network more than a
+second thread brings. Its operations use one thread; independent pieces of work run side by side.
 """
 
 from __future__ import annotations

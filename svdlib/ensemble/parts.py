@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from threading import Event
 
@@ -38,34 +37,26 @@ def shares(nets: MLPEnsemble, batch_size: int) -> tuple[list[slice], bool]:
     return [slice(*pair) for pair in pairwise(ends)], work >= len(nets)
 
 
-@dataclass
 class Batches:
     """The batches of an epoch, as `descent` takes them, of ``size`` images or fewer in the last.
 
-    ``images`` (n, features + 1) end in ones. Each batch has its ``labels``, minus one-hot
-    (classes · B,), and in ``order`` its images' numbers, unless they are in order (None).
+    Of images (n, features + 1) that end in ones, and minus one-hot labels (n, classes), in an
+    order drawn by the generator, if there is one.
     """
 
-    images: Tensor
-    size: int
-    labels: Sequence[Tensor]
-    order: Sequence[Tensor] | None
-
-    @classmethod
-    def of(
-        cls, images: Tensor, labels: Tensor, size: int, generator: torch.Generator | None
-    ) -> Batches:
-        """From minus one-hot labels (n, classes); a generator draws the images' order."""
-        order = None
+    def __init__(
+        self, images: Tensor, labels: Tensor, size: int, generator: torch.Generator | None
+    ) -> None:
+        self.images, self.size = images, size
+        self.order: Sequence[Tensor] = ()
         if generator is not None:
             order = torch.randperm(len(images), generator=generator, device=images.device)
-            labels = labels[order]
-        parts = [part.t().flatten() for part in labels.split(size)]
-        return cls(images, size, parts, None if order is None else order.split(size))
+            labels, self.order = labels[order], order.split(size)
+        self.labels = [part.t().flatten() for part in labels.split(size)]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """x and y of each batch; if there is an order, each x overwrites the one before."""
-        if self.order is None:
+        if not self.order:
             yield from zip(self.images.split(self.size), self.labels, strict=True)
             return
         x = with_ones(self.images[: self.size, :-1].clone())

@@ -26,8 +26,7 @@ class Projection:
 
     Args:
         method: "truncsvd" (the best approximation) or "rsvd" (the randomized one).
-        rank: one for all layers, or one per layer. A layer whose smaller side does not exceed its
-            rank stays as it is.
+        rank: one for all layers, or one per layer; a layer of no higher rank stays as it is.
         every: "epoch", "step", or a number of steps.
         oversample, power_iters: of the randomized method, see `randomized_svd`.
     """
@@ -107,10 +106,8 @@ class Projection:
         if self.every == "epoch":
             raise ValueError("an optimizer knows no epochs; give every='step' or a number of steps")
         if not (isinstance(model, nn.Module) and isinstance(optimizer, torch.optim.Optimizer)):
-            raise ValueError(  # noqa: TRY004
-                f"attach takes a model and its optimizer, not {type(model).__name__} and "
-                f"{type(optimizer).__name__}"
-            )
+            given = f"{type(model).__name__} and {type(optimizer).__name__}"
+            raise ValueError(f"attach takes a model and its optimizer, not {given}")  # noqa: TRY004
         net = Network(model)
         chosen = net.choose(layers, "project")
         net.warn()

@@ -58,8 +58,8 @@ def train(
     (Σ_{i>r} σ_i²)^½ ≤ tail · (Σ σ_i²)^½, as in dynamical low-rank training (Schotthöfer et al.
     2022, Algorithm 1) after every step; Adam's moments then start anew.
 
-    Whatever stops the training, Ctrl-C included, the networks keep their last weights and the
-    exception carries the rows so far as ``history``.
+    Whatever stops the training, be it Ctrl-C or an exception in ``watch``, the networks keep their
+    last weights and the exception carries the rows so far as ``history``.
 
     Args:
         nets: the ensemble in float32 or float64, moved to the data's device.
@@ -67,16 +67,14 @@ def train(
         epochs, batch_size, lr: as usual; the last batch of an epoch may be smaller.
         optimizer: "sgd", or "adam" (Kingma and Ba 2015, with torch's constants).
         schedule: of the learning rate: "constant", or "cosine", from lr down to 0.
-        dropout: the probability that a step ignores an input of a layer, pixels included
-            (Srivastava et al. 2014).
+        dropout: probability that a step ignores a pixel or a layer's input (Srivastava et al. 2014).
         projection: None (stock), one for all networks, or one (or None) per network.
         tail: the relative tail of a truncation, between 0 and 1; None: no truncation.
         validation: images and labels held out of the data (`Data.hold_out`). Each network then
             ends with its weights of the epoch with the fewest errors on them (the last such).
         shuffle: draw a new order before each epoch.
         seed: of the order, the dropout and the randomized projections.
-        watch: called some ten times a second, and after each epoch, with the rows so far. An
-            exception in it stops the training.
+        watch: called with the rows so far, some ten times a second and after each epoch.
         progress: show a progress bar.
 
     Returns:
@@ -127,7 +125,7 @@ def train(
             for epoch in range(1, epochs + 1):
                 start = clock.now(data.device)
                 if shuffle or epoch == 1:
-                    batches = Batches.of(images, labels, batch_size, generator)
+                    batches = Batches(images, labels, batch_size, generator)
                 rates = _rates(schedule, lr, epoch, epochs, steps)
                 train_loss = crew.train(epoch, batches, rates, tail)
                 seconds = clock.now(data.device) - start
@@ -146,8 +144,7 @@ def train(
 class _Crew:
     """The parts of an ensemble in training, each with a thread of its own.
 
-    ``rows`` are those of the history so far. ``best`` has each network's highest accuracy on the
-    validation images, if there are any, and the network at that time.
+    ``rows`` are the history so far, ``best`` each network at its highest validation accuracy.
     """
 
     def __init__(

@@ -396,12 +396,10 @@ def _limit(A: Tensor, tol: object, relative: bool, norms: Tensor, scale: Tensor 
     norm, unit = float(norms), 1.0 if scale is None else float(scale)
     tol *= norm if relative else unit
     # Yu, Gu and Li (2018), Theorem 3: below this ‖A‖² − ‖B‖² is rounding.
-    attainable = math.sqrt(4 * torch.finfo(A.dtype).eps) * norm
-    if tol < attainable:
-        smallest = f"the smallest is {attainable / unit:.3g} ({attainable / norm:.2g} of the norm)"
-        raise ValueError(
-            f"an error of {tol / unit:.3g} can't be certified in {A.dtype}; {smallest}"
-        )
+    smallest = math.sqrt(4 * torch.finfo(A.dtype).eps) * norm
+    if tol < smallest:
+        limit = f"the smallest is {smallest / unit:.3g} ({smallest / norm:.2g} of the norm)"
+        raise ValueError(f"tol {tol / unit:.3g} can't be certified in {A.dtype}; {limit}")
     return tol
 
 
