@@ -156,7 +156,7 @@ def sketch_generators(
     seeds: Sequence[int], seed: int, device: torch.device
 ) -> list[torch.Generator]:
     """A generator per network, seeded by its own seed and the call's, whatever networks are beside."""
-    mixed = [np.random.SeedSequence([seed % 2**64, own % 2**64]) for own in seeds]
+    mixed = [np.random.SeedSequence([seed % 2**64, network % 2**64]) for network in seeds]
     states = [int(sequence.generate_state(1, np.uint64)[0]) >> 1 for sequence in mixed]
     return [torch.Generator(device).manual_seed(state) for state in states]
 
@@ -172,9 +172,9 @@ def sketches(
     ahead = max(1, AHEAD // (layers * rows * columns)) if frequent else 1
     drawn = like.new_empty(ahead, layers, len(generators), rows, columns)
     while True:
-        own = like.new_empty(ahead, layers, rows, columns)
+        numbers = like.new_empty(ahead, layers, rows, columns)
         for network, generator in enumerate(generators):
-            drawn[:, :, network] = own.normal_(generator=generator)
+            drawn[:, :, network] = numbers.normal_(generator=generator)
         yield from drawn.flatten(1, 2).unbind()
 
 
@@ -261,12 +261,12 @@ def layer_stacks(
     >>> torch.linalg.matrix_rank(W)
     tensor([2, 2, 2])
     """
-    found: dict[tuple[int, int, int], list[Tensor]] = {}
+    stacks: dict[tuple[int, int, int], list[Tensor]] = {}
     for W, rank in zip(weights, ranks, strict=True):
         A = W if W.shape[1] <= W.shape[2] else W.mT
         if rank < A.shape[1]:
-            found.setdefault((rank, A.shape[1], with_spare_rows(A).shape[1]), []).append(A)
-    return [LayerStack(sides, rank, projection, generators) for (rank, *_), sides in found.items()]
+            stacks.setdefault((rank, A.shape[1], with_spare_rows(A).shape[1]), []).append(A)
+    return [LayerStack(sides, rank, projection, generators) for (rank, *_), sides in stacks.items()]
 
 
 class Group:

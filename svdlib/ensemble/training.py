@@ -199,8 +199,8 @@ class _Crew:
         """Losses and errors on each held-out part of the data, and the accuracy on the test one."""
         columns, accuracies = {}, {}
         for name, (x, y) in held_out.items():
-            found = self.all_do(partial(Part.test, x=x, y=y))
-            loss, right = map(torch.cat, zip(*found, strict=True))
+            results = self.all_do(partial(Part.test, x=x, y=y))
+            loss, right = map(torch.cat, zip(*results, strict=True))
             accuracy = 100 * right / len(y)
             accuracies[name] = accuracy.tolist()
             columns[f"{name}_loss"] = (loss / len(y)).tolist()
