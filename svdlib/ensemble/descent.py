@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import pairwise
 
@@ -17,63 +16,39 @@ threshold_backward_ = torch.ops.aten.threshold_backward.grad_input
 log_softmax_ = torch.ops.aten._log_softmax.out
 
 
-@dataclass(frozen=True)
 class Affine:
-    """The maps h ↦ W h + b of S networks, each one matrix in homogeneous coordinates:
+    """The maps h ↦ W h + b of S networks, W (out × in), each one matrix, rows padded with zeros:
 
         [W b] [h]   [W h + b]
         [0 1] [1] = [   1   ].
 
     So products, gradients and updates include the bias, and activations keep their row of ones.
-    The last layer's matrix has no last row.
-
-    Attributes:
-        padded: the matrices, each row padded with zeros to whole cache lines, 16 floats.
-        ins, out: the shape of W.
-        outer: whether it ends a layer. The inner factor of a layer keeps b = 0, and no max(·, 0)
-            follows it.
+    The last layer's matrix has no last row. The inner factor of a layer, which is not ``outer``,
+    keeps b = 0, and no max(·, 0) follows it.
     """
 
-    padded: Tensor
-    ins: int
-    out: int
-    outer: bool
-
-    @classmethod
-    def of(cls, factor: Tensor, outer: bool, last: bool) -> Affine:
-        """A copy of a layer's factor: [W b] (S, out, in + 1), or an inner V (S, r, in)."""
+    def __init__(self, factor: Tensor, outer: bool, last: bool) -> None:
+        """From a copy of [W b] (S, out, in + 1), or of an inner V (S, r, in)."""
         networks, out, columns = factor.shape
         ins = columns - outer
+        # To whole cache lines, 16 floats.
         padded = factor.new_zeros(networks, out + (not last), -(-(ins + 1) // 16) * 16)
         padded[:, :out, :columns] = factor
         if not last:
             padded[:, out, ins] = 1
-        return cls(padded, ins, out, outer)
-
-    @property
-    def matrix(self) -> Tensor:
-        """(S, out + 1, in + 1), or for the last layer (S, out, in + 1), a view."""
-        return self.padded[..., : self.ins + 1]
-
-    @property
-    def weight(self) -> Tensor:
-        """W (S, out, in), a view."""
-        return self.padded[:, : self.out, : self.ins]
-
-    @property
-    def trained(self) -> Tensor:
-        """The columns that a step changes, a view: all, or without the bias."""
-        return self.padded[..., : self.ins + self.outer]
+        self.padded, self.out, self.outer = padded, out, outer
+        self.matrix, self.weight = padded[..., : ins + 1], padded[:, :out, :ins]
+        self.trained = padded[..., :columns]  # what a step changes: without an inner bias
 
 
 def descent(
     maps: Sequence[Affine],
+    target: Sequence[Tensor],
+    dropout: float,
+    generator: torch.Generator | None,
     batch: int,
-    onto: Sequence[Affine],
-    dropout: float = 0.0,
-    generator: torch.Generator | None = None,
 ) -> Callable[[Tensor, Tensor, float, Tensor], None]:
-    """A function that adds a multiple of the gradient of S perceptrons' loss, in place.
+    """A function that adds a multiple of the gradient of S perceptrons' loss to ``target``.
 
     Forward, with activations h_l of shape (S, out + 1, B) that end in a row of ones, h_0 = xᵀ,
     and the matrices A_l = [W_l b_l; 0 1]:
@@ -89,29 +64,12 @@ def descent(
     factorized layer is two maps. Dropout with probability d multiplies an input of a layer by
     1/(1−d) or by 0, the same for all networks. All buffers are made here, once.
 
-    Args:
-        maps: the layers.
-        batch: B, images in a batch.
-        onto: maps that the products are added to: ``maps`` themselves, or others like them.
-        dropout, generator: d, and the source of its randomness on the maps' device.
-
-    Returns:
-        a function of x (B, in + 1), the last column ones; minus the one-hot labels, class by
-        class (classes · B,); the scale; and a tensor (S,) that receives each network's summed
-        loss on the batch before the step.
-
-    >>> map = Affine.of(torch.zeros(1, 2, 4), outer=True, last=True)
-    >>> loss = torch.empty(1)
-    >>> descend = descent([map], batch=1, onto=[map])
-    >>> descend(torch.ones(1, 4), torch.tensor([-1.0, 0.0]), -1.0, loss)
-    >>> loss, map.matrix
-    (tensor([0.6931]), tensor([[[ 0.5000,  0.5000,  0.5000,  0.5000],
-             [-0.5000, -0.5000, -0.5000, -0.5000]]]))
+    The function takes x (B, in + 1), the last column ones; minus the one-hot labels, class by
+    class (classes · B,); the scale; and a tensor (S,) for each network's summed loss on the batch.
     """
     above = range(1, len(maps))
     zeros = maps[0].matrix.new_zeros
     A = [map.matrix for map in maps]
-    target = [map.trained for map in onto]
     h = [zeros(*matrix.shape[:2], batch) for matrix in A]
     delta = [zeros(activations.shape) for activations in h]  # zero under the row of ones
     log_p = delta[-1].flatten(1)
@@ -160,9 +118,7 @@ def _mask(like: Tensor, dropout: float, generator: torch.Generator | None) -> Te
 class Step:
     """Steps of training for some networks of an ensemble, on copies of their matrices.
 
-    Attributes:
-        maps: the copies; `store` puts them back.
-        weights: views of each W (S, out, in), or V and U.
+    ``weights`` are views of each W (S, out, in), or V and U; `store` puts the copies back.
     """
 
     def __init__(
@@ -173,25 +129,21 @@ class Step:
         dropout: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> None:
-        self.factors: list[Tensor] = []
-        self.maps: list[Affine] = []
-        for layer in nets.layers:
-            for factor in layer.factors:
-                outer = factor is layer.factors[-1]
-                self.factors.append(factor.detach()[networks])
-                last = outer and layer is nets.layers[-1]
-                self.maps.append(Affine.of(self.factors[-1], outer, last))
-        self.weights = [map.weight for map in self.maps]
+        layers = [layer.factors for layer in nets.layers]
+        outer = [factor is factors[-1] for factors in layers for factor in factors]
+        self.factors = [factor.detach()[networks] for factors in layers for factor in factors]
+        last = [factor is self.factors[-1] for factor in self.factors]
+        self.maps = list(map(Affine, self.factors, outer, last))
+        self.weights = [affine.weight for affine in self.maps]
         self.adam: torch.optim.Adam | None = None
-        onto = self.maps
+        target = [affine.trained for affine in self.maps]
         if optimizer == "adam":
-            onto = [replace(map, padded=torch.zeros_like(map.padded)) for map in self.maps]
-            for map, gradient in zip(self.maps, onto, strict=True):
-                map.padded.grad = gradient.padded
-            self.adam = torch.optim.Adam([map.padded for map in self.maps], fused=True)
-        self.descent = cache(
-            partial(descent, self.maps, onto=onto, dropout=dropout, generator=generator)
-        )
+            padded = [affine.padded for affine in self.maps]
+            self.adam = torch.optim.Adam(padded, fused=True)
+            for position, matrix in enumerate(padded):
+                matrix.grad = torch.zeros_like(matrix)
+                target[position] = matrix.grad[..., : target[position].shape[-1]]
+        self.descent = cache(partial(descent, self.maps, target, dropout, generator))
 
     def take(self, x: Tensor, y: Tensor, rate: float, loss: Tensor) -> None:
         """One step on a batch, in place; see `descent` for x, y and loss."""
@@ -206,16 +158,16 @@ class Step:
 
     def store(self) -> None:
         """Put the matrices back into the ensemble."""
-        for factor, map in zip(self.factors, self.maps, strict=True):
-            factor.copy_(map.padded[:, : map.out, : factor.shape[-1]])
+        for factor, affine in zip(self.factors, self.maps, strict=True):
+            factor.copy_(affine.trained[:, : affine.out])
 
-    def losses(self, x: Tensor, y: Tensor, chunk: int = 2000) -> tuple[Tensor, Tensor]:
+    def losses(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy (S,) and number of right answers (S,); x (n, in + 1), y (n,)."""
-        loss = torch.zeros(len(self.factors[0]), dtype=torch.float64, device=x.device)
+        first = self.maps[0].matrix
+        loss = torch.zeros(len(first), dtype=torch.float64, device=x.device)
         right = torch.zeros_like(loss)
-        for part, labels in zip(x.split(chunk), y.split(chunk), strict=True):
-            first = self.maps[0].matrix
-            h = (first.flatten(0, 1) @ part.t()).unflatten(0, first.shape[:2])
+        for images, labels in zip(x.split(2000), y.split(2000), strict=True):
+            h = (first.flatten(0, 1) @ images.t()).unflatten(0, first.shape[:2])
             for lower, map in pairwise(self.maps):
                 h = map.matrix @ (h.relu_() if lower.outer else h)
             losses, hits = losses_and_hits(h, labels)

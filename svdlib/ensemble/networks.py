@@ -11,7 +11,6 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 from svdlib import checks, threads
 from svdlib.network import kinds
@@ -22,19 +21,16 @@ from svdlib.network.opened import find_layers
 
 def perceptron(sizes: Sequence[int]) -> nn.Sequential:
     """``Linear, ReLU, Linear, …, Linear``, initialized by torch from its global generator."""
-    layers: list[nn.Module] = []
-    for fan_in, fan_out in pairwise(sizes):
-        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+    modules = [part for sides in pairwise(sizes) for part in (nn.Linear(*sides), nn.ReLU())]
+    return nn.Sequential(*modules[:-1])
 
 
 class Layer(nn.Module):
-    """One layer h ↦ W h + b of S networks: one matrix [W b], or two factors V and [U b], W = U V.
+    """One layer h ↦ W h + b of S networks, dense, or factorized as W = U V.
 
-    Attributes:
-        factors: [[W b]] (S, out, in + 1), or V (S, r, in) and [U b] (S, out, r + 1). r is the
-            largest rank; factors of lower rank are padded with zeros, which stay zero in training.
-        ranks: of a factorized layer, each network's rank (S,), else None.
+    ``factors`` are [W b] (S, out, in + 1), or V (S, r, in) and [U b] (S, out, r + 1) with the
+    largest rank r: zeros pad those of lower rank, and stay zero in training. ``ranks`` (S,) of a
+    dense layer is None.
     """
 
     ranks: Tensor | None
@@ -70,8 +66,8 @@ class Layer(nn.Module):
         *inner, outer = self.weights
         return outer @ inner[0] if inner else outer
 
-    def linear(self, network: int) -> nn.Linear | LowRank:
-        """The layer of one network as a module of its own, a copy."""
+    def module(self, network: int) -> nn.Linear | LowRank:
+        """A copy of the layer of one network."""
         if self.ranks is None:
             return _linear(self.weights[0][network], self.bias[network])
         rank = int(self.ranks[network])
@@ -89,19 +85,12 @@ class Layer(nn.Module):
 
 
 def truncated(V: Tensor, U: Tensor, tail: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Factors of the best approximation of W = U V that discards no more than a relative tail.
+    """V and U of the best W = U V that discards no more than a relative tail, and ranks (S,).
 
-    W = U V (m × r times r × n) is decomposed through U = Q_1 R_1 and Vᵀ = Q_2 R_2: the SVD of
-    the r × r matrix R_1 R_2ᵀ = P Σ Oᵀ gives W = (Q_1 P) Σ (Q_2 O)ᵀ. Each network keeps the
-    smallest rank j ≥ 1 with (Σ_{i>j} σ_i²)^½ ≤ tail · (Σ σ_i²)^½, its factors balanced, √Σ
-    each (Schotthöfer et al. 2022, Algorithm 1, the truncation).
-
-    Returns:
-        V (S, r, n) and U (S, m, r), zero after each network's rank; and these ranks (S,).
-
-    >>> V, U = torch.eye(2)[None], torch.diag(torch.tensor([2.0, 0.1]))[None]
-    >>> truncated(V, U, tail=0.1)[2]
-    tensor([1])
+    With U = Q_1 R_1 and Vᵀ = Q_2 R_2, the SVD of the r × r matrix R_1 R_2ᵀ = P Σ Oᵀ gives
+    W = (Q_1 P) Σ (Q_2 O)ᵀ. Each network keeps the smallest rank j ≥ 1 with
+    (Σ_{i>j} σ_i²)^½ ≤ tail · (Σ σ_i²)^½, its factors balanced, √Σ each, and zero from there on
+    (Schotthöfer et al. 2022, Algorithm 1, the truncation).
     """
     Q1, R1 = torch.linalg.qr(U)
     Q2, R2 = torch.linalg.qr(V.mT)
@@ -117,14 +106,12 @@ def truncated(V: Tensor, U: Tensor, tail: float) -> tuple[Tensor, Tensor, Tensor
 class MLPEnsemble(nn.Module):
     """S ReLU perceptrons of one shape, one for each seed.
 
-    Layer l of all networks is one tensor [W b] of shape (S, out, in + 1), so that a step of
-    training is a handful of batched products. ``weights[l]`` (S, out, in) and ``biases[l]``
-    (S, out) are views of it. Network i starts bit for bit as
+    Layer l of all networks is one tensor [W b] (S, out, in + 1), so that a step of training is a
+    handful of batched products. ``weights[l]`` (S, out, in) and ``biases[l]`` (S, out) are views of
+    it. A factorized layer (see `from_modules`) has two weights, (S, r, in) and (S, out, r).
+    ``ensemble[i]`` is a copy of network i, which starts bit for bit as
 
         torch.manual_seed(seeds[i]); nn.Sequential(nn.Linear(…), nn.ReLU(), …, nn.Linear(…))
-
-    and ``ensemble[i]`` is a copy of it as that ``nn.Sequential``. A factorized layer (see
-    `from_modules`) has two entries in ``weights``, of shapes (S, r, in) and (S, out, r).
 
     Args:
         sizes: widths (in, hidden, …, out), at least two.
@@ -134,9 +121,6 @@ class MLPEnsemble(nn.Module):
     >>> nets = MLPEnsemble((784, 15, 15, 10), seeds=range(32), device="cpu")
     >>> nets.weights[0].shape
     torch.Size([32, 15, 784])
-    >>> _ = torch.manual_seed(7)
-    >>> torch.equal(nets[7][0].weight, nn.Linear(784, 15).weight)
-    True
     """
 
     layers: Sequence[Layer]
@@ -171,22 +155,21 @@ class MLPEnsemble(nn.Module):
     ) -> MLPEnsemble:
         """An ensemble with copies of the weights of perceptrons ``Linear, ReLU, …, Linear``.
 
-        A Linear may be a `LowRank` layer, as `factorize` makes them, if it is one in all modules;
-        ranks may differ. The modules must have one shape, and biases in every layer.
+        The modules must have one shape, and biases in every layer. A Linear may be a `LowRank`
+        layer, as `factorize` makes them, if it is one in all modules; ranks may differ.
 
         >>> nets = MLPEnsemble.from_modules([perceptron((4, 3, 2)) for _ in range(5)])
         >>> len(nets), nets.sizes
         (5, (4, 3, 2))
         """
-        modules = list(checks.several(modules, "modules", "[net]"))
+        modules = checks.several(modules, "modules", "[net]")
         _check_perceptrons(modules)
+        seeds = None if seeds is None else tuple(seeds)
+        if seeds is not None and len(seeds) != len(modules):
+            raise ValueError(f"{len(modules)} modules need as many seeds, not {len(seeds)}")
         ensemble = cls.__new__(cls)
         nn.Module.__init__(ensemble)
-        ensemble.seeds = None if seeds is None else tuple(seeds)
-        if ensemble.seeds is not None and len(ensemble.seeds) != len(modules):
-            raise ValueError(
-                f"{len(modules)} modules need {len(modules)} seeds, not {len(ensemble.seeds)}"
-            )
+        ensemble.seeds = seeds
         ensemble.restack_(modules)
         return ensemble
 
@@ -218,8 +201,8 @@ class MLPEnsemble(nn.Module):
     @property
     def ranks(self) -> list[tuple[int | None, ...]]:
         """For each network, the rank of each factorized layer, and None for a dense one."""
-        dense = [None] * len(self)
-        columns = [dense if layer.ranks is None else layer.ranks.tolist() for layer in self.layers]
+        layers = (layer.ranks for layer in self.layers)
+        columns = [[None] * len(self) if ranks is None else ranks.tolist() for ranks in layers]
         return list(zip(*columns, strict=True))
 
     def matrices(self) -> list[Tensor]:
@@ -247,9 +230,7 @@ class MLPEnsemble(nn.Module):
         if not hasattr(index, "__index__"):
             raise TypeError(f"networks are taken one at a time, by a whole number, not {index!r}")
         index = range(len(self))[index]
-        modules: list[nn.Module] = []
-        for layer in self.layers:
-            modules += [layer.linear(index), nn.ReLU()]
+        modules = [part for layer in self.layers for part in (layer.module(index), nn.ReLU())]
         return nn.Sequential(*modules[:-1])
 
     def __iter__(self) -> Iterator[nn.Sequential]:
@@ -280,9 +261,8 @@ class MLPEnsemble(nn.Module):
         Inputs x (n, in) and labels y (n,) are taken ``chunk`` at a time, which bounds the memory.
         """
         dtype = self.weights[0].dtype
-        chunks = zip(x.split(chunk), y.split(chunk), strict=True)
-        found = [losses_and_hits(self.logits(part.to(dtype)), labels) for part, labels in chunks]
-        losses, hits = zip(*found, strict=True)
+        logits = (self.logits(part.to(dtype)) for part in x.split(chunk))
+        losses, hits = zip(*map(losses_and_hits, logits, y.split(chunk)), strict=True)
         return torch.cat(losses, 1), torch.cat(hits, 1)
 
     @threads.plain()
@@ -314,12 +294,11 @@ def _padded(matrices: Sequence[Tensor]) -> Tensor:
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A Linear with copies of these."""
-    like = {"device": weight.device, "dtype": weight.dtype}
-    linear = skip_init(nn.Linear, *reversed(weight.shape), bias=bias is not None, **like)
-    with torch.no_grad():
-        linear.weight.copy_(weight)
-        if bias is not None:
-            linear.bias.copy_(bias)
+    rows, columns = weight.shape
+    linear = nn.Linear(columns, rows, bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone())
     return linear
 
 
@@ -332,10 +311,9 @@ def _check_perceptrons(modules: Sequence[nn.Sequential]) -> None:
         if not is_relu_perceptron(module):
             raise ValueError(f"a perceptron is Linear, ReLU, …, Linear, not {module}")
         layers = find_layers(module).values()
-        if any(layer.bias is None for layer in layers):
-            raise ValueError("every Linear of an ensemble needs a bias")
-        if any(p.is_complex() for p in module.parameters()):
-            raise ValueError("an ensemble holds real weights, not complex ones")
-        shapes.add(tuple((type(each.module).__name__, *each.sides[::-1]) for each in layers))
+        is_complex = any(parameter.is_complex() for parameter in module.parameters())
+        if is_complex or any(layer.bias is None for layer in layers):
+            raise ValueError(f"every Linear needs a bias and real weights, not so in {module}")
+        shapes.add(tuple((type(layer.module).__name__, *layer.sides[::-1]) for layer in layers))
     if len(shapes) > 1:
         raise ValueError(f"the modules must have one shape, not {sorted(shapes)}")

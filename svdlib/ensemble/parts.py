@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from threading import Event
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from svdlib.data import with_ones
 from svdlib.ensemble.descent import Step
 from svdlib.ensemble.networks import MLPEnsemble
-from svdlib.ensemble.projection import Projection, grouped, sketch_generators
+from svdlib.ensemble.projection import Choices, grouped, sketch_generators
 
 # Multiply-adds of a step, forward, that are worth a thread: sixteen of the paper's networks.
 THREAD = 12_400_000
@@ -22,11 +21,10 @@ THREAD = 12_400_000
 def shares(nets: MLPEnsemble, batch_size: int) -> tuple[list[slice], bool]:
     """Which networks each part has, and whether operations are large enough for inner threads.
 
-    It depends on sizes alone, so results do not depend on the number of threads. Fewer than
-    sixteen networks like the paper's are one part. More are an even number of parts of eight to
-    twenty-four, which fit into a processor's cache. A large network is a part of its own, and
-    remaining threads work inside its products (where their number may change the last bits). On a
-    GPU all networks are one part.
+    By sizes alone, so results do not depend on the number of threads. Fewer than sixteen networks
+    like the paper's are one part, as all are on a GPU. More are an even number of parts of eight
+    to twenty-four, which fit into a processor's cache. A large network is a part of its own, and
+    remaining threads work inside its products (where their number may change the last bits).
 
     >>> shares(MLPEnsemble((784, 15, 15, 10), range(32), device="cpu"), batch_size=64)
     ([slice(0, 16, None), slice(16, 32, None)], False)
@@ -39,29 +37,26 @@ def shares(nets: MLPEnsemble, batch_size: int) -> tuple[list[slice], bool]:
     return [slice(*pair) for pair in pairwise(ends)], work >= len(nets)
 
 
-@dataclass
 class Batches:
     """The batches of an epoch, as `descent` takes them, of ``size`` images or fewer in the last.
 
-    ``images`` are (n, features + 1), the last column ones. Each batch has its ``labels``, minus
-    one-hot (classes · B,), and in ``order`` its images' numbers, unless they are in order (None).
+    Of images (n, features + 1) that end in ones, and minus one-hot labels (n, classes), in an
+    order drawn by the generator, if there is one.
     """
 
-    images: Tensor
-    size: int
-    labels: Sequence[Tensor]
-    order: Sequence[Tensor] | None
-
-    @classmethod
-    def of(cls, images: Tensor, labels: Tensor, size: int, order: Tensor | None) -> Batches:
-        """From minus one-hot labels (n, classes) and a permutation of the images, if any."""
-        labels = labels if order is None else labels[order]
-        parts = [part.t().flatten() for part in labels.split(size)]
-        return cls(images, size, parts, None if order is None else order.split(size))
+    def __init__(
+        self, images: Tensor, labels: Tensor, size: int, generator: torch.Generator | None
+    ) -> None:
+        self.images, self.size = images, size
+        self.order: Sequence[Tensor] = ()
+        if generator is not None:
+            order = torch.randperm(len(images), generator=generator, device=images.device)
+            labels, self.order = labels[order], order.split(size)
+        self.labels = [part.t().flatten() for part in labels.split(size)]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """x and y of each batch; if there is an order, each x overwrites the one before."""
-        if self.order is None:
+        if not self.order:
             yield from zip(self.images.split(self.size), self.labels, strict=True)
             return
         x = with_ones(self.images[: self.size, :-1].clone())
@@ -71,34 +66,26 @@ class Batches:
 
 
 class Part:
-    """Some networks of an ensemble while it is trained.
+    """Some networks of an ensemble while it is trained, after ``done`` steps.
 
-    Args:
-        networks: which of the ensemble's networks.
-        choices: a projection or None for each network of the ensemble.
-        optimizer, dropout: as in `train`.
-        seed: of the dropout, which is the same in all parts, and, with the networks' own seeds
-            or else their numbers, of the projections.
-
-    Attributes:
-        done: the number of steps so far.
+    ``choices`` has a projection or None for each network of the ensemble. ``seed`` is that of the
+    dropout, which is the same in all parts, and, with the networks' own seeds, of the projections.
     """
 
     def __init__(
         self,
         nets: MLPEnsemble,
         networks: slice,
-        choices: Sequence[Projection | None],
+        choices: Choices,
         optimizer: str,
         dropout: float,
         seed: int,
     ) -> None:
-        self.networks, self.optimizer, self.dropout = networks, optimizer, dropout
-        self.choices = choices[networks]
-        self.masks = torch.Generator(nets.device).manual_seed(seed)
+        self.networks, self.choices, self.done = networks, choices[networks], 0
+        masks = torch.Generator(nets.device).manual_seed(seed)
+        self.settings = networks, optimizer, dropout, masks
         seeds = (nets.seeds or range(len(nets)))[networks]
         self.generators = sketch_generators(seeds, seed, nets.device)
-        self.done = 0
         # A new thread would work in the default stream instead of the caller's.
         on_gpu = nets.device.type == "cuda"
         self.stream = torch.cuda.current_stream(nets.device) if on_gpu else None
@@ -106,15 +93,14 @@ class Part:
 
     def begin(self, nets: MLPEnsemble) -> None:
         """Train the tensors that the ensemble holds now."""
-        self.step = Step(nets, self.networks, self.optimizer, self.dropout, self.masks)
+        self.step = Step(nets, *self.settings)
         self.groups = grouped(self.choices, self.step.weights, self.generators)
 
     @torch.inference_mode()
     def train(self, batches: Batches, rates: Sequence[float], losses: Tensor, stop: Event) -> None:
-        """One epoch: a step on every batch, each with its rate, and the projections then due.
+        """One epoch, or its steps until ``stop`` is set, with the projections then due.
 
-        ``losses`` (steps, networks of the ensemble) receive the batches' summed losses. Once
-        ``stop`` is set, the epoch ends before the next step.
+        ``losses`` (steps, networks of the ensemble) receive the batches' summed losses.
         """
         with torch.cuda.stream(self.stream):
             try:
@@ -125,7 +111,7 @@ class Part:
                     self.step.take(x, y, rate, loss)
                     self.done += 1
                     for group in self.groups:
-                        if group.is_due(self.done, len(rates)):
+                        if group.projection.is_due(self.done, len(rates)):
                             group.project_()
             finally:
                 self.step.store()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import count
 from typing import Literal
 
 import numpy as np
@@ -25,8 +26,7 @@ class Projection:
 
     Args:
         method: "truncsvd" (the best approximation) or "rsvd" (the randomized one).
-        rank: one for all layers, or one per layer. A layer whose smaller side does not exceed its
-            rank stays as it is.
+        rank: one for all layers, or one per layer; a layer of no higher rank stays as it is.
         every: "epoch", "step", or a number of steps.
         oversample, power_iters: of the randomized method, see `randomized_svd`.
     """
@@ -39,11 +39,12 @@ class Projection:
 
     def __post_init__(self) -> None:
         checks.one_of(self.method, METHODS, "method")
+        rank: int | tuple[int, ...]
         if isinstance(self.rank, Iterable) and getattr(self.rank, "ndim", True):
-            ranks = tuple(checks.positive_int(rank, "rank") for rank in self.rank)
-            object.__setattr__(self, "rank", ranks)
+            rank = tuple(checks.positive_int(rank, "rank") for rank in self.rank)
         else:
-            object.__setattr__(self, "rank", checks.positive_int(self.rank, "rank"))
+            rank = checks.positive_int(self.rank, "rank")
+        object.__setattr__(self, "rank", rank)
         if isinstance(self.every, str):
             checks.one_of(self.every, ("epoch", "step"), "every")
         else:
@@ -62,11 +63,10 @@ class Projection:
         >>> Projection.published("truncsvd").rank
         11
         """
-        checks.one_of(method, METHODS, "method")
-        exact = cls("truncsvd", checks.positive_int(rank, "rank") + 1, every="step")
+        rank = checks.positive_int(rank, "rank")
         if method == "truncsvd":
-            return exact
-        return replace(exact, method="rsvd", rank=rank, oversample=0, power_iters=2)
+            return cls(method, rank + 1, every="step")
+        return cls(method, rank, every="step", oversample=0, power_iters=2)
 
     def attach(
         self,
@@ -78,66 +78,56 @@ class Projection:
     ) -> RemovableHandle:
         """Project a model's weights after steps of an optimizer, in a training loop of your own.
 
-        What `train` does to an ensemble, for any module and optimizer. A step that a gradient
-        scaler leaves out is not counted.
+        What `train` does to an ensemble, for any module and optimizer. Steps that a gradient
+        scaler skips are not counted.
 
         Args:
-            model: its layers that hold a matrix are projected in place, see `project_`; those that
-                can't be are left as they are, with one warning.
+            model: changed in place, see `project_`; layers that can't be projected are left as they
+                are, with one warning.
             optimizer: the one that steps the model's parameters.
-            layers: names of the layers, or of parameters that are read without one, as `project_`
-                takes them; all layers by default.
+            layers: names of layers or parameters, as `project_` takes them; all layers by default.
             generator: the source of random sketches, on the model's device; torch's global one
                 if None.
 
         Returns:
-            a handle; after ``handle.remove()`` nothing is projected any more.
+            a handle; ``handle.remove()`` ends the projections.
 
         Raises:
-            ValueError: ``every="epoch"``, of which an optimizer knows nothing, or as `project_`.
+            ValueError: ``every="epoch"``, which an optimizer does not know, or as `project_`.
 
         >>> model = nn.Linear(20, 15)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> handle = Projection("truncsvd", rank=3, every=2).attach(model, optimizer)
-        >>> for _ in range(2):
-        ...     model(torch.ones(1, 20)).sum().backward()
-        ...     optimizer.step()
+        >>> handle = Projection("truncsvd", rank=3, every="step").attach(model, optimizer)
+        >>> model(torch.ones(1, 20)).sum().backward()
+        >>> optimizer.step()
         >>> torch.linalg.matrix_rank(model.weight).item()
         3
-        >>> handle.remove()
         """
         if self.every == "epoch":
             raise ValueError("an optimizer knows no epochs; give every='step' or a number of steps")
-        fits = isinstance(model, nn.Module) and isinstance(optimizer, torch.optim.Optimizer)
-        if not fits:
-            raise ValueError(
-                f"attach takes a model and its optimizer, not {type(model).__name__} and "
-                f"{type(optimizer).__name__}"
-            )
+        if not (isinstance(model, nn.Module) and isinstance(optimizer, torch.optim.Optimizer)):
+            given = f"{type(model).__name__} and {type(optimizer).__name__}"
+            raise ValueError(f"attach takes a model and its optimizer, not {given}")  # noqa: TRY004
         net = Network(model)
         chosen = net.choose(layers, "project")
         net.warn()
         ranks = dict(zip(chosen, self.ranks(len(chosen)), strict=True))
         net.check_ties(ranks, "project")
-        every = 1 if self.every == "step" else int(self.every)
-        done = 0
-
-        def project(*_: object) -> None:
-            nonlocal done
-            done += 1
-            if done % every == 0:
-                project_(
-                    model,
-                    ranks,
-                    self.method,
-                    oversample=self.oversample,
-                    power_iters=self.power_iters,
-                    generator=generator,
-                )
-
         if not ranks:
             raise ValueError("no layer of the model can be projected")
+        sketch = {"oversample": self.oversample, "power_iters": self.power_iters}
+        steps = count(1)
+
+        def project(*_: object) -> None:
+            if self.is_due(next(steps)):
+                project_(model, ranks, self.method, **sketch, generator=generator)
+
         return optimizer.register_step_post_hook(project)
+
+    def is_due(self, done: int, epoch: int = 0) -> bool:
+        """Whether a projection follows step ``done`` (from 1); an epoch has so many steps."""
+        every = {"epoch": epoch, "step": 1}.get(str(self.every), self.every)
+        return done % int(every) == 0
 
     def ranks(self, layers: int) -> tuple[int, ...]:
         """The rank of each of ``layers`` layers."""
@@ -148,9 +138,11 @@ class Projection:
         return self.rank
 
 
-Projections = Projection | None | Sequence[Projection | None]
+# One per network; for all of them.
+Choices = Sequence[Projection | None]
+Projections = Projection | None | Choices
 
-# One per network, for its sketches; empty or None: torch's global one.
+# One per network, for its sketches; none: torch's global one.
 Generators = Sequence[torch.Generator | None]
 
 # Up to this many rows the randomized method works on the Gram matrix, beyond on the matrix.
@@ -163,15 +155,10 @@ AHEAD = 16_384
 def sketch_generators(
     seeds: Sequence[int], seed: int, device: torch.device
 ) -> list[torch.Generator]:
-    """A generator per network, seeded by the network's own seed and the call's.
-
-    So a network's sketches do not depend on the networks trained beside it.
-    """
-    generators = []
-    for own in seeds:
-        mixed = np.random.SeedSequence([seed % 2**64, own % 2**64]).generate_state(1, np.uint64)[0]
-        generators.append(torch.Generator(device).manual_seed(int(mixed >> np.uint64(1))))
-    return generators
+    """A generator per network, seeded by its own seed and the call's, whatever networks are beside."""
+    mixed = [np.random.SeedSequence([seed % 2**64, network % 2**64]) for network in seeds]
+    states = [int(sequence.generate_state(1, np.uint64)[0]) >> 1 for sequence in mixed]
+    return [torch.Generator(device).manual_seed(state) for state in states]
 
 
 def sketches(
@@ -179,33 +166,25 @@ def sketches(
 ) -> Iterator[Tensor]:
     """The Gaussian matrices Ω (layers · networks, rows, columns) of one projection after another.
 
-    Args:
-        shape: (layers, rows, columns).
-        like: has the numbers' type and device.
-        frequent: whether to draw for several projections at once.
+    ``shape`` is (layers, rows, columns). ``frequent`` ones are drawn several projections ahead.
     """
     layers, rows, columns = shape
     ahead = max(1, AHEAD // (layers * rows * columns)) if frequent else 1
     drawn = like.new_empty(ahead, layers, len(generators), rows, columns)
     while True:
-        own = like.new_empty(ahead, layers, rows, columns)
+        numbers = like.new_empty(ahead, layers, rows, columns)
         for network, generator in enumerate(generators):
-            drawn[:, :, network] = own.normal_(generator=generator)
+            drawn[:, :, network] = numbers.normal_(generator=generator)
         yield from drawn.flatten(1, 2).unbind()
 
 
 class LayerStack:
     """Layers with equally many rows on the shorter side, projected by one batched factorization.
 
-    The rank-k matrix of A (S, m, n) is U Uᵀ A, with U the k leading left singular vectors: exact
-    ones for "truncsvd", those of a sketch for "rsvd". Buffers that all projections use are made
-    here, once.
-
-    Args:
-        sides: A of each layer, its stack of weights or their transposes, equal in height including
-            their spare rows (`with_spare_rows`); changed in place.
-        rank: k, less than m.
-        generators: one per network, for the sketches; none: torch's global one.
+    The rank-k matrix of A (S, m, n) is U Uᵀ A, with U the k < m leading left singular vectors:
+    exact ones for "truncsvd", those of a sketch for "rsvd". ``sides`` has A of each layer, its
+    stack of weights or their transposes, equal in height including their spare rows
+    (`with_spare_rows`); changed in place.
     """
 
     def __init__(
@@ -237,7 +216,7 @@ class LayerStack:
         self.U: Tensor | None = None
 
     def project_(self, warm: bool) -> None:
-        """Project them; ``warm``: from the last basis, if they have changed little since."""
+        """Project the weights, ``warm`` from the last basis, if they have changed little since."""
         rows = self.sides[0].shape[1]
         if self.by_gram:
             for A, G in zip(self.tall, self.G_of, strict=True):
@@ -282,22 +261,16 @@ def layer_stacks(
     >>> torch.linalg.matrix_rank(W)
     tensor([2, 2, 2])
     """
-    found: dict[tuple[int, int, int], list[Tensor]] = {}
+    stacks: dict[tuple[int, int, int], list[Tensor]] = {}
     for W, rank in zip(weights, ranks, strict=True):
         A = W if W.shape[1] <= W.shape[2] else W.mT
         if rank < A.shape[1]:
-            found.setdefault((rank, A.shape[1], with_spare_rows(A).shape[1]), []).append(A)
-    return [LayerStack(sides, rank, projection, generators) for (rank, *_), sides in found.items()]
+            stacks.setdefault((rank, A.shape[1], with_spare_rows(A).shape[1]), []).append(A)
+    return [LayerStack(sides, rank, projection, generators) for (rank, *_), sides in stacks.items()]
 
 
 class Group:
-    """Networks that share a projection.
-
-    Args:
-        networks: their places in ``weights``.
-        weights: stacks (S, out, in), one per layer.
-        generators: one for each of ``networks``, for the sketches.
-    """
+    """Networks that share a projection: their places in ``weights``, (S, out, in) per layer."""
 
     def __init__(
         self,
@@ -315,11 +288,6 @@ class Group:
         self.stacks = layer_stacks(self.own, ranks, projection, generators)
         self.projected = False
 
-    def is_due(self, done: int, steps: int) -> bool:
-        """Whether a projection follows step ``done`` (from 1), at so many steps per epoch."""
-        every = {"epoch": steps, "step": 1}.get(str(self.projection.every), self.projection.every)
-        return done % int(every) == 0
-
     def project_(self) -> None:
         """Project the weights of these networks, in place."""
         if self.scattered:
@@ -334,30 +302,27 @@ class Group:
                 W.index_copy_(0, self.index, own)
 
 
-def per_network(projection: Projections, nets: MLPEnsemble) -> list[Projection | None]:
+def per_network(projection: Projections, nets: MLPEnsemble) -> Choices:
     """A projection or None for each network, if they fit the networks."""
     if projection is None or isinstance(projection, Projection):
         projection = [projection] * len(nets)
     choices = list(projection)
     if len(choices) != len(nets):
         raise ValueError(f"{len(nets)} networks need as many projections, not {len(choices)}")
+    if nets.factorized and any(choices):
+        raise ValueError("factorized networks have low rank already; give a tail, no projection")
     for choice in choices:
-        if choice is not None and not isinstance(choice, Projection):
-            raise ValueError(f"a projection is a svdlib.Projection or None, not {choice!r}")
-        if choice is not None:
+        if isinstance(choice, Projection):
             choice.ranks(len(nets.layers))
+        elif choice is not None:
+            raise ValueError(f"a projection is a svdlib.Projection or None, not {choice!r}")
     return choices
 
 
 def grouped(
-    choices: Sequence[Projection | None], weights: Sequence[Tensor], generators: Generators = ()
+    choices: Choices, weights: Sequence[Tensor], generators: Generators = ()
 ) -> list[Group]:
-    """Networks by projection, so that each projection is one batched call per layer.
-
-    >>> stock, low = None, Projection("truncsvd", 1)
-    >>> [group.networks for group in grouped([stock, low, stock, low], [torch.zeros(4, 2, 3)])]
-    [[1, 3]]
-    """
+    """Networks by projection, so that each projection is one batched call per layer."""
     members: dict[Projection, list[int]] = {}
     for network, choice in enumerate(choices):
         if choice is not None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from itertools import repeat
 from threading import Event
 from typing import Any
 
@@ -22,13 +21,13 @@ from svdlib.bars import bar
 from svdlib.data import Data, with_ones
 from svdlib.ensemble.networks import MLPEnsemble
 from svdlib.ensemble.parts import Batches, Part, shares
-from svdlib.ensemble.projection import Projection, Projections, per_network
+from svdlib.ensemble.projection import Choices, Projections, per_network
 
 Row = dict[str, object]
 Watch = Callable[[list[Row]], object] | None
-# By part of the data: images and labels; and each network's mean loss and accuracy on them.
-HeldOut = dict[str, tuple[Tensor, Tensor]]
-Scores = dict[str, tuple[list[float], list[float]]]
+# Images and labels by part of the data; columns of the history, a number per network.
+Parts = dict[str, tuple[Tensor, Tensor]]
+Columns = dict[str, list[Any]]
 
 
 @threads.making()
@@ -52,15 +51,15 @@ def train(
 ) -> pd.DataFrame:
     """Train every network of an ensemble, in place. The defaults are the paper's.
 
-    All networks see the same batches, in the data's order unless ``shuffle``. A `Projection`
-    replaces the weights by low-rank ones, and each network may have its own: a sweep of ranks or
-    a comparison of methods from the same seeds is one call.
+    All networks see the same batches. Each may have a `Projection` of its own: a sweep of ranks
+    or a comparison of methods from the same seeds is one call. Factorized networks
+    (`MLPEnsemble.from_modules`) stay factorized: their thin factors are trained. With ``tail``,
+    each layer's W = U V is truncated after every epoch to the smallest rank r with
+    (Σ_{i>r} σ_i²)^½ ≤ tail · (Σ σ_i²)^½, as in dynamical low-rank training (Schotthöfer et al.
+    2022, Algorithm 1) after every step; Adam's moments then start anew.
 
-    Factorized networks (`MLPEnsemble.from_modules`) stay factorized: their thin factors are
-    trained. With ``tail``, each layer's W = U V is truncated after every epoch to the smallest
-    rank r with (Σ_{i>r} σ_i²)^½ ≤ tail · (Σ σ_i²)^½. This is the truncation of dynamical low-rank
-    training (Schotthöfer et al. 2022, Algorithm 1), after an epoch instead of every step. It
-    changes the factors' coordinates, so Adam's moments start anew.
+    Whatever stops the training, be it Ctrl-C or an exception in ``watch``, the networks keep their
+    last weights and the exception carries the rows so far as ``history``.
 
     Args:
         nets: the ensemble in float32 or float64, moved to the data's device.
@@ -68,45 +67,38 @@ def train(
         epochs, batch_size, lr: as usual; the last batch of an epoch may be smaller.
         optimizer: "sgd", or "adam" (Kingma and Ba 2015, with torch's constants).
         schedule: of the learning rate: "constant", or "cosine", from lr down to 0.
-        dropout: the probability that a step ignores an input of a layer, pixels included
-            (Srivastava et al. 2014).
+        dropout: probability that a step ignores a pixel or a layer's input (Srivastava et al. 2014).
         projection: None (stock), one for all networks, or one (or None) per network.
         tail: the relative tail of a truncation, between 0 and 1; None: no truncation.
         validation: images and labels held out of the data (`Data.hold_out`). Each network then
             ends with its weights of the epoch with the fewest errors on them (the last such).
         shuffle: draw a new order before each epoch.
         seed: of the order, the dropout and the randomized projections.
-        watch: called some ten times a second, and after each epoch, with the rows so far. An
-            exception in it stops the training.
+        watch: called with the rows so far, some ten times a second and after each epoch.
         progress: show a progress bar.
 
     Returns:
         one row per network and epoch: network, seed, method, rank, every, epoch (from 1),
         train_loss (mean over the epoch's batches as they were trained on), test_loss, test_error
-        and accuracy (percent), and seconds, the wall time of the epoch for the whole ensemble
-        without testing. With ``validation`` also validation_loss and validation_error.
+        and accuracy (percent), and seconds, the epoch's wall time for the whole ensemble without
+        testing. With ``validation`` also validation_loss and validation_error.
 
     Raises:
-        ValueError: frozen networks or networks in less than float32, sizes or labels that do not
-            fit the data, NaN in test or validation images, projections that do not fit the
-            networks, a projection of factorized layers or a tail without them, an unknown
-            optimizer or schedule, a number out of range.
+        ValueError: frozen networks or less than float32, data or projections that do not fit the
+            networks, NaN in test or validation images, a projection of factorized layers or a
+            tail without them, an unknown optimizer or schedule, a number out of range.
         TypeError: not an `MLPEnsemble`, not `Data`.
         FloatingPointError: NaN or infinite weights before the first step, or losses after an
             epoch; names the network, and the layer or step.
 
-    Whatever stops the training, Ctrl-C included, the networks keep their last weights and the
-    exception carries the rows so far as ``history``.
-
-    >>> import svdlib
-    >>> data = svdlib.load("MNIST", device="cpu").head(640, 100)
+    >>> from svdlib import Projection, load
+    >>> data = load("MNIST", device="cpu").head(640, 100)
     >>> nets = MLPEnsemble((784, 15, 10), seeds=(0, 1), device="cpu")
-    >>> history = train(nets, data, epochs=2, projection=[None, svdlib.Projection("truncsvd", 5)],
-    ...                 progress=False)
-    >>> history[["network", "method", "epoch"]].values.tolist()
-    [[0, 'stock', 1], [1, 'truncsvd', 1], [0, 'stock', 2], [1, 'truncsvd', 2]]
+    >>> choices = [None, Projection("truncsvd", 5)]
+    >>> train(nets, data, epochs=1, projection=choices, progress=False).method.tolist()
+    ['stock', 'truncsvd']
     """
-    _check_networks(nets, data)
+    _check_networks(nets, data, tail)
     epochs = checks.positive_int(epochs, "epochs")
     batch_size = checks.positive_int(batch_size, "batch_size")
     checks.one_of(optimizer, ("sgd", "adam"), "optimizer")
@@ -118,14 +110,11 @@ def train(
     shuffle, progress = checks.truth(shuffle, "shuffle"), checks.truth(progress, "progress")
     seed = checks.positive_int(seed, "seed", least=0)
     choices = per_network(projection, nets)
-    _check_factors(nets, choices, tail)
-    held_out = _held_out(nets, data, validation)
+    held_out = _parts(nets, data, validation)
+    images, classes = held_out.pop("train")
+    labels = -F.one_hot(classes, nets.sizes[-1]).to(images.dtype)
     nets.to(data.device)
-
-    images = with_ones(data.train_x.to(nets.weights[0].dtype))
-    labels = -F.one_hot(data.train_y, nets.sizes[-1]).to(images.dtype)
     generator = torch.Generator(data.device).manual_seed(seed) if shuffle else None
-    batches = _batches(images, labels, batch_size, generator)
     steps = -(-len(images) // batch_size)
     networks, large = shares(nets, min(batch_size, len(images)))
     parts = [Part(nets, share, choices, optimizer, dropout, seed) for share in networks]
@@ -135,11 +124,14 @@ def train(
         with progress_bar, crew.at_work(large):
             for epoch in range(1, epochs + 1):
                 start = clock.now(data.device)
+                if shuffle or epoch == 1:
+                    batches = Batches(images, labels, batch_size, generator)
                 rates = _rates(schedule, lr, epoch, epochs, steps)
-                train_loss = crew.train(epoch, next(batches), rates, tail)
+                train_loss = crew.train(epoch, batches, rates, tail)
                 seconds = clock.now(data.device) - start
-                scores = crew.test(held_out)
-                crew.rows += _rows(nets, choices, tail, epoch, train_loss, scores, seconds)
+                columns: Columns = {"epoch": [epoch] * len(nets), "train_loss": train_loss}
+                columns |= crew.test(held_out) | {"seconds": [seconds] * len(nets)}
+                crew.rows += _rows(nets, choices, tail, columns)
                 crew.tick()
         if validation:
             nets.restack_([net for _, net in crew.best])
@@ -152,9 +144,7 @@ def train(
 class _Crew:
     """The parts of an ensemble in training, each with a thread of its own.
 
-    Attributes:
-        rows: of the history, so far.
-        best: with validation, each network's highest accuracy, and the network at that time.
+    ``rows`` are the history so far, ``best`` each network at its highest validation accuracy.
     """
 
     def __init__(
@@ -168,12 +158,11 @@ class _Crew:
     @contextmanager
     def at_work(self, large: bool) -> Iterator[None]:
         """Start the threads; ``large`` operations have inner threads too, if any are left."""
-        usual = torch.get_num_threads()
-        count = min(usual, len(self.parts))
+        usual, parts = torch.get_num_threads(), len(self.parts)
         with (
-            threads.inside(max(1, usual // len(self.parts)) if large else 1),
+            threads.inside(max(1, usual // parts) if large else 1),
             # A new thread learns of torch's setting only when it asks.
-            ThreadPoolExecutor(count, initializer=torch.get_num_threads) as self.pool,
+            ThreadPoolExecutor(min(usual, parts), initializer=torch.get_num_threads) as self.pool,
         ):
             yield
 
@@ -191,7 +180,7 @@ class _Crew:
     def train(
         self, epoch: int, batches: Batches, rates: Sequence[float], tail: float | None
     ) -> list[float]:
-        """Each network's mean loss in an epoch of training, and of truncation if there is a tail."""
+        """Each network's mean loss in an epoch of training, which a tail's truncation ends."""
         losses = batches.images.new_zeros(len(rates), len(self.nets))
         try:
             self.all_do(lambda part: part.train(batches, rates, losses, self.stop))
@@ -202,48 +191,34 @@ class _Crew:
                     part.begin(self.nets)
         except torch.linalg.LinAlgError:
             _check_losses(losses, epoch)
-            raise FloatingPointError(
-                f"the weights of some network are so large in epoch {epoch} that their SVD does "
-                "not converge; a smaller learning rate may help"
-            ) from None
+            what = f"an SVD does not converge in epoch {epoch}, as weights are so large"
+            raise FloatingPointError(f"{what}; a smaller learning rate may help") from None
         return (losses.double().sum(0) / len(batches.images)).tolist()
 
-    def test(self, held_out: HeldOut) -> Scores:
-        """Each network's mean loss and accuracy (percent) on each held-out part of the data."""
-        scores = {}
+    def test(self, held_out: Parts) -> Columns:
+        """Losses and errors on each held-out part of the data, and the accuracy on the test one."""
+        columns, accuracies = {}, {}
         for name, (x, y) in held_out.items():
-            found = self.all_do(partial(Part.test, x=x, y=y))
-            loss, right = map(torch.cat, zip(*found, strict=True))
-            scores[name] = (loss / len(y)).tolist(), (100 * right / len(y)).tolist()
-            if name == "validation":
-                for network, accuracy in enumerate(scores[name][1]):
-                    if accuracy >= self.best[network][0]:
-                        self.best[network] = accuracy, self.nets[network]
-        return scores
+            results = self.all_do(partial(Part.test, x=x, y=y))
+            loss, right = map(torch.cat, zip(*results, strict=True))
+            accuracy = 100 * right / len(y)
+            accuracies[name] = accuracy.tolist()
+            columns[f"{name}_loss"] = (loss / len(y)).tolist()
+            columns[f"{name}_error"] = (100 - accuracy).tolist()
+        for network, percent in enumerate(accuracies.get("validation", [])):
+            if percent >= self.best[network][0]:
+                self.best[network] = percent, self.nets[network]
+        return columns | {"accuracy": accuracies["test"]}
 
 
-def _batches(
-    images: Tensor, labels: Tensor, size: int, generator: torch.Generator | None
-) -> Iterator[Batches]:
-    """The batches of one epoch after another, in a new order each if there is a generator."""
-    if generator is None:
-        yield from repeat(Batches.of(images, labels, size, None))
-    while True:
-        order = torch.randperm(len(images), generator=generator, device=images.device)
-        yield Batches.of(images, labels, size, order)
-
-
-def _bar(
-    nets: MLPEnsemble, choices: Sequence[Projection | None], epochs: int, steps: int, progress: bool
-) -> tqdm:
+def _bar(nets: MLPEnsemble, choices: Choices, epochs: int, steps: int, progress: bool) -> tqdm:
     """A progress bar with a title: ``8 networks, rsvd of rank 10 every step, 10 epochs``."""
-    kind = "factorized network" if nets.factorized else "network"
-    words = [f"{len(nets)} {kind}{'s' if len(nets) > 1 else ''}"]
-    if (ways := len(set(choices))) > 1:
-        words.append(f"{ways} ways")
-    elif only := choices[0]:
-        words.append(f"{only.method} of rank {only.rank} every {only.every}")
-    title = ", ".join([*words, f"{epochs} epoch{'s' if epochs > 1 else ''}"])
+    title = f"{len(nets)} {'factorized ' * nets.factorized}network{'s' * (len(nets) > 1)}, "
+    if (different := len(set(choices))) > 1:
+        title += f"{different} ways, "
+    elif shared := choices[0]:
+        title += f"{shared.method} of rank {shared.rank} every {shared.every}, "
+    title += f"{epochs} epoch{'s' * (epochs > 1)}"
     # In a notebook a refresh is several messages, and nbval loses those after a thousand.
     return bar(total=epochs * steps, progress=progress, unit="step", desc=title, mininterval=1.0)
 
@@ -256,82 +231,64 @@ def _rates(schedule: str, lr: float, epoch: int, epochs: int, steps: int) -> lis
     return [lr * (1 + math.cos(math.pi * step / (epochs * steps))) / 2 for step in done]
 
 
-def _rows(
-    nets: MLPEnsemble,
-    choices: Sequence[Projection | None],
-    tail: float | None,
-    epoch: int,
-    train_loss: Sequence[float],
-    scores: Scores,
-    seconds: float,
-) -> Iterator[Row]:
-    """The rows of an epoch."""
+def _rows(nets: MLPEnsemble, choices: Choices, tail: float | None, more: Columns) -> Iterator[Row]:
+    """The rows of an epoch: which network, what was done to it, and more columns."""
     ranks = nets.ranks
     for network, choice in enumerate(choices):
         row: Row = {"network": network, "seed": nets.seeds[network] if nets.seeds else None}
+        row |= {"method": "stock", "rank": None, "every": None}
         if nets.factorized:
             every = None if tail is None else "epoch"
             row |= {"method": "factorized", "rank": ranks[network], "every": every}
         elif choice:
             row |= {"method": choice.method, "rank": choice.rank, "every": choice.every}
-        else:
-            row |= {"method": "stock", "rank": None, "every": None}
-        row |= {"epoch": epoch, "train_loss": train_loss[network]}
-        for part, (losses, accuracies) in scores.items():
-            row |= {f"{part}_loss": losses[network], f"{part}_error": 100 - accuracies[network]}
-        yield row | {"accuracy": scores["test"][1][network], "seconds": seconds}
+        yield row | {name: values[network] for name, values in more.items()}
 
 
-def _check_networks(nets: object, data: object) -> None:
-    """Refuse anything but data and an ensemble that can be trained."""
+def _check_networks(nets: object, data: object, tail: float | None) -> None:
+    """Refuse anything but data and an ensemble that can be trained, so with a tail."""
     if not isinstance(nets, MLPEnsemble):
-        raise TypeError(
-            f"train takes an MLPEnsemble, not {type(nets).__name__}; see MLPEnsemble.from_modules"
-        )
+        given = type(nets).__name__
+        raise TypeError(f"train takes an MLPEnsemble, not {given}; see MLPEnsemble.from_modules")
     if not isinstance(data, Data):
         raise TypeError(f"train takes svdlib.Data, as load gives it, not {type(data).__name__}")
     if not all(parameter.requires_grad for parameter in nets.parameters()):
         raise ValueError("the networks are frozen; nets.requires_grad_() lets them be trained")
     if (dtype := nets.weights[0].dtype) not in (torch.float32, torch.float64):
         raise ValueError(f"train networks in float32 or float64, not {dtype}; see nets.float()")
-    for number, layer in enumerate(nets.layers):
-        for factor in layer.factors:
-            bad = (~factor.detach().isfinite()).flatten(1).any(1).nonzero()
-            if len(bad):
-                raise FloatingPointError(
-                    f"network {int(bad[0])}, layer {number} has NaN or infinite weights before "
-                    "the first step; train from finite ones"
-                )
-
-
-def _check_factors(
-    nets: MLPEnsemble, choices: Sequence[Projection | None], tail: float | None
-) -> None:
-    """Refuse a tail of dense networks, and a projection of factorized ones."""
     if tail is not None and not 0 < tail < 1:
         raise ValueError(f"tail must be between 0 and 1, not {tail}")
     if tail is not None and not nets.factorized:
         raise ValueError("a tail cuts factorized networks; factorize them, or use a Projection")
-    if nets.factorized and any(choices):
-        raise ValueError("factorized networks have low rank already; give a tail, no projection")
+    for number, layer in enumerate(nets.layers):
+        for factor in layer.factors:
+            bad = (~factor.detach().isfinite()).flatten(1).any(1).nonzero()
+            if len(bad):
+                where = f"network {int(bad[0])}, layer {number}"
+                raise FloatingPointError(f"{where} has NaN or infinite weights before training")
 
 
-def _held_out(nets: MLPEnsemble, data: Data, validation: object) -> HeldOut:
-    """The parts of the data to test on, if they and the training images fit the networks."""
-    held_out = {"test": (data.test_x, data.test_y)}
+def _parts(nets: MLPEnsemble, data: Data, validation: object) -> Parts:
+    """The parts of the data, the images with a column of ones, if they fit the networks."""
+    parts = {"train": (data.train_x, data.train_y), "test": (data.test_x, data.test_y)}
     if validation is not None:
         if not isinstance(validation, tuple | list) or len(validation) != 2:
             raise ValueError("validation must be images and labels, (x, y); see Data.hold_out")
-        x, y = validation
-        checks.labeled_images("validation", x, y)
-        held_out["validation"] = x, y
-    inputs, outputs = nets.sizes[0], nets.sizes[-1]
-    checks.fit("train", data.train_x, data.train_y, inputs, outputs)
-    for part, (x, y) in held_out.items():
-        checks.fit(part, x, y, inputs, outputs)
-        checks.finite(x, f"{part}_x")
+        checks.labeled_images("validation", *validation)
+        parts["validation"] = validation[0], validation[1]
+    inputs, *_, outputs = nets.sizes
+    for part, (x, y) in parts.items():
+        if x.shape[1] != inputs:
+            taken = f"the networks take {inputs} features"
+            raise ValueError(f"{taken} but the {part} images have {x.shape[1]}")
+        low, high = int(y.min()), int(y.max())
+        if low < 0 or high >= outputs:
+            needed = f"networks with {outputs} outputs need labels 0 to {outputs - 1}"
+            raise ValueError(f"the {part} labels run from {low} to {high}; {needed}")
+        if part != "train":
+            checks.finite(x, f"{part}_x")
     dtype = nets.weights[0].dtype
-    return {part: (with_ones(x.to(dtype)), y) for part, (x, y) in held_out.items()}
+    return {part: (with_ones(x.to(dtype)), y) for part, (x, y) in parts.items()}
 
 
 def _check_losses(losses: Tensor, epoch: int) -> None:
@@ -339,7 +296,5 @@ def _check_losses(losses: Tensor, epoch: int) -> None:
     bad = (~losses.isfinite()).nonzero()
     if len(bad):
         step, network = bad[0].tolist()
-        raise FloatingPointError(
-            f"network {network} has an infinite or NaN loss at step {step + 1} of epoch {epoch}; "
-            "a smaller learning rate may help"
-        )
+        what = f"network {network} has an infinite or NaN loss at step {step + 1} of epoch {epoch}"
+        raise FloatingPointError(f"{what}; a smaller learning rate may help")

@@ -12,15 +12,10 @@ from torch import Tensor
 def orthonormal(Y: Tensor) -> Tensor:
     """An orthonormal basis (…, m, k) of the range of Y (…, m, k), m ≥ k, by Cholesky QR twice.
 
-    With YᵀY = RᵀR the columns of Q = Y R⁻¹ are orthonormal up to κ(Y) roundings, and after a
-    second pass up to one (Yamamoto, Nakatsukasa, Yanagisawa and Fukaya 2015). The Gram matrix is
-    summed in float64, so float32 columns may have κ(Y) up to 1e7 (Yamazaki, Tomov and Dongarra
-    2015). Householder's QR takes over if Cholesky fails, if the first pass leaves columns far
-    from orthonormal, or if Y requires a gradient.
-
-    >>> Q = orthonormal(torch.tensor([[3.0, 1.0], [4.0, 1.0], [0.0, 1.0]]))
-    >>> torch.allclose(Q.T @ Q, torch.eye(2), atol=1e-6)
-    True
+    With YᵀY = RᵀR the columns of Q = Y R⁻¹ are orthonormal up to κ(Y) roundings, after a second
+    pass up to one (Yamamoto et al. 2015). The Gram matrix is summed in float64, so float32 columns
+    may have κ(Y) up to 1e7 (Yamazaki, Tomov and Dongarra 2015). Householder's QR takes over if
+    Cholesky fails, if the first pass leaves columns far from orthonormal, or for a gradient of Y.
     """
     Q, _ = normalized(Y)
     Q, spread = normalized(Q)
@@ -30,11 +25,8 @@ def orthonormal(Y: Tensor) -> Tensor:
 def normalized(Y: Tensor) -> tuple[Tensor, float]:
     """Roughly orthonormal columns with the range of Y (…, m, k), by one pass of Cholesky QR.
 
-    Enough between power iterations. Householder's QR takes over as in `orthonormal`.
-
-    Returns:
-        the columns, and the ratio of R's largest diagonal entry to its smallest (the maximum of
-        a batch): a lower bound of κ(Y), infinite if Householder took over.
+    Beside them, the ratio of R's largest diagonal entry to its smallest (a batch's maximum): a
+    lower bound of κ(Y), infinite where Householder's QR took over as in `orthonormal`.
     """
     if not Y.requires_grad:
         wide = Y.double()
@@ -50,14 +42,8 @@ def normalized(Y: Tensor) -> tuple[Tensor, float]:
 def range_basis(A: Tensor, omega: Tensor, power_iters: int) -> Tensor:
     """An orthonormal basis Q (…, m, l) of the range of (A Aᵀ)^q A Ω, with a Gaussian Ω (…, n, l).
 
-    Two products without a normalization between them square the spread of the columns. If the
-    first sketch shows that it would exceed 1/√ε, where small directions are rounded away, the
-    columns are normalized after every product.
-
-    >>> A = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
-    >>> range_basis(A, torch.ones(3, 1), power_iters=0).abs()
-    tensor([[1.],
-            [0.]])
+    Two products without a normalization between them square the spread of the columns. If that
+    would exceed 1/√ε, where small directions are rounded away, every product is normalized.
     """
     Y = _product(A, omega)
     careful = None
@@ -93,7 +79,7 @@ def with_spare_rows(A: Tensor) -> Tensor:
     """A view of A (S, m, n) and the memory behind its rows, m rounded up to a multiple of 8.
 
     MKL's batched product of 15 rows takes three times as long as that of 16, whatever the 16th
-    row holds. Without enough memory behind the rows the result is A itself.
+    row holds. The result is A itself if there is too little memory behind its rows.
     """
     stacks, m, n = A.shape
     size, stride = (stacks, m + -m % 8, n), A.stride()
@@ -109,9 +95,9 @@ def dominant_basis(G: Tensor, rank: int, start: Tensor | None = None) -> Tensor:
 
     ``start`` is such a basis from before a small change of A. One step of orthogonal iteration
     (Golub and Van Loan, section 7.3.2) then replaces the eigenvectors, without waiting for the
-    device. It reduces the error by the factor (σ_{k+1}/σ_k)², which for a rank-k matrix is of the
-    order of the change squared. Columns come in descending order of singular values, so those of
-    G U are nearly orthogonal, and Cholesky QR is as good as Householder's.
+    device. It reduces the error by (σ_{k+1}/σ_k)², for a rank-k matrix of the order of the change
+    squared. Singular values descend, so the columns of G U are nearly orthogonal, and Cholesky QR
+    is as good as Householder's.
     """
     if start is None:
         return torch.linalg.eigh(G).eigenvectors[..., -rank:].flip(-1)
@@ -122,8 +108,8 @@ def _cholesky_qr(Y: Tensor, otherwise: Tensor, shift: float = 0.0) -> Tensor:
     """Y R⁻¹ with YᵀY = RᵀR, in float64; ``otherwise`` if Cholesky fails, decided on the device.
 
     Orthonormal to κ² roundings, κ being the condition of Y with normalized columns (Demmel 1989).
-    ``shift`` times the trace of YᵀY is added to its diagonal: this keeps Cholesky from failing,
-    and shortens columns only in directions as small as its root (Fukaya et al. 2020).
+    A ``shift`` keeps Cholesky from failing, and shortens columns only in directions as small as
+    its root (Fukaya et al. 2020).
     """
     small = Y.mT @ Y
     if shift:
@@ -144,10 +130,9 @@ def sketched_basis(
 ) -> Tensor:
     """The randomized SVD's left singular vectors U_k (…, m, k) of A, from its Gram matrix G = A Aᵀ.
 
-    The columns of A Ω are independent normal vectors with covariance G, and so are those of L Ω
-    with G = L Lᵀ and a Gaussian Ω (…, m, k+p). Sketch, power iterations G^q and the SVD of Qᵀ A
-    thus need only the m × m matrix, and m (k+p) random numbers instead of n (k+p). ``start`` is
-    as in `dominant_basis`, for the step from k+p to k columns.
+    The columns of A Ω are independent normal vectors with covariance G, as are those of L Ω with
+    G = L Lᵀ and a Gaussian Ω (…, m, k+p). So sketch, power iterations G^q, and the SVD of Qᵀ A need
+    G alone. ``start`` is as in `dominant_basis`, for the step from k+p to k columns.
     """
     small, columns = G.to(torch.float64, copy=True), omega.shape[-1]
     # A projected matrix is rank-deficient: the shifts help Cholesky. If it fails all the same,

@@ -15,10 +15,7 @@ PROBES = 32
 
 
 class Operator(Protocol):
-    """A matrix (m, n) known by its products A X and Aᵀ Y with dense matrices, as a sparse one.
-
-    It may also have a ``dtype`` and a ``device``, by default float32 and the CPU.
-    """
+    """A matrix known by its products A X and Aᵀ Y; ``dtype`` and ``device`` are optional."""
 
     @property
     def shape(self) -> tuple[int, int]: ...
@@ -36,12 +33,18 @@ def sketched_operator(
 
     For the residual M and a Gaussian ω, E ‖M ω‖² = ‖M‖_F². The mean over 32 of them has a
     relative standard deviation of at most (2·32)^(−½), about an eighth.
-
-    Raises:
-        ValueError: not an operator, a rank out of range, products that are not finite or have
-            another shape.
     """
-    m, n, dtype, device = _described(A)
+    shape = tuple(getattr(A, "shape", ()))
+    if len(shape) != 2 or not (hasattr(A, "mT") and hasattr(A, "__matmul__")):
+        needed = (
+            "a floating-point torch tensor, or an operator with shape (m, n), A @ X and A.mT @ Y"
+        )
+        raise ValueError(f"A must be {needed}, not {type(A).__name__}")
+    m, n = (checks.positive_int(side, "a side of the operator") for side in shape)
+    dtype = getattr(A, "dtype", torch.float32)
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"operators and sparse matrices are of float32 or float64, not {dtype}")
+    device = torch.device(getattr(A, "device", "cpu"))
     rank = checks.rank(rank, (m, n))
     checks.generator(generator, device)
 
@@ -59,28 +62,12 @@ def sketched_operator(
     return U, S, Vh, residual.double().square().sum().div(PROBES).sqrt()
 
 
-def _described(A: Operator) -> tuple[int, int, torch.dtype, torch.device]:
-    """m, n, type and device, if it is an operator."""
-    shape = tuple(getattr(A, "shape", ()))
-    if len(shape) != 2 or not (hasattr(A, "mT") and hasattr(A, "__matmul__")):
-        raise ValueError(
-            f"a floating-point torch tensor is needed, or an operator with shape (m, n), A @ X and "
-            f"A.mT @ Y, not {type(A).__name__}"
-        )
-    m, n = (checks.positive_int(side, "a side of the operator") for side in shape)
-    dtype = getattr(A, "dtype", torch.float32)
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"operators and sparse matrices are of float32 or float64, not {dtype}")
-    return m, n, dtype, torch.device(getattr(A, "device", "cpu"))
-
-
 def _times(A: Operator, X: Tensor, rows: int) -> Tensor:
     """A X, if it is finite and of the right shape."""
     Y = A @ X
     if not isinstance(Y, Tensor) or Y.shape != (rows, X.shape[1]):
         found = tuple(Y.shape) if isinstance(Y, Tensor) else type(Y).__name__
-        raise ValueError(
-            f"the operator times {tuple(X.shape)} must give {(rows, X.shape[1])}, not {found}"
-        )
+        product = f"the operator times {tuple(X.shape)}"
+        raise ValueError(f"{product} must give {(rows, X.shape[1])}, not {found}")
     checks.finite(Y, "the operator's product")
     return Y

@@ -17,13 +17,10 @@ from svdlib.linalg.operators import Operator, sketched_operator
 
 # The names of the two approximations wherever one is chosen.
 METHODS = ("rsvd", "truncsvd")
-
 # The sketch's default p and q: generous, after Halko, Martinsson and Tropp.
 OVERSAMPLE, POWER_ITERS = 10, 2
-
 # Norms whose squares are no problem in these types; other matrices are scaled first.
 MODERATE = {torch.float32: (1e-10, 1e15), torch.float64: (1e-100, 1e100)}
-
 # Elements of A in each block of a residual.
 BLOCK = 2**22
 
@@ -36,7 +33,7 @@ class SVD:
 
     ``U`` (…, m, k) and ``Vh`` (…, k, n) have orthonormal columns and rows; ``S`` (…, k) descends.
     ``error`` (…), in float64, is the Frobenius norm of A − U diag(S) Vh before any rounding to
-    half precision. Unpacks as ``U, S, Vh``. ``source`` is A if it required a gradient.
+    half precision. ``source`` is A if it required a gradient. Unpacks as ``U, S, Vh``.
     """
 
     U: Tensor
@@ -56,14 +53,14 @@ class SVD:
     def matrix(self) -> Tensor:
         """The rank-k matrix U diag(S) Vh (…, m, n); in half precision, rounded once.
 
-        Its gradient with respect to A is finite even if singular values below the k-th are zero
-        or equal, unlike that of U or Vh. Let G be the gradient of the rank-k matrix, U_2 and V_2
-        the singular vectors of A − A_k, σ_i its first k singular values and σ_j the others. Then
-        first-order perturbation of the singular vectors gives
+        Unlike that of U or Vh, its gradient with respect to A is finite even if singular values
+        below the k-th are zero or equal. For the gradient G of the rank-k matrix, and U_2 and V_2
+        the singular vectors of A − A_k, first-order perturbation gives
 
             G − (I − UUᵀ) G (I − VVᵀ) + U (c ∘ M + d ∘ Nᵀ) V_2ᵀ + U_2 (cᵀ ∘ N + dᵀ ∘ Mᵀ) Vᵀ,
 
-        M = Uᵀ G V_2, N = U_2ᵀ G V, c_ij = σ_j² / (σ_i² − σ_j²), d_ij = σ_i σ_j / (σ_i² − σ_j²).
+        M = Uᵀ G V_2, N = U_2ᵀ G V, c_ij = σ_j² / (σ_i² − σ_j²), d_ij = σ_i σ_j / (σ_i² − σ_j²),
+        i ≤ k < j.
 
         >>> A = torch.diag(torch.tensor([2.0, 0.0])).requires_grad_()
         >>> truncated_svd(A, rank=1).matrix().sum().backward()
@@ -83,9 +80,8 @@ class SVD:
         """An upper bound (…) of the spectral norm of A − U diag(S) Vh, with probability 1 − 1e-10.
 
         Halko, Martinsson and Tropp (2011), Lemma 4.1: for Gaussian ω_1 … ω_10,
-        ‖M‖ ≤ 10 √(2/π) max_i ‖M ω_i‖ except with probability 10⁻¹⁰. Here M = (E Eᵀ)^q E, whose
-        norm is ‖E‖^(2q+1); at q = 4 the bound is within a factor of about two. Rounding is not
-        accounted for.
+        ‖M‖ ≤ 10 √(2/π) max_i ‖M ω_i‖ except with probability 10⁻¹⁰. Here M = (E Eᵀ)^q E, of norm
+        ‖E‖^(2q+1); at q = 4 the bound is within a factor of about two, rounding apart.
 
         Args:
             A: the matrix that was decomposed.
@@ -99,8 +95,7 @@ class SVD:
         A, U, S, Vh = _work(A), _work(self.U), _work(self.S).unsqueeze(-1), _work(self.Vh)
         scale = _powers(A)
         A, S = A * scale, S * scale
-        shape = (*A.shape[:-2], A.shape[-1], 10)
-        Y = torch.randn(shape, dtype=A.dtype, device=A.device, generator=generator)
+        Y = _gaussian(A, 10, generator)
         Y = A @ Y - U @ (S * (Vh @ Y))
         logarithm = torch.zeros(A.shape[:-2], dtype=torch.float64, device=A.device)
         for _ in range(q):
@@ -147,12 +142,9 @@ def truncated_svd(A: Tensor, rank: int) -> SVD:
     """The first ``rank`` terms of the SVD: the best approximation of that rank.
 
     By the Eckart–Young theorem no matrix of rank k is nearer to A than A_k = Σ_{i≤k} σ_i u_i v_iᵀ,
-    in the spectral or the Frobenius norm (Algorithm 2 of the paper). The sign of each pair is
-    fixed: the entry of u_i that is largest in magnitude is positive.
-
-    Skinny float32 matrices are decomposed by the eigenvectors of their smaller Gram matrix, in
-    float64, unless a term is below 1e-4 σ_1: singular values are within 1e-6 σ_1 of LAPACK's.
-    Other skinny matrices are reduced to square ones by an orthonormal basis of their rows.
+    in the spectral or the Frobenius norm (Algorithm 2 of the paper). The entry of each u_i that is
+    largest in magnitude is positive. Singular values of skinny float32 matrices, which come from
+    their smaller Gram matrix in float64, are within 1e-6 σ_1 of LAPACK's.
 
     Args:
         A: matrices (…, m, n) in floating point.
@@ -194,7 +186,7 @@ def randomized_svd(
 
     With ``tol`` it solves the fixed-precision problem ‖A − U diag(S) Vh‖_F ≤ tol instead: Q grows
     by blocks of 32 columns, and the error follows from ‖A‖² − ‖Qᵀ A‖² (Yu, Gu and Li 2018,
-    Algorithm 2, randQB_EI). The residual is formed only to verify it at the end.
+    Algorithm 2, randQB_EI), verified at the end.
 
     Args:
         A: matrices (…, m, n) in floating point, each with a sketch of its own. Or a sparse matrix,
@@ -209,8 +201,8 @@ def randomized_svd(
 
     Raises:
         ValueError: as `truncated_svd`; both or neither of rank and tol, a tol ≤ 0 or below what
-            A's type can certify, a tol for an operator, negative oversampling or power
-            iterations, a generator of another device.
+            A's type can certify, a tol for an operator, a negative oversample or power_iters, a
+            generator of another device.
 
     >>> g = torch.Generator().manual_seed(0)
     >>> A = torch.randn(100, 5, generator=g) @ torch.randn(5, 80, generator=g)
@@ -227,17 +219,18 @@ def randomized_svd(
     if not isinstance(A, Tensor) or A.layout is not torch.strided:
         if rank is None:
             raise ValueError("a sparse matrix or an operator takes a rank, not a tol")
-        found = sketched_operator(cast(Operator, A), rank, oversample, power_iters, generator)
-        return SVD(*found)
+        operator = cast(Operator, A)
+        return SVD(*sketched_operator(operator, rank, oversample, power_iters, generator))
     _check(A)
-    rank = None if rank is None else checks.rank(rank, A.shape)
+    if rank is not None:
+        rank = checks.rank(rank, A.shape)
     checks.generator(generator, A.device)
     work, scale, norm = _moderate(A)
-    if tol is not None:
+    if rank is None:
         limit = _limit(work, tol, relative, norm, scale)
         svd = _within(work, limit, norm, power_iters, generator)
-    elif cast(int, rank) + oversample >= min(A.shape[-2:]):
-        svd = _truncated(work, cast(int, rank), norm)
+    elif rank + oversample >= min(A.shape[-2:]):
+        svd = _truncated(work, rank, norm)
     else:
         factors = _of_wide(_sketched, work, rank, oversample, power_iters, generator)
         svd = _result(work, factors, norm)
@@ -255,12 +248,16 @@ def _of_wide(decompose: Callable[..., Factors | None], A: Tensor, *arguments: An
 def _sketched(
     A: Tensor, rank: int, oversample: int, power_iters: int, generator: torch.Generator | None
 ) -> Factors:
-    shape = (*A.shape[:-2], A.shape[-1], rank + oversample)
-    omega = torch.randn(shape, dtype=A.dtype, device=A.device, generator=generator)
-    Q = range_basis(A, omega, power_iters)
+    Q = range_basis(A, _gaussian(A, rank + oversample, generator), power_iters)
     B = Q.mT @ A
     U, S, Vh = _by_gram(B, rank) or _svd_of_wide(B)
     return Q @ U[..., :rank], S[..., :rank], Vh[..., :rank, :]
+
+
+def _gaussian(A: Tensor, columns: int, generator: torch.Generator | None) -> Tensor:
+    """A Gaussian matrix (…, n, columns) to multiply A by."""
+    shape = (*A.shape[:-2], A.shape[-1], columns)
+    return torch.randn(shape, dtype=A.dtype, device=A.device, generator=generator)
 
 
 def _truncated(A: Tensor, rank: int, norm: Tensor) -> SVD:
@@ -304,8 +301,7 @@ def _within(
     Q, B = A.new_empty(m, 0), A.new_empty(0, n)
     square_error = float(norm) ** 2
     while square_error > tol**2 and Q.shape[1] < min(m, n):
-        columns = min(32, min(m, n) - Q.shape[1])
-        Y = torch.randn(n, columns, dtype=A.dtype, device=A.device, generator=generator)
+        Y = _gaussian(A, min(32, min(m, n) - Q.shape[1]), generator)
         Y = A @ Y - Q @ (B @ Y)
         for _ in range(power_iters):
             Y, _ = normalized(Y)
@@ -335,8 +331,7 @@ def _norm(A: Tensor) -> Tensor:
 def _moderate(A: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
     """A in a type to work in, times powers of two if squares of its entries would not fit.
 
-    Returns:
-        the matrices, the powers (…, 1, 1) or None if they are all 1, and Frobenius norms.
+    Beside it the powers (…, 1, 1), None if they are all 1, and the Frobenius norms.
     """
     work = _work(A)
     norm = _norm(work)
@@ -358,19 +353,16 @@ def _powers(A: Tensor) -> Tensor:
 
 def _rounded(svd: SVD, scale: Tensor | None, A: Tensor) -> SVD:
     """The decomposition without the powers of two, and in the matrix's own type."""
-    U, S, Vh = svd
-    error, dtype = svd.error, A.dtype
     source = A if A.requires_grad and torch.is_grad_enabled() else None
+    S, error = svd.S, svd.error
     if scale is not None:
         S, error = S / scale[..., 0], error / scale.double()[..., 0, 0]
-    elif dtype == S.dtype:
+    elif A.dtype == S.dtype:
         return replace(svd, source=source)
-    if not bool(S.to(dtype).isfinite().all()):
-        raise ValueError(
-            f"the matrix has entries so large that its norm overflows {dtype}; scale it down, or "
-            "give it in a wider type"
-        )
-    return SVD(U.to(dtype), S.to(dtype), Vh.to(dtype), error, source)
+    S = S.to(A.dtype)
+    if not bool(S.isfinite().all()):
+        raise ValueError(f"the norm overflows {A.dtype}; scale A down, or give it a wider type")
+    return SVD(svd.U.to(A.dtype), S, svd.Vh.to(A.dtype), error, source)
 
 
 def _residual(A: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -387,30 +379,27 @@ def _check(A: Tensor) -> None:
         kind = A.dtype if isinstance(A, Tensor) else type(A).__name__
         raise ValueError(f"a floating-point torch tensor is needed, not {kind}")
     if A.layout != torch.strided:
-        raise ValueError(
-            f"a dense matrix is needed, not one of layout {A.layout}; see A.to_dense()"
-        )
+        raise ValueError(f"a dense matrix is needed, not layout {A.layout}; see A.to_dense()")
     if A.is_meta:
         raise ValueError("the matrix is on device 'meta', where it has no numbers")
     if A.ndim < 2 or A.numel() == 0:
         raise ValueError(f"non-empty matrices (…, m, n) are needed, not shape {tuple(A.shape)}")
 
 
-def _limit(A: Tensor, tol: float, relative: bool, norms: Tensor, scale: Tensor | None) -> float:
+def _limit(A: Tensor, tol: object, relative: bool, norms: Tensor, scale: Tensor | None) -> float:
     """The tolerance in units of the scaled matrix, if A's type can certify it."""
     if A.ndim > 2:
         raise ValueError(f"tol takes one matrix (m, n), not a batch of shape {tuple(A.shape)}")
-    if not checks.number(tol, "tol") > 0:
+    tol = checks.number(tol, "tol")
+    if not tol > 0:
         raise ValueError(f"tol must be positive, not {tol}")
     norm, unit = float(norms), 1.0 if scale is None else float(scale)
-    tol = tol * norm if relative else tol * unit
+    tol *= norm if relative else unit
     # Yu, Gu and Li (2018), Theorem 3: below this ‖A‖² − ‖B‖² is rounding.
-    attainable = math.sqrt(4 * torch.finfo(A.dtype).eps) * norm
-    if tol < attainable:
-        raise ValueError(
-            f"an error of {tol / unit:.3g} can't be certified in {A.dtype}; the smallest is "
-            f"{attainable / unit:.3g} ({attainable / norm:.2g} of the norm)"
-        )
+    smallest = math.sqrt(4 * torch.finfo(A.dtype).eps) * norm
+    if tol < smallest:
+        limit = f"the smallest is {smallest / unit:.3g} ({smallest / norm:.2g} of the norm)"
+        raise ValueError(f"tol {tol / unit:.3g} can't be certified in {A.dtype}; {limit}")
     return tol
 
 

@@ -293,7 +293,7 @@ def step_operations(
     nets = MLPEnsemble(sizes, seeds=range(networks), device=data.device)
     part = Part(nets, slice(0, networks), [projection] * networks, "sgd", 0.0, seed=0)
     labels = -nn.functional.one_hot(data.train_y, sizes[-1]).float()
-    batches = Batches.of(with_ones(data.train_x), labels, 64, None)
+    batches = Batches(with_ones(data.train_x), labels, 64, None)
     losses = torch.zeros(len(batches.labels), networks, device=data.device)
     rates = [0.01] * len(losses)
     with threads.inside(1):
