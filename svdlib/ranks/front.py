@@ -30,14 +30,11 @@ def front(joint: pd.DataFrame, cost: str = "parameters") -> pd.DataFrame:
     [[3.0, 1.0, 0.0], [1.0, 2.0, 0.0], [1.1, 2.0, 0.1]]
     """
     checks.one_of(cost, ("parameters", "multiply_adds"), "cost")
-    if lacking := {"loss", "se", cost} - set(joint):
-        raise ValueError(f"the table lacks {', '.join(sorted(lacking))}; see joint_profile")
-    if not np.isfinite(joint[["loss", "se"]].to_numpy(float)).all():
-        raise ValueError("the table has NaN or infinite losses")
+    _check(joint, ["loss", "se", cost])
     ordered = joint.sort_values([cost, "loss"], kind="stable")
-    least = ordered.loss.cummin()
-    first = ordered.loss < least.shift(fill_value=math.inf)
-    excess = ordered.loss - least
+    lowest = ordered.loss.cummin()
+    first = ordered.loss < lowest.shift(fill_value=math.inf)
+    excess = ordered.loss - lowest
     return ordered.assign(excess=excess)[first | (excess > 0) & (excess <= ordered.se)]
 
 
@@ -47,11 +44,7 @@ def layers_of(joint: pd.DataFrame) -> list[str]:
     Raises:
         ValueError: a table that `joint_profile` didn't make, NaN losses, ranks that come twice.
     """
-    needed = ["loss", "increase", "se", "parameters"]
-    if lacking := [name for name in needed if name not in joint]:
-        raise ValueError(f"the table lacks {', '.join(lacking)}; see joint_profile")
-    if not np.isfinite(joint[["loss", "increase"]].to_numpy()).all():
-        raise ValueError("the table has NaN or infinite losses")
+    _check(joint, ["loss", "increase", "se", "parameters"])
     layers = [str(name) for name in joint.columns[: joint.columns.get_loc("loss")]]
     if joint.duplicated(layers).any():
         raise ValueError(
@@ -60,25 +53,31 @@ def layers_of(joint: pd.DataFrame) -> list[str]:
     return layers
 
 
-def optimal(joint: pd.DataFrame, parameters: int | None, increase: float | None) -> dict[str, int]:
-    """The combination with the least loss, or the fewest parameters, under a budget."""
+def _check(joint: pd.DataFrame, needed: list[str]) -> None:
+    if lacking := [name for name in needed if name not in joint]:
+        raise ValueError(f"the table lacks {', '.join(lacking)}; see joint_profile")
+    if not np.isfinite(joint[[*needed]].to_numpy(float)).all():
+        raise ValueError("the table has NaN or infinite losses")
+
+
+def optimal(
+    joint: pd.DataFrame, parameters: int | None = None, increase: float | None = None
+) -> dict[str, int]:
+    """The combination with the smallest loss, or the fewest parameters, under a budget."""
     layers = layers_of(joint)
-    if parameters is not None:
-        able, by = joint[joint.parameters <= parameters], ["loss", "parameters"]
-        least = f"{joint.parameters.min()} parameters are the fewest in the table"
-    else:
-        able, by = joint[joint.increase <= increase], ["parameters", "loss"]
-        least = f"{joint.increase.min():.3g} is the least increase in the table"
-    if not len(able):
-        raise ValueError(f"no combination of ranks meets the budget; {least}")
-    best = able.sort_values(by, kind="stable").iloc[0]
+    limited, limit = ("increase", increase) if parameters is None else ("parameters", parameters)
+    eligible = joint[joint[limited] <= limit]
+    if eligible.empty:
+        raise _unmet(joint, limited)
+    order = ["parameters", "loss"] if parameters is None else ["loss", "parameters"]
+    best = eligible.sort_values(order, kind="stable").iloc[0]
     return {name: int(best[name]) for name in layers}
 
 
 def walk(joint: pd.DataFrame, parameters: int, rising: bool) -> dict[str, int]:
     """From one end of the table towards a budget, a step of the grid in one layer at a time.
 
-    Each step is the best by the change of the verified loss for a parameter.
+    Each step is the best by the change of the verified loss per parameter.
     """
     layers = layers_of(joint)
     grids = [sorted(joint[name].unique()) for name in layers]
@@ -88,23 +87,28 @@ def walk(joint: pd.DataFrame, parameters: int, rising: bool) -> dict[str, int]:
     ordered = joint.sort_values(layers)
     loss = ordered.loss.to_numpy().reshape(shape)
     weights = ordered.parameters.to_numpy().reshape(shape)
-    if weights[(0,) * len(shape)] > parameters:
-        raise ValueError(
-            f"no combination of ranks meets the budget; {weights.min()} parameters are the "
-            "fewest in the table"
-        )
-    at = (0,) * len(shape) if rising else tuple(size - 1 for size in shape)
+    if weights.flat[0] > parameters:
+        raise _unmet(joint, "parameters")
+    moves = np.eye(len(shape), dtype=int) * (1 if rising else -1)
+    at = tuple(0 if rising else size - 1 for size in shape)
     visited = [at]
     while rising or weights[at] > parameters:
-        steps = []
-        for axis in range(len(shape)):
-            to = (*at[:axis], at[axis] + (1 if rising else -1), *at[axis + 1 :])
-            if 0 <= to[axis] < shape[axis] and (not rising or weights[to] <= parameters):
-                spent = max(abs(int(weights[to]) - int(weights[at])), 1)
-                steps.append(((loss[to] - loss[at]) / spent, to))
+        steps = [
+            ((loss[to] - loss[at]) / max(abs(int(weights[to]) - int(weights[at])), 1), to)
+            for to in map(tuple, moves + at)
+            if all(0 <= place < size for place, size in zip(to, shape, strict=True))
+            and (not rising or weights[to] <= parameters)
+        ]
         if not steps:
             break
         at = min(steps)[1]
         visited.append(at)
     best = min(visited, key=loss.__getitem__) if rising else at
     return {name: int(grid[place]) for name, grid, place in zip(layers, grids, best, strict=True)}
+
+
+def _unmet(joint: pd.DataFrame, limited: str) -> ValueError:
+    smallest = joint[limited].min()
+    return ValueError(
+        f"no combination of ranks meets the budget; the smallest {limited} in the table: {smallest:.12g}"
+    )

@@ -89,40 +89,33 @@ def joint_profile(
     net = Network(model)
     links = perceptron_of(net)
     grids = _grids(links, ranks)
+    trees = math.prod(map(len, grids[:-1]))
+    total = len(data[0]) * trees if isinstance(data, tuple) else None
+    done: list[int] = []
+    stop = Event()
+    parts: list[Moments] = []
+    losses: list[Tensor] = []
     usual = torch.get_num_threads()
-    with net.measuring(), threads.inside(1):
+    shown = partial(bar, desc="joint profile", unit="image", unit_scale=True)
+    with net.measuring(), threads.inside(1), shown(total=total, progress=progress) as seen:
         for link, grid in zip(links, grids, strict=True):
             link.decompose(grid)
-        trees = math.prod(map(len, grids[:-1]))
-        number = len(data[0]) * trees if isinstance(data, tuple) else None
-        done: list[int] = []
-        stop = Event()
-        shown = bar(
-            total=number,
-            progress=progress,
-            desc="joint profile",
-            unit="image",
-            unit_scale=True,
-        )
-        parts: list[Moments] = []
-        fulls: list[Tensor] = []
-        with shown, ThreadPoolExecutor(min(usual, SHARES)) as pool:
+        with ThreadPoolExecutor(min(usual, SHARES)) as pool:
             for batch in batches(data):
                 x, y = _labelled(batch if isinstance(data, tuple) else copied_to(model, batch))
                 task = task_of(net, (x, y), memory=memory)
-                full = torch.cat([losses for _, losses, _ in task.batches()])
-                fulls.append(full)
+                losses.append(torch.cat([full for _, full, _ in task.batches()]))
                 # So many shares whatever the number of threads, which so changes no result.
                 shares = SHARES if x.device.type == "cpu" and len(x) > SHARES else 1
                 images = _images(links, x, memory // shares)
                 parts += threads.side_by_side(
                     pool,
                     partial(_moments, links, images, done, stop),
-                    list(zip(*(t.tensor_split(shares) for t in (x, y, full)), strict=True)),
-                    lambda: shown.update(sum(done) - shown.n),
+                    list(zip(*(t.tensor_split(shares) for t in (x, y, losses[-1])), strict=True)),
+                    lambda: seen.update(sum(done) - seen.n),
                     stop,
                 )
-    full = torch.cat(fulls)
+    full = torch.cat(losses)
     return _table(net, links, grids, sum(parts[1:], parts[0]).means(len(full)), full)
 
 
@@ -194,23 +187,11 @@ def _grids(links: Sequence[Link], ranks: Ranks) -> list[list[int]]:
     grids = _fitting(links) if ranks is None else _asked(links, ranks)
     number = math.prod(map(len, grids))
     if number > MOST:
-        fits = int(MOST ** (1 / len(links)) + 1e-9)
         raise ValueError(
             f"{' × '.join(str(len(grid)) for grid in grids)} = {number:,} combinations are more "
-            f"than {MOST:,}; {fits} ranks a layer would fit"
+            f"than {MOST:,}; {int(MOST ** (1 / len(links)) + 1e-9)} ranks a layer would fit"
         )
     return grids
-
-
-def _fitting(links: Sequence[Link]) -> list[list[int]]:
-    """All ranks, or a geometric grid: the largest with not more than `ALL` combinations, about."""
-    most = max(link.limit for link in links) + 1
-    while True:
-        grids = [geometric(link.limit, most) for link in links]
-        number = math.prod(map(len, grids))
-        if number <= ALL or most == 3:
-            return grids
-        most = max(3, min(most - 1, int(most * (ALL / number) ** (1 / len(links)))))
 
 
 def _asked(
@@ -218,20 +199,30 @@ def _asked(
 ) -> list[list[int]]:
     """The ranks asked for; a layer that is not named stays whole."""
     names = [link.name for link in links]
-    if not isinstance(ranks, Mapping):
-        ranks = dict.fromkeys(names, tuple(ranks))
-    if unknown := ranks.keys() - set(names):
+    wanted = ranks if isinstance(ranks, Mapping) else dict.fromkeys(names, tuple(ranks))
+    if unknown := wanted.keys() - set(names):
         raise ValueError(f"no layer {unknown.pop()!r}; the model has {', '.join(names)}")
     grids = []
     for link in links:
-        given = {
-            min(checks.positive_int(rank, f"a rank of layer {link.name!r}", least=0), link.limit)
-            for rank in ranks.get(link.name, [link.limit])
-        }
+        what = f"a rank of layer {link.name!r}"
+        given = [
+            checks.positive_int(rank, what, least=0) for rank in wanted.get(link.name, [link.limit])
+        ]
         if not given:
             raise ValueError(f"layer {link.name!r} has no ranks; give one at least")
-        grids.append(sorted(given))
+        grids.append(sorted({min(rank, link.limit) for rank in given}))
     return grids
+
+
+def _fitting(links: Sequence[Link]) -> list[list[int]]:
+    """All ranks, or a geometric grid: the largest with not more than `ALL` combinations, about."""
+    size = max(link.limit for link in links) + 1
+    while True:
+        grids = [geometric(link.limit, size) for link in links]
+        number = math.prod(map(len, grids))
+        if number <= ALL or size == 3:
+            return grids
+        size = max(3, min(size - 1, int(size * (ALL / number) ** (1 / len(links)))))
 
 
 def geometric(limit: int, number: int) -> list[int]:
@@ -256,9 +247,9 @@ def _table(
         raise ValueError("some combination of ranks gives NaN or infinite losses on these data")
     names = [link.name for link in links]
     table = pd.MultiIndex.from_product(grids, names=names).to_frame(index=False)
-    weights = sum(table[link.name].map(link.layer.stored) for link in links)
+    stored = sum(table[link.name].map(link.layer.stored) for link in links)
     others = sum(parameter.numel() for parameter in net.model.parameters())
     others -= sum(link.layer.weight.numel() for link in links)
-    table = table.assign(**means, parameters=weights + others, multiply_adds=weights)
+    table = table.assign(**means, parameters=stored + others, multiply_adds=stored)
     table.attrs = {"loss": full.double().mean().item(), "layers": names}
     return table
