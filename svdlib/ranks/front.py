@@ -60,16 +60,16 @@ def _check(joint: pd.DataFrame, needed: list[str]) -> None:
         raise ValueError("the table has NaN or infinite losses")
 
 
-def optimal(
-    joint: pd.DataFrame, parameters: int | None = None, increase: float | None = None
-) -> dict[str, int]:
-    """The combination with the smallest loss, or the fewest parameters, under a budget."""
+def optimal(joint: pd.DataFrame, **budget: float) -> dict[str, int]:
+    """The combination with the smallest loss, or the fewest parameters, under a budget.
+
+    Args:
+        budget: parameters or increase.
+    """
     layers = layers_of(joint)
-    limited, limit = ("increase", increase) if parameters is None else ("parameters", parameters)
-    eligible = joint[joint[limited] <= limit]
-    if eligible.empty:
-        raise _unmet(joint, limited)
-    order = ["parameters", "loss"] if parameters is None else ["loss", "parameters"]
+    ((limited, limit),) = budget.items()
+    eligible = _within(joint, limited, limit)
+    order = ["loss", "parameters"] if limited == "parameters" else ["parameters", "loss"]
     best = eligible.sort_values(order, kind="stable").iloc[0]
     return {name: int(best[name]) for name in layers}
 
@@ -87,8 +87,7 @@ def walk(joint: pd.DataFrame, parameters: int, rising: bool) -> dict[str, int]:
     ordered = joint.sort_values(layers)
     loss = ordered.loss.to_numpy().reshape(shape)
     weights = ordered.parameters.to_numpy().reshape(shape)
-    if weights.flat[0] > parameters:
-        raise _unmet(joint, "parameters")
+    _within(joint, "parameters", parameters)
     moves = np.eye(len(shape), dtype=int) * (1 if rising else -1)
     at = tuple(0 if rising else size - 1 for size in shape)
     visited = [at]
@@ -107,8 +106,12 @@ def walk(joint: pd.DataFrame, parameters: int, rising: bool) -> dict[str, int]:
     return {name: int(grid[place]) for name, grid, place in zip(layers, grids, best, strict=True)}
 
 
-def _unmet(joint: pd.DataFrame, limited: str) -> ValueError:
-    smallest = joint[limited].min()
-    return ValueError(
-        f"no combination of ranks meets the budget; the smallest {limited} in the table: {smallest:.12g}"
-    )
+def _within(joint: pd.DataFrame, limited: str, limit: float) -> pd.DataFrame:
+    """The combinations that meet a budget, at least one."""
+    eligible = joint[joint[limited] <= limit]
+    if eligible.empty:
+        raise ValueError(
+            f"no combination of ranks meets the budget; {joint[limited].min():.12g} is the "
+            f"smallest {limited} in the table"
+        )
+    return eligible

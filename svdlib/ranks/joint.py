@@ -42,9 +42,9 @@ def joint_profile(
     """The loss of a perceptron with all its layers cut at once, at every combination of ranks.
 
     With W_l = Σ_j σ_j u_j v_jᵀ, layer l at rank r gives z = b + Σ_{j≤r} σ_j u_j (v_jᵀ h), a nested
-    sum over r. So each rank of a layer is reached from the one before by adding the terms between
-    them, v_jᵀ h is taken once for all its ranks, and only the layers behind start anew. With |R_l| ranks of layer l,
-    an m_l × n_l matrix, that is for each image, in multiply-adds,
+    sum over r. So each rank of a layer is reached from the one before, v_jᵀ h is taken once for all
+    its ranks, and only the layers behind start anew. With |R_l| ranks of layer l, an m_l × n_l
+    matrix, that takes for each image, in multiply-adds,
 
         Σ_l |R_1| ⋯ |R_{l−1}| k_l (m_l + n_l),    k_l the highest rank in R_l,
 

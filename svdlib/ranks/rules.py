@@ -102,28 +102,23 @@ def reveal_ranks(
     _check_arguments(rule, given)
     if kind.table == "joint":
         return kind.choose(profile, **given)
-    layers = {str(name): table for name, table in profile.groupby("layer", sort=False)}
-    weights = {
-        name: str(table.shared.iloc[0]) if "shared" in table else name
-        for name, table in layers.items()
-    }
-    first = {weight: name for name, weight in reversed(weights.items())}
-    distinct = {
-        name: layers[name].sort_values("rank") for name in weights if name in first.values()
-    }
+    profile = profile.assign(layer=profile.layer.astype(str))
+    # Layers that share a weight count once, as the first of them.
+    first = profile.layer.groupby(profile.get("shared", profile.layer)).transform("first")
+    twins = dict(zip(profile.layer, first, strict=True))
+    tables = profile[profile.layer == first].sort_values("rank").groupby("layer", sort=False)
+    layers = {name: tables.get_group(name) for name in dict.fromkeys(twins.values())}
     if kind.table == "layers":
-        ranks = kind.choose(distinct, **given)
+        ranks = kind.choose(layers, **given)
     else:
-        ranks = {name: _rank_of(name, distinct[name], rule, tolerance) for name in distinct}
-    return {name: ranks[first[weight]] for name, weight in weights.items()}
+        ranks = {name: _rank_of(name, table, rule, tolerance) for name, table in layers.items()}
+    return {name: ranks[twin] for name, twin in twins.items()}
 
 
 def _rank_of(name: str, table: pd.DataFrame, rule: str, tolerance: Tolerance | None) -> int:
     """The rank of one layer, by a rule that looks at layers alone."""
     kind = RULES[rule]
-    arguments: tuple[float, ...] = ()
-    if "tolerance" in kind.takes:
-        arguments = (_epsilon(name, rule, kind.tolerance if tolerance is None else tolerance),)
+    arguments = [_epsilon(name, rule, tolerance)] if "tolerance" in kind.takes else []
     full = int(table[["rows", "columns"]].iloc[0].min())
     needed = {full} if kind.ranks == "full" else set(range(1, full + 1))
     if missing := sorted(needed - set(table["rank"])):
@@ -135,10 +130,11 @@ def _rank_of(name: str, table: pd.DataFrame, rule: str, tolerance: Tolerance | N
 
 
 def _epsilon(name: str, rule: str, tolerance: Tolerance | None) -> float:
-    """The tolerance of a layer."""
+    """The tolerance of a layer: its own, that of all, or the rule's."""
     if isinstance(tolerance, Mapping) and name not in tolerance:
         raise ValueError(f"tolerance lacks layer {name!r}; it has {', '.join(tolerance)}")
     epsilon = tolerance[name] if isinstance(tolerance, Mapping) else tolerance
+    epsilon = RULES[rule].tolerance if epsilon is None else epsilon
     below = RULES[rule].below
     if epsilon is None or not epsilon >= 0 or epsilon >= below < math.inf:
         limits = "at least 0" + (f" and below {below:g}" if below < math.inf else "")
@@ -219,40 +215,36 @@ def _evbmf(table: pd.DataFrame) -> int:
     return int((sigma > math.sqrt(large * variance * x_bound)).sum())
 
 
-def _budget(
-    layers: Mapping[str, pd.DataFrame],
-    parameters: int | None = None,
-    increase: float | None = None,
-) -> dict[str, int]:
-    options = {name: _choices(name, table) for name, table in layers.items()}
-    if parameters is not None:
-        return allocate(options, parameters)
-    assert increase is not None
-    return allocate(options, increase, of="error")
+def _budget(layers: Mapping[str, pd.DataFrame], **budget: float) -> dict[str, int]:
+    ((name, limit),) = budget.items()
+    return allocate(_options(layers), limit, of="cost" if name == "parameters" else "error")
 
 
 def _level(layers: Mapping[str, pd.DataFrame], parameters: int) -> dict[str, int]:
-    options = {name: _choices(name, table) for name, table in layers.items()}
-    levels = np.unique(np.concatenate([option.errors for option in options.values()]))
+    options = _options(layers)
+    levels = np.unique(np.concatenate([layer.errors for layer in options.values()]))
     # Below the highest of the layers' smallest increases some layer has no rank.
-    reachable = max(option.errors.min() for option in options.values())
+    reachable = max(layer.errors.min() for layer in options.values())
     for level in levels[levels >= reachable]:
-        at = {name: int(np.argmax(option.errors <= level)) for name, option in options.items()}
-        cost = sum(int(option.costs[at[name]]) for name, option in options.items())
+        at = {name: int(np.argmax(layer.errors <= level)) for name, layer in options.items()}
+        cost = sum(int(layer.costs[at[name]]) for name, layer in options.items())
         if cost <= parameters:
-            return {name: int(option.ranks[at[name]]) for name, option in options.items()}
+            return {name: int(layer.ranks[at[name]]) for name, layer in options.items()}
     raise ValueError(f"{parameters} weights are too few; the lowest ranks have {cost}")
 
 
-def _choices(name: str, table: pd.DataFrame) -> Choices:
-    """A layer's ranks above 0, with the weights they store and the increases they cost."""
-    table = table[table["rank"] > 0]
-    if table.empty:
-        raise ValueError(f"the profile lacks ranks above 0 of layer {name!r}")
-    m, n = table[["rows", "columns"]].iloc[0]
-    matrices = int(table.matrices.iloc[0]) if "matrices" in table else 1  # one a group
-    costs = matrices * np.array([stored(rank, m, n) for rank in table["rank"]])
-    return Choices(table["rank"].to_numpy(), costs, table.increase.to_numpy())
+def _options(layers: Mapping[str, pd.DataFrame]) -> dict[str, Choices]:
+    """Each layer's ranks above 0, with the weights they store and the increases they cost."""
+    options = {}
+    for name, profile in layers.items():
+        table = profile[profile["rank"] > 0]
+        if table.empty:
+            raise ValueError(f"the profile lacks ranks above 0 of layer {name!r}")
+        m, n = table[["rows", "columns"]].iloc[0]
+        matrices = int(table.matrices.iloc[0]) if "matrices" in table else 1
+        costs = matrices * np.array([stored(rank, m, n) for rank in table["rank"]])
+        options[name] = Choices(table["rank"].to_numpy(), costs, table.increase.to_numpy())
+    return options
 
 
 class Rule(NamedTuple):
@@ -306,18 +298,15 @@ def _check_arguments(rule: str, given: Mapping[str, object]) -> None:
 
 def _check_profile(profile: pd.DataFrame) -> None:
     columns = {"layer", "rank", "loss", "increase", "se", "rows", "columns", "sigma"}
-    missing = columns - set(profile.columns)
-    if missing:
-        raise ValueError(f"the profile lacks {', '.join(sorted(missing))}; see loss_profile")
+    if missing := sorted(columns - set(profile.columns)):
+        raise ValueError(f"the profile lacks {', '.join(missing)}; see loss_profile")
     if profile.empty:
         raise ValueError("the profile has no layer")
     if not np.isfinite(profile[["loss", "increase", "se"]].to_numpy(float)).all():
         raise ValueError("the profile has NaN or infinite losses")
-    if not np.isfinite(profile.sigma[profile["rank"] > 0].to_numpy(float)).all():
+    if not np.isfinite(_sigma(profile).astype(float)).all():
         raise ValueError("the profile has NaN or infinite singular values, sigma")
-    twice = profile[profile.duplicated(["layer", "rank"])]
-    if len(twice):
-        layer, rank = twice[["layer", "rank"]].iloc[0]
+    for layer, rank in profile.loc[profile.duplicated(["layer", "rank"]), ["layer", "rank"]].values:
         raise ValueError(
             f"the profile has rank {rank} of layer {layer!r} more than once; give one network's "
             "profile at a time"

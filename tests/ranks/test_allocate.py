@@ -76,6 +76,8 @@ def test_a_budget_below_the_least_is_refused(made, less):
 
 
 def test_nan_is_refused():
+    with pytest.raises(ValueError, match="nan is too small; the least is 3"):
+        allocate({"a": Choices(np.array([1]), np.array([3.0]), np.array([1.0]))}, np.nan)
     layer = Choices(np.array([1, 2]), np.array([3.0, 6.0]), np.array([1.0, np.nan]))
     with pytest.raises(ValueError, match="must be finite"):
         allocate({"a": layer}, 6)

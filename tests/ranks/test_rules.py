@@ -54,6 +54,9 @@ def test_tolerance_a_layer():
     two = pd.concat([profile([3, 2, 1]), profile([3, 2, 1], layer="b")])
     ranks = svdlib.reveal_ranks(two, "marginal", tolerance={"a": 0.5, "b": 1.5})
     assert ranks == {"a": 2, "b": 1}
+    read = two.assign(layer=two.layer.map({"a": 0, "b": 2}))  # as from a CSV file
+    ranks = svdlib.reveal_ranks(read, "marginal", tolerance={"0": 0.5, "2": 1.5})
+    assert ranks == {"0": 2, "2": 1}
 
 
 def test_one_se_is_the_smallest_within():
