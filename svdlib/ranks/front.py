@@ -18,8 +18,8 @@ def front(joint: pd.DataFrame, cost: str = "parameters") -> pd.DataFrame:
         cost: "parameters" or "multiply_adds".
 
     Returns:
-        the rows of ``joint`` in the order of their cost, with ``excess``: by how much a row's
-        loss is above the least at its cost or less, 0 on the front. Those off the front are
+        The rows of ``joint`` in the order of their cost, with ``excess``: by how much a row's
+        loss is above the smallest at its cost or less, 0 on the front. Rows off the front are
         within one standard error, their own.
 
     Raises:

@@ -20,11 +20,11 @@ from svdlib.network.chain import CACHED, Link, perceptron_of, task_of
 from svdlib.network.opened import Network
 from svdlib.network.task import MEMORY, Moments, check_data
 
-# Up to so many combinations all are looked at unless others are asked for, and never more than MOST.
+# The largest number of combinations by default, and of those that may be asked for.
 ALL = 20_000
 MOST = 1_000_000
 
-# The images are measured in so many shares, side by side.
+# The images are measured in this many shares, side by side.
 SHARES = 4
 
 Ranks = Iterable[int] | Mapping[str, Iterable[int]] | None
@@ -48,31 +48,31 @@ def joint_profile(
 
         Σ_l |R_1| ⋯ |R_{l−1}| k_l (m_l + n_l),    k_l the highest rank in R_l,
 
-    and the softmax of |R_1| ⋯ |R_L| outputs: the cost grows by the number of ranks with each
-    layer. The losses are those of the weights replaced, to rounding.
+    and the softmax of |R_1| ⋯ |R_L| outputs. The losses are those of the weights replaced, to
+    rounding.
 
     Args:
-        model: Linear layers in an ``nn.Sequential`` with activations between; evaluation mode,
-            left as it was.
+        model: Linear layers in an ``nn.Sequential`` with activations between, used in evaluation
+            mode and left as it was.
         x, y: inputs (n, …) and labels (n,), on the model's device. Or, without y, ``x`` is a tuple
-            of both, or an iterable of such batches, looked at once.
+            of both, or an iterable of such batches, read once.
         ranks: those to combine, for all layers or {layer: ranks}, capped at each layer's
-            min(m, n). By default all, from 0, where these are at most 20,000 combinations; else
-            the geometric grid with the most ranks that is.
+            min(m, n); a layer that is not named stays whole. By default all, from 0, where these
+            are at most 20,000 combinations; else a geometric grid that is.
         memory: bytes that intermediate results may take, about.
         progress: show a progress bar.
 
     Returns:
-        one row a combination: a column a layer with its rank, loss (mean cross-entropy), accuracy
-        (per cent), increase (of the loss over the full network, paired by image), se (its
+        One row per combination: a column per layer with its rank, loss (mean cross-entropy),
+        accuracy (percent), increase (of the loss over the full network, paired by image), se (its
         standard error), parameters (of the model, each layer stored as two factors where that is
         smaller), multiply_adds (for one input). ``attrs`` has the full network's ``loss``, and
         ``layers``, the names of the columns of ranks.
 
     Raises:
-        ValueError: a model that is no perceptron, weights that another layer shares or that are
-            computed, empty data, labels that don't fit, a rank below 0 or not whole, an unknown
-            layer, more than a million combinations, NaN or infinite weights or losses.
+        ValueError: a model that is no perceptron, weights that are shared, computed, NaN or
+            infinite, data that are empty or don't fit, ranks that are below 0 or not whole, an
+            unknown layer, more than a million combinations, NaN or infinite losses.
 
     >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
@@ -156,8 +156,8 @@ def _images(links: Sequence[Link], x: Tensor, memory: int) -> int:
     """How many to take at once: what is worked on again and again stays in the cache."""
     # For an image: the sums of each layer, or all logits, and what is made of them.
     numbers = max(*(link.rows for link in links), 2 * links[-1].rows * len(links[-1].ranks))
-    most = memory // (8 * max(numbers, x[0].numel()) * x.element_size())
-    return max(1, min(most, max(256, CACHED // numbers)))
+    fitting = memory // (8 * max(numbers, x[0].numel()) * x.element_size())
+    return max(1, min(fitting, max(256, CACHED // numbers)))
 
 
 def _visit(links: Sequence[Link], h: Tensor, start: int) -> Iterator[tuple[slice, Tensor]]:
@@ -177,9 +177,9 @@ def _visit(links: Sequence[Link], h: Tensor, start: int) -> Iterator[tuple[slice
             row.copy_(found)
         yield slice(start, start + len(z)), z.mT
         return
-    size = math.prod(len(each.ranks) for each in behind)
+    combinations = math.prod(len(later.ranks) for later in behind)
     for number, z in enumerate(link.sums(h)):
-        yield from _visit(behind, z, start + number * size)
+        yield from _visit(behind, z, start + number * combinations)
 
 
 def _grids(links: Sequence[Link], ranks: Ranks) -> list[list[int]]:
@@ -204,13 +204,13 @@ def _asked(
         raise ValueError(f"no layer {unknown.pop()!r}; the model has {', '.join(names)}")
     grids = []
     for link in links:
-        what = f"a rank of layer {link.name!r}"
-        given = [
-            checks.positive_int(rank, what, least=0) for rank in wanted.get(link.name, [link.limit])
-        ]
+        given = {
+            min(checks.positive_int(rank, f"a rank of layer {link.name!r}", least=0), link.limit)
+            for rank in wanted.get(link.name, [link.limit])
+        }
         if not given:
             raise ValueError(f"layer {link.name!r} has no ranks; give one at least")
-        grids.append(sorted({min(rank, link.limit) for rank in given}))
+        grids.append(sorted(given))
     return grids
 
 

@@ -80,9 +80,9 @@ def reveal_ranks(
         parameters, increase: the budget.
 
     Raises:
-        ValueError: an unknown rule, a profile that lacks columns, layers or ranks, or has NaN
-            losses or singular values, or a rank twice, as several networks' together have; a
-            missing, negative or unused tolerance, contradicting or unmeetable budgets.
+        ValueError: an unknown rule, a profile that lacks columns, layers or ranks, has NaN losses
+            or singular values, or the same rank twice, as those of several networks together have;
+            a missing, negative or unused tolerance; no budget, two, or one that can't be met.
 
     >>> profile = pd.DataFrame({
     ...     "layer": "a", "rank": [0, 1, 2, 3], "loss": [9.0, 4.0, 1.1, 1.0],
@@ -94,22 +94,22 @@ def reveal_ranks(
     {'a': 1}
     """
     checks.one_of(rule, tuple(RULES), "rule")
-    kind = RULES[rule]
-    if kind.table != "joint":
+    chosen = RULES[rule]
+    if chosen.table != "joint":
         _check_profile(profile)
     given = {"tolerance": tolerance, "parameters": parameters, "increase": increase}
     given = {name: value for name, value in given.items() if value is not None}
     _check_arguments(rule, given)
-    if kind.table == "joint":
-        return kind.choose(profile, **given)
+    if chosen.table == "joint":
+        return chosen.choose(profile, **given)
     profile = profile.assign(layer=profile.layer.astype(str))
     # Layers that share a weight count once, as the first of them.
     first = profile.layer.groupby(profile.get("shared", profile.layer)).transform("first")
     twins = dict(zip(profile.layer, first, strict=True))
     tables = profile[profile.layer == first].sort_values("rank").groupby("layer", sort=False)
     layers = {name: tables.get_group(name) for name in dict.fromkeys(twins.values())}
-    if kind.table == "layers":
-        ranks = kind.choose(layers, **given)
+    if chosen.table == "layers":
+        ranks = chosen.choose(layers, **given)
     else:
         ranks = {name: _rank_of(name, table, rule, tolerance) for name, table in layers.items()}
     return {name: ranks[twin] for name, twin in twins.items()}
