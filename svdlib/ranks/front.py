@@ -18,8 +18,8 @@ def front(joint: pd.DataFrame, cost: str = "parameters") -> pd.DataFrame:
         cost: "parameters" or "multiply_adds".
 
     Returns:
-        the rows of ``joint`` in the order of their cost, with ``excess``: by how much a row's
-        loss is above the least at its cost or less, 0 on the front. Those off the front are
+        The rows of ``joint`` in the order of their cost, with ``excess``: by how much a row's
+        loss is above the smallest at its cost or less, 0 on the front. Rows off the front are
         within one standard error, their own.
 
     Raises:
@@ -30,14 +30,11 @@ def front(joint: pd.DataFrame, cost: str = "parameters") -> pd.DataFrame:
     [[3.0, 1.0, 0.0], [1.0, 2.0, 0.0], [1.1, 2.0, 0.1]]
     """
     checks.one_of(cost, ("parameters", "multiply_adds"), "cost")
-    if lacking := {"loss", "se", cost} - set(joint):
-        raise ValueError(f"the table lacks {', '.join(sorted(lacking))}; see joint_profile")
-    if not np.isfinite(joint[["loss", "se"]].to_numpy(float)).all():
-        raise ValueError("the table has NaN or infinite losses")
+    _check(joint, ["loss", "se", cost])
     ordered = joint.sort_values([cost, "loss"], kind="stable")
-    least = ordered.loss.cummin()
-    first = ordered.loss < least.shift(fill_value=math.inf)
-    excess = ordered.loss - least
+    lowest = ordered.loss.cummin()
+    first = ordered.loss < lowest.shift(fill_value=math.inf)
+    excess = ordered.loss - lowest
     return ordered.assign(excess=excess)[first | (excess > 0) & (excess <= ordered.se)]
 
 
@@ -47,11 +44,7 @@ def layers_of(joint: pd.DataFrame) -> list[str]:
     Raises:
         ValueError: a table that `joint_profile` didn't make, NaN losses, ranks that come twice.
     """
-    needed = ["loss", "increase", "se", "parameters"]
-    if lacking := [name for name in needed if name not in joint]:
-        raise ValueError(f"the table lacks {', '.join(lacking)}; see joint_profile")
-    if not np.isfinite(joint[["loss", "increase"]].to_numpy()).all():
-        raise ValueError("the table has NaN or infinite losses")
+    _check(joint, ["loss", "increase", "se", "parameters"])
     layers = [str(name) for name in joint.columns[: joint.columns.get_loc("loss")]]
     if joint.duplicated(layers).any():
         raise ValueError(
@@ -60,25 +53,31 @@ def layers_of(joint: pd.DataFrame) -> list[str]:
     return layers
 
 
-def optimal(joint: pd.DataFrame, parameters: int | None, increase: float | None) -> dict[str, int]:
-    """The combination with the least loss, or the fewest parameters, under a budget."""
+def _check(joint: pd.DataFrame, needed: list[str]) -> None:
+    if lacking := [name for name in needed if name not in joint]:
+        raise ValueError(f"the table lacks {', '.join(lacking)}; see joint_profile")
+    if not np.isfinite(joint[[*needed]].to_numpy(float)).all():
+        raise ValueError("the table has NaN or infinite losses")
+
+
+def optimal(joint: pd.DataFrame, **budget: float) -> dict[str, int]:
+    """The combination with the smallest loss, or the fewest parameters, under a budget.
+
+    Args:
+        budget: parameters or increase.
+    """
     layers = layers_of(joint)
-    if parameters is not None:
-        able, by = joint[joint.parameters <= parameters], ["loss", "parameters"]
-        least = f"{joint.parameters.min()} parameters are the fewest in the table"
-    else:
-        able, by = joint[joint.increase <= increase], ["parameters", "loss"]
-        least = f"{joint.increase.min():.3g} is the least increase in the table"
-    if not len(able):
-        raise ValueError(f"no combination of ranks meets the budget; {least}")
-    best = able.sort_values(by, kind="stable").iloc[0]
+    ((limited, limit),) = budget.items()
+    eligible = _within(joint, limited, limit)
+    order = ["loss", "parameters"] if limited == "parameters" else ["parameters", "loss"]
+    best = eligible.sort_values(order, kind="stable").iloc[0]
     return {name: int(best[name]) for name in layers}
 
 
 def walk(joint: pd.DataFrame, parameters: int, rising: bool) -> dict[str, int]:
     """From one end of the table towards a budget, a step of the grid in one layer at a time.
 
-    Each step is the best by the change of the verified loss for a parameter.
+    Each step is the best by the change of the verified loss per parameter.
     """
     layers = layers_of(joint)
     grids = [sorted(joint[name].unique()) for name in layers]
@@ -88,23 +87,31 @@ def walk(joint: pd.DataFrame, parameters: int, rising: bool) -> dict[str, int]:
     ordered = joint.sort_values(layers)
     loss = ordered.loss.to_numpy().reshape(shape)
     weights = ordered.parameters.to_numpy().reshape(shape)
-    if weights[(0,) * len(shape)] > parameters:
-        raise ValueError(
-            f"no combination of ranks meets the budget; {weights.min()} parameters are the "
-            "fewest in the table"
-        )
-    at = (0,) * len(shape) if rising else tuple(size - 1 for size in shape)
+    _within(joint, "parameters", parameters)
+    moves = np.eye(len(shape), dtype=int) * (1 if rising else -1)
+    at = tuple(0 if rising else size - 1 for size in shape)
     visited = [at]
     while rising or weights[at] > parameters:
-        steps = []
-        for axis in range(len(shape)):
-            to = (*at[:axis], at[axis] + (1 if rising else -1), *at[axis + 1 :])
-            if 0 <= to[axis] < shape[axis] and (not rising or weights[to] <= parameters):
-                spent = max(abs(int(weights[to]) - int(weights[at])), 1)
-                steps.append(((loss[to] - loss[at]) / spent, to))
+        steps = [
+            ((loss[to] - loss[at]) / max(abs(int(weights[to]) - int(weights[at])), 1), to)
+            for to in map(tuple, moves + at)
+            if all(0 <= place < size for place, size in zip(to, shape, strict=True))
+            and (not rising or weights[to] <= parameters)
+        ]
         if not steps:
             break
         at = min(steps)[1]
         visited.append(at)
     best = min(visited, key=loss.__getitem__) if rising else at
     return {name: int(grid[place]) for name, grid, place in zip(layers, grids, best, strict=True)}
+
+
+def _within(joint: pd.DataFrame, limited: str, limit: float) -> pd.DataFrame:
+    """The combinations that meet a budget, at least one."""
+    eligible = joint[joint[limited] <= limit]
+    if eligible.empty:
+        raise ValueError(
+            f"no combination of ranks meets the budget; {joint[limited].min():.12g} is the "
+            f"smallest {limited} in the table"
+        )
+    return eligible

@@ -20,11 +20,11 @@ from svdlib.network.chain import CACHED, Link, perceptron_of, task_of
 from svdlib.network.opened import Network
 from svdlib.network.task import MEMORY, Moments, check_data
 
-# Up to so many combinations all are looked at unless others are asked for, and never more than MOST.
+# The largest number of combinations by default, and of those that may be asked for.
 ALL = 20_000
 MOST = 1_000_000
 
-# The images are measured in so many shares, side by side.
+# The images are measured in this many shares, side by side.
 SHARES = 4
 
 Ranks = Iterable[int] | Mapping[str, Iterable[int]] | None
@@ -42,37 +42,37 @@ def joint_profile(
     """The loss of a perceptron with all its layers cut at once, at every combination of ranks.
 
     With W_l = Σ_j σ_j u_j v_jᵀ, layer l at rank r gives z = b + Σ_{j≤r} σ_j u_j (v_jᵀ h), a nested
-    sum over r. So each rank of a layer is reached from the one before by adding the terms between
-    them, v_jᵀ h is taken once for all its ranks, and only the layers behind start anew. With |R_l| ranks of layer l,
-    an m_l × n_l matrix, that is for each image, in multiply-adds,
+    sum over r. So each rank of a layer is reached from the one before, v_jᵀ h is taken once for all
+    its ranks, and only the layers behind start anew. With |R_l| ranks of layer l, an m_l × n_l
+    matrix, that takes for each image, in multiply-adds,
 
         Σ_l |R_1| ⋯ |R_{l−1}| k_l (m_l + n_l),    k_l the highest rank in R_l,
 
-    and the softmax of |R_1| ⋯ |R_L| outputs: the cost grows by the number of ranks with each
-    layer. The losses are those of the weights replaced, to rounding.
+    and the softmax of |R_1| ⋯ |R_L| outputs. The losses are those of the weights replaced, to
+    rounding.
 
     Args:
-        model: Linear layers in an ``nn.Sequential`` with activations between; evaluation mode,
-            left as it was.
+        model: Linear layers in an ``nn.Sequential`` with activations between, used in evaluation
+            mode and left as it was.
         x, y: inputs (n, …) and labels (n,), on the model's device. Or, without y, ``x`` is a tuple
-            of both, or an iterable of such batches, looked at once.
+            of both, or an iterable of such batches, read once.
         ranks: those to combine, for all layers or {layer: ranks}, capped at each layer's
-            min(m, n). By default all, from 0, where these are at most 20,000 combinations; else
-            the geometric grid with the most ranks that is.
+            min(m, n); a layer that is not named stays whole. By default all, from 0, where these
+            are at most 20,000 combinations; else a geometric grid that is.
         memory: bytes that intermediate results may take, about.
         progress: show a progress bar.
 
     Returns:
-        one row a combination: a column a layer with its rank, loss (mean cross-entropy), accuracy
-        (per cent), increase (of the loss over the full network, paired by image), se (its
+        One row per combination: a column per layer with its rank, loss (mean cross-entropy),
+        accuracy (percent), increase (of the loss over the full network, paired by image), se (its
         standard error), parameters (of the model, each layer stored as two factors where that is
         smaller), multiply_adds (for one input). ``attrs`` has the full network's ``loss``, and
         ``layers``, the names of the columns of ranks.
 
     Raises:
-        ValueError: a model that is no perceptron, weights that another layer shares or that are
-            computed, empty data, labels that don't fit, a rank below 0 or not whole, an unknown
-            layer, more than a million combinations, NaN or infinite weights or losses.
+        ValueError: a model that is no perceptron, weights that are shared, computed, NaN or
+            infinite, data that are empty or don't fit, ranks that are below 0 or not whole, an
+            unknown layer, more than a million combinations, NaN or infinite losses.
 
     >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
@@ -89,40 +89,33 @@ def joint_profile(
     net = Network(model)
     links = perceptron_of(net)
     grids = _grids(links, ranks)
+    trees = math.prod(map(len, grids[:-1]))
+    total = len(data[0]) * trees if isinstance(data, tuple) else None
+    done: list[int] = []
+    stop = Event()
+    parts: list[Moments] = []
+    losses: list[Tensor] = []
     usual = torch.get_num_threads()
-    with net.measuring(), threads.inside(1):
+    shown = partial(bar, desc="joint profile", unit="image", unit_scale=True)
+    with net.measuring(), threads.inside(1), shown(total=total, progress=progress) as seen:
         for link, grid in zip(links, grids, strict=True):
             link.decompose(grid)
-        trees = math.prod(map(len, grids[:-1]))
-        number = len(data[0]) * trees if isinstance(data, tuple) else None
-        done: list[int] = []
-        stop = Event()
-        shown = bar(
-            total=number,
-            progress=progress,
-            desc="joint profile",
-            unit="image",
-            unit_scale=True,
-        )
-        parts: list[Moments] = []
-        fulls: list[Tensor] = []
-        with shown, ThreadPoolExecutor(min(usual, SHARES)) as pool:
+        with ThreadPoolExecutor(min(usual, SHARES)) as pool:
             for batch in batches(data):
                 x, y = _labelled(batch if isinstance(data, tuple) else copied_to(model, batch))
                 task = task_of(net, (x, y), memory=memory)
-                full = torch.cat([losses for _, losses, _ in task.batches()])
-                fulls.append(full)
+                losses.append(torch.cat([full for _, full, _ in task.batches()]))
                 # So many shares whatever the number of threads, which so changes no result.
                 shares = SHARES if x.device.type == "cpu" and len(x) > SHARES else 1
                 images = _images(links, x, memory // shares)
                 parts += threads.side_by_side(
                     pool,
                     partial(_moments, links, images, done, stop),
-                    list(zip(*(t.tensor_split(shares) for t in (x, y, full)), strict=True)),
-                    lambda: shown.update(sum(done) - shown.n),
+                    list(zip(*(t.tensor_split(shares) for t in (x, y, losses[-1])), strict=True)),
+                    lambda: seen.update(sum(done) - seen.n),
                     stop,
                 )
-    full = torch.cat(fulls)
+    full = torch.cat(losses)
     return _table(net, links, grids, sum(parts[1:], parts[0]).means(len(full)), full)
 
 
@@ -163,8 +156,8 @@ def _images(links: Sequence[Link], x: Tensor, memory: int) -> int:
     """How many to take at once: what is worked on again and again stays in the cache."""
     # For an image: the sums of each layer, or all logits, and what is made of them.
     numbers = max(*(link.rows for link in links), 2 * links[-1].rows * len(links[-1].ranks))
-    most = memory // (8 * max(numbers, x[0].numel()) * x.element_size())
-    return max(1, min(most, max(256, CACHED // numbers)))
+    fitting = memory // (8 * max(numbers, x[0].numel()) * x.element_size())
+    return max(1, min(fitting, max(256, CACHED // numbers)))
 
 
 def _visit(links: Sequence[Link], h: Tensor, start: int) -> Iterator[tuple[slice, Tensor]]:
@@ -184,9 +177,9 @@ def _visit(links: Sequence[Link], h: Tensor, start: int) -> Iterator[tuple[slice
             row.copy_(found)
         yield slice(start, start + len(z)), z.mT
         return
-    size = math.prod(len(each.ranks) for each in behind)
+    combinations = math.prod(len(later.ranks) for later in behind)
     for number, z in enumerate(link.sums(h)):
-        yield from _visit(behind, z, start + number * size)
+        yield from _visit(behind, z, start + number * combinations)
 
 
 def _grids(links: Sequence[Link], ranks: Ranks) -> list[list[int]]:
@@ -194,23 +187,11 @@ def _grids(links: Sequence[Link], ranks: Ranks) -> list[list[int]]:
     grids = _fitting(links) if ranks is None else _asked(links, ranks)
     number = math.prod(map(len, grids))
     if number > MOST:
-        fits = int(MOST ** (1 / len(links)) + 1e-9)
         raise ValueError(
             f"{' × '.join(str(len(grid)) for grid in grids)} = {number:,} combinations are more "
-            f"than {MOST:,}; {fits} ranks a layer would fit"
+            f"than {MOST:,}; {int(MOST ** (1 / len(links)) + 1e-9)} ranks a layer would fit"
         )
     return grids
-
-
-def _fitting(links: Sequence[Link]) -> list[list[int]]:
-    """All ranks, or a geometric grid: the largest with not more than `ALL` combinations, about."""
-    most = max(link.limit for link in links) + 1
-    while True:
-        grids = [geometric(link.limit, most) for link in links]
-        number = math.prod(map(len, grids))
-        if number <= ALL or most == 3:
-            return grids
-        most = max(3, min(most - 1, int(most * (ALL / number) ** (1 / len(links)))))
 
 
 def _asked(
@@ -218,20 +199,30 @@ def _asked(
 ) -> list[list[int]]:
     """The ranks asked for; a layer that is not named stays whole."""
     names = [link.name for link in links]
-    if not isinstance(ranks, Mapping):
-        ranks = dict.fromkeys(names, tuple(ranks))
-    if unknown := ranks.keys() - set(names):
+    wanted = ranks if isinstance(ranks, Mapping) else dict.fromkeys(names, tuple(ranks))
+    if unknown := wanted.keys() - set(names):
         raise ValueError(f"no layer {unknown.pop()!r}; the model has {', '.join(names)}")
     grids = []
     for link in links:
         given = {
             min(checks.positive_int(rank, f"a rank of layer {link.name!r}", least=0), link.limit)
-            for rank in ranks.get(link.name, [link.limit])
+            for rank in wanted.get(link.name, [link.limit])
         }
         if not given:
             raise ValueError(f"layer {link.name!r} has no ranks; give one at least")
         grids.append(sorted(given))
     return grids
+
+
+def _fitting(links: Sequence[Link]) -> list[list[int]]:
+    """All ranks, or a geometric grid: the largest with not more than `ALL` combinations, about."""
+    size = max(link.limit for link in links) + 1
+    while True:
+        grids = [geometric(link.limit, size) for link in links]
+        number = math.prod(map(len, grids))
+        if number <= ALL or size == 3:
+            return grids
+        size = max(3, min(size - 1, int(size * (ALL / number) ** (1 / len(links)))))
 
 
 def geometric(limit: int, number: int) -> list[int]:
@@ -256,9 +247,9 @@ def _table(
         raise ValueError("some combination of ranks gives NaN or infinite losses on these data")
     names = [link.name for link in links]
     table = pd.MultiIndex.from_product(grids, names=names).to_frame(index=False)
-    weights = sum(table[link.name].map(link.layer.stored) for link in links)
+    stored = sum(table[link.name].map(link.layer.stored) for link in links)
     others = sum(parameter.numel() for parameter in net.model.parameters())
     others -= sum(link.layer.weight.numel() for link in links)
-    table = table.assign(**means, parameters=weights + others, multiply_adds=weights)
+    table = table.assign(**means, parameters=stored + others, multiply_adds=stored)
     table.attrs = {"loss": full.double().mean().item(), "layers": names}
     return table

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -11,6 +13,7 @@ from scipy.optimize import minimize_scalar
 
 from svdlib import checks
 from svdlib.network.kinds import stored
+from svdlib.ranks.allocate import Choices, allocate
 from svdlib.ranks.front import optimal, walk
 
 Tolerance = float | Mapping[str, float]
@@ -24,36 +27,35 @@ def reveal_ranks(
     parameters: int | None = None,
     increase: float | None = None,
 ) -> dict[str, int]:
-    """The rank of each layer, by a rule, from a table of losses.
+    """The rank of each layer, at least 1, by a rule, from a table of losses.
 
     From what `joint_profile` measured, all layers at once:
 
-    - ``"optimal"`` with ``parameters``: the least loss of a model with so many parameters at
-      most; or with ``increase``: the fewest parameters with so much increase of the loss at most.
-      No other ranks in the table do better.
+    - ``"optimal"``: the smallest loss of a model with at most so many ``parameters``, or the
+      fewest parameters with at most so much ``increase`` of the loss. No other ranks in the table
+      do better.
     - ``"removal"`` with ``parameters``: from the highest ranks down, always in the layer where the
-      loss then rises least for a parameter saved, measured anew after each step.
+      loss then rises least per parameter saved, measured anew after each step.
     - ``"gain"`` with ``parameters``: from the lowest ranks up, always in the layer where the loss
-      then falls most for a parameter spent; the best ranks on that way.
+      then falls most per parameter spent; the best ranks on that way.
 
-    The others take what `loss_profile` measured, or `predicted_profile` foretells.
+    The other rules take what `loss_profile` measured or `predicted_profile` predicted.
 
-    One layer at a time, by the loss ℓ_j at rank j (a profile of every rank is needed for the
-    first two):
+    One layer at a time, by the loss ℓ_j at every rank j, so that no plateau or bump ends a search:
 
-    - ``"printed"``: Algorithm 3 of the paper to the letter, which assigns rank j wherever
-      ℓ_j − ℓ_{j+1} ≥ ε: the last such j stands, one short of where the gain arrives; full rank
-      if there is none.
-    - ``"marginal"``: its sensible reading, the smallest j beyond which no further rank gains ε:
-      ℓ_j − min_{i>j} ℓ_i < ε.
+    - ``"printed"`` with ``tolerance`` ε: Algorithm 3 of the paper to the letter, which assigns rank
+      j wherever ℓ_j − ℓ_{j+1} ≥ ε: the last such j stands, one short of where the gain arrives;
+      full rank if there is none.
+    - ``"marginal"`` with ``tolerance`` ε: its sensible reading, the smallest j beyond which no
+      further rank gains ε: ℓ_j − min_{i>j} ℓ_i < ε.
     - ``"one-se"``: the smallest rank whose loss increase, paired by image, is within one
-      standard error of the full network (Breiman et al. 1984, section 3.4.3). No tolerance.
+      standard error of the full network (Breiman et al. 1984, section 3.4.3).
 
     From the singular values σ alone:
 
-    - ``"energy"``: the smallest j with Σ_{i>j} σ_i² ≤ ε Σ σ_i²; ε = 0.01 by default. With √ε for
-      the tail it is the truncation of dynamical low-rank training (Schotthöfer et al. 2022,
-      Algorithm 1).
+    - ``"energy"``: the smallest j with Σ_{i>j} σ_i² ≤ ε Σ σ_i², with ``tolerance`` ε = 0.01 by
+      default. With √ε for the tail it is the truncation of dynamical low-rank training
+      (Schotthöfer et al. 2022, Algorithm 1).
     - ``"effective-rank"``: exp(−Σ p_i ln p_i) with p_i = σ_i / Σ σ, rounded up (Roy and
       Vetterli 2007).
     - ``"stable-rank"``: ‖W‖_F² / σ_1² rounded up (Rudelson and Vershynin 2007).
@@ -62,29 +64,25 @@ def reveal_ranks(
     - ``"evbmf"``: the global analytic solution of empirical variational Bayes matrix
       factorization, its noise variance estimated (Nakajima et al. 2013, Theorems 2 and 3).
 
-    Under a budget, all layers at once, layer effects taken to add (`verify_ranks` tells):
+    All layers at once, their increases taken to add up, which `verify_ranks` can check. Rank j
+    stores min(j (m+n), m n) weights. Layers that share a weight count once and get one rank.
 
-    - ``"budget"`` with ``parameters``: the least total increase with so many weights at most;
-      or with ``increase``: the fewest weights with so much total increase at most. A layer of
-      rank j stores min(j (m+n), m n) weights. A weight that layers share counts once.
-
+    - ``"budget"``: the smallest total increase with at most so many weights, ``parameters``, or
+      the fewest weights with at most so much total ``increase``.
     - ``"level"`` with ``parameters``: in every layer the smallest rank whose increase is at most
-      t, for the least t that the budget allows (as AIMET's greedy selection of compression
+      t, for the smallest t that the budget allows (as AIMET's greedy selection of compression
       ratios levels the score of all layers).
-
-    Every rank is looked at, so that a plateau or bump of the profile ends no search early. The
-    smallest rank given is 1.
 
     Args:
         profile: what `loss_profile`, `predicted_profile` or `joint_profile` returns.
         rule: one of the names above.
-        tolerance: ε, one or {layer: ε}; needed by "printed" and "marginal".
-        parameters, increase: the budget, exactly one of them.
+        tolerance: ε, one or {layer: ε}.
+        parameters, increase: the budget.
 
     Raises:
-        ValueError: an unknown rule, a profile that lacks columns, layers or ranks, or has NaN
-            losses or singular values, or a rank twice, as several networks' together have; a
-            missing, negative or unused tolerance, contradicting or unmeetable budgets.
+        ValueError: an unknown rule, a profile that lacks columns, layers or ranks, has NaN losses
+            or singular values, or the same rank twice, as those of several networks together have;
+            a missing, negative or unused tolerance; no budget, two, or one that can't be met.
 
     >>> profile = pd.DataFrame({
     ...     "layer": "a", "rank": [0, 1, 2, 3], "loss": [9.0, 4.0, 1.1, 1.0],
@@ -95,45 +93,53 @@ def reveal_ranks(
     >>> reveal_ranks(profile, "printed", tolerance=0.5)
     {'a': 1}
     """
-    checks.one_of(rule, (*JOINT, *ONE_LAYER, "budget", "level"), "rule")
-    if rule in JOINT:
-        return _joint(profile, rule, tolerance, parameters, increase)
-    _check_profile(profile)
-    if "shared" in profile:  # a weight once, and its rank for all that share it
-        group = profile.drop_duplicates("layer").set_index("layer")["shared"]
-        first = group.drop_duplicates()
-        once = profile[profile.layer.isin(first.index)].drop(columns="shared")
-        found = reveal_ranks(
-            once, rule, tolerance=tolerance, parameters=parameters, increase=increase
+    checks.one_of(rule, tuple(RULES), "rule")
+    chosen = RULES[rule]
+    if chosen.table != "joint":
+        _check_profile(profile)
+    given = {"tolerance": tolerance, "parameters": parameters, "increase": increase}
+    given = {name: value for name, value in given.items() if value is not None}
+    _check_arguments(rule, given)
+    if chosen.table == "joint":
+        return chosen.choose(profile, **given)
+    profile = profile.assign(layer=profile.layer.astype(str))
+    # Layers that share a weight count once, as the first of them.
+    first = profile.layer.groupby(profile.get("shared", profile.layer)).transform("first")
+    twins = dict(zip(profile.layer, first, strict=True))
+    tables = profile[profile.layer == first].sort_values("rank").groupby("layer", sort=False)
+    layers = {name: tables.get_group(name) for name in dict.fromkeys(twins.values())}
+    if chosen.table == "layers":
+        ranks = chosen.choose(layers, **given)
+    else:
+        ranks = {name: _rank_of(name, table, rule, tolerance) for name, table in layers.items()}
+    return {name: ranks[twin] for name, twin in twins.items()}
+
+
+def _rank_of(name: str, table: pd.DataFrame, rule: str, tolerance: Tolerance | None) -> int:
+    """The rank of one layer, by a rule that looks at layers alone."""
+    kind = RULES[rule]
+    arguments = [_epsilon(name, rule, tolerance)] if "tolerance" in kind.takes else []
+    full = int(table[["rows", "columns"]].iloc[0].min())
+    needed = {full} if kind.ranks == "full" else set(range(1, full + 1))
+    if missing := sorted(needed - set(table["rank"])):
+        raise ValueError(
+            f"rule {rule!r} needs a profile of {kind.ranks} ranks of layer {name!r}; "
+            f"missing: {missing[:5]}"
         )
-        known = {weight: found[str(name)] for name, weight in first.items()}
-        return {str(name): known[weight] for name, weight in group.items()}
-    layers = {str(name): table for name, table in profile.groupby("layer", sort=False)}
-    if rule in ("budget", "level") and tolerance is not None:
-        raise ValueError(f"rule {rule!r} takes a budget, parameters=…, not a tolerance")
-    if rule == "budget":
-        return _budget(layers, parameters, increase)
-    if rule == "level":
-        if parameters is None or increase is not None:
-            raise ValueError("rule 'level' takes a budget of parameters=…")
-        return _level(layers, parameters)
-    if parameters is not None or increase is not None:
-        raise ValueError(f"parameters and increase belong to rules of a budget, not {rule!r}")
-    choose, needs = ONE_LAYER[rule]
-    found = {}
-    for name, table in layers.items():
-        epsilon = _epsilon(rule, name, tolerance)
-        full = int(table[["rows", "columns"]].iloc[0].min())
-        ranks = set(table["rank"])
-        needed = set(range(1, full + 1)) if needs == "all" else {full}
-        if not needed <= ranks:
-            raise ValueError(
-                f"rule {rule!r} needs a profile of {needs} ranks of layer {name!r}; "
-                f"missing: {sorted(needed - ranks)[:5]}"
-            )
-        rank = choose(table.sort_values("rank"), epsilon)
-        found[name] = min(max(int(rank), 1), full)
-    return found
+    return min(max(int(kind.choose(table, *arguments)), 1), full)
+
+
+def _epsilon(name: str, rule: str, tolerance: Tolerance | None) -> float:
+    """The tolerance of a layer: its own, that of all, or the rule's."""
+    if isinstance(tolerance, Mapping) and name not in tolerance:
+        raise ValueError(f"tolerance lacks layer {name!r}; it has {', '.join(tolerance)}")
+    epsilon = tolerance[name] if isinstance(tolerance, Mapping) else tolerance
+    epsilon = RULES[rule].tolerance if epsilon is None else epsilon
+    below = RULES[rule].below
+    if epsilon is None or not epsilon >= 0 or epsilon >= below < math.inf:
+        limits = "at least 0" + (f" and below {below:g}" if below < math.inf else "")
+        raise ValueError(f"the tolerance of rule {rule!r} must be {limits}, not {epsilon}")
+    return float(epsilon)
 
 
 def _printed(table: pd.DataFrame, epsilon: float) -> int:
@@ -149,7 +155,7 @@ def _marginal(table: pd.DataFrame, epsilon: float) -> int:
     return table["rank"].to_numpy()[np.argmax(loss - best_beyond < epsilon)]
 
 
-def _one_se(table: pd.DataFrame, epsilon: float) -> int:
+def _one_se(table: pd.DataFrame) -> int:
     within = table[(table.increase <= table.se) & (table["rank"] > 0)]["rank"]
     return within.min() if len(within) else table["rank"].max()
 
@@ -163,18 +169,18 @@ def _energy(table: pd.DataFrame, epsilon: float) -> int:
     return 1 + int(np.argmax(energy >= (1 - epsilon) * energy[-1]))
 
 
-def _effective_rank(table: pd.DataFrame, epsilon: float) -> int:
+def _effective_rank(table: pd.DataFrame) -> int:
     sigma = _sigma(table)
     part = sigma[sigma > 0] / sigma.sum()
     return math.ceil(math.exp(-(part * np.log(part)).sum()) - 1e-9) if len(part) else 1
 
 
-def _stable_rank(table: pd.DataFrame, epsilon: float) -> int:
+def _stable_rank(table: pd.DataFrame) -> int:
     square = _sigma(table) ** 2
     return math.ceil(square.sum() / square[0] - 1e-9) if square[0] else 1
 
 
-def _gavish_donoho(table: pd.DataFrame, epsilon: float) -> int:
+def _gavish_donoho(table: pd.DataFrame) -> int:
     sides = table[["rows", "columns"]].iloc[0]
     beta = sides.min() / sides.max()
     omega = 0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43
@@ -182,7 +188,7 @@ def _gavish_donoho(table: pd.DataFrame, epsilon: float) -> int:
     return int((sigma > omega * np.median(sigma)).sum())
 
 
-def _evbmf(table: pd.DataFrame, epsilon: float) -> int:
+def _evbmf(table: pd.DataFrame) -> int:
     sigma = _sigma(table)
     sides = table[["rows", "columns"]].iloc[0]
     small, large = int(sides.min()), int(sides.max())
@@ -209,149 +215,99 @@ def _evbmf(table: pd.DataFrame, epsilon: float) -> int:
     return int((sigma > math.sqrt(large * variance * x_bound)).sum())
 
 
-# name: the rule for one layer, and the ranks that it needs in the profile
-ONE_LAYER: dict[str, tuple[Callable[[pd.DataFrame, float], int], str]] = {
-    "printed": (_printed, "all"),
-    "marginal": (_marginal, "all"),
-    "one-se": (_one_se, "full"),
-    "energy": (_energy, "all"),
-    "effective-rank": (_effective_rank, "all"),
-    "stable-rank": (_stable_rank, "all"),
-    "gavish-donoho": (_gavish_donoho, "all"),
-    "evbmf": (_evbmf, "all"),
+def _budget(layers: Mapping[str, pd.DataFrame], **budget: float) -> dict[str, int]:
+    ((name, limit),) = budget.items()
+    return allocate(_options(layers), limit, of="cost" if name == "parameters" else "error")
+
+
+def _level(layers: Mapping[str, pd.DataFrame], parameters: int) -> dict[str, int]:
+    options = _options(layers)
+    levels = np.unique(np.concatenate([layer.errors for layer in options.values()]))
+    # Below the highest of the layers' smallest increases some layer has no rank.
+    reachable = max(layer.errors.min() for layer in options.values())
+    for level in levels[levels >= reachable]:
+        at = {name: int(np.argmax(layer.errors <= level)) for name, layer in options.items()}
+        cost = sum(int(layer.costs[at[name]]) for name, layer in options.items())
+        if cost <= parameters:
+            return {name: int(layer.ranks[at[name]]) for name, layer in options.items()}
+    raise ValueError(f"{parameters} weights are too few; the lowest ranks have {cost}")
+
+
+def _options(layers: Mapping[str, pd.DataFrame]) -> dict[str, Choices]:
+    """Each layer's ranks above 0, with the weights they store and the increases they cost."""
+    options = {}
+    for name, profile in layers.items():
+        table = profile[profile["rank"] > 0]
+        if table.empty:
+            raise ValueError(f"the profile lacks ranks above 0 of layer {name!r}")
+        m, n = table[["rows", "columns"]].iloc[0]
+        matrices = int(table.matrices.iloc[0]) if "matrices" in table else 1
+        costs = matrices * np.array([stored(rank, m, n) for rank in table["rank"]])
+        options[name] = Choices(table["rank"].to_numpy(), costs, table.increase.to_numpy())
+    return options
+
+
+class Rule(NamedTuple):
+    """A rule for ranks, and what it needs.
+
+    Args:
+        choose: the rule, as a function of its table and of the argument it takes.
+        takes: of tolerance, parameters, and increase those that it takes, one at a time.
+        tolerance, below: the tolerance if none is given, and what it must be below.
+        table: "layer", one layer's profile at a time; "layers", {layer: profile};
+            or "joint", what `joint_profile` returns.
+        ranks: those that it needs in a layer's profile, "all" or "full".
+    """
+
+    choose: Callable[..., Any]
+    takes: tuple[str, ...] = ()
+    tolerance: float | None = None
+    below: float = math.inf
+    table: str = "layer"
+    ranks: str = "all"
+
+
+RULES = {
+    "optimal": Rule(optimal, ("parameters", "increase"), table="joint"),
+    "removal": Rule(partial(walk, rising=False), ("parameters",), table="joint"),
+    "gain": Rule(partial(walk, rising=True), ("parameters",), table="joint"),
+    "printed": Rule(_printed, ("tolerance",)),
+    "marginal": Rule(_marginal, ("tolerance",)),
+    "one-se": Rule(_one_se, ranks="full"),
+    "energy": Rule(_energy, ("tolerance",), tolerance=0.01, below=1),
+    "effective-rank": Rule(_effective_rank),
+    "stable-rank": Rule(_stable_rank),
+    "gavish-donoho": Rule(_gavish_donoho),
+    "evbmf": Rule(_evbmf),
+    "budget": Rule(_budget, ("parameters", "increase"), table="layers"),
+    "level": Rule(_level, ("parameters",), table="layers"),
 }
 
-# The rules that take a tolerance, and the one they have if none is given.
-TOLERANCES: dict[str, float | None] = {"printed": None, "marginal": None, "energy": 0.01}
 
-# The rules of a joint table.
-JOINT = ("optimal", "removal", "gain")
-
-
-def _epsilon(rule: str, layer: str, tolerance: Tolerance | None) -> float:
-    if rule not in TOLERANCES:
-        if tolerance is not None:
-            raise ValueError(f"rule {rule!r} takes no tolerance")
-        return 0.0
-    default = TOLERANCES[rule]
-    if isinstance(tolerance, Mapping):
-        if layer not in tolerance:
-            raise ValueError(f"tolerance lacks layer {layer!r}; it has {', '.join(tolerance)}")
-        value: float | None = tolerance[layer]
-    else:
-        value = default if tolerance is None else tolerance
-    if value is None:
-        raise ValueError(f"rule {rule!r} needs a tolerance, a loss difference such as 0.01")
-    if not value >= 0 or (rule == "energy" and value >= 1):
-        limits = "at least 0 and below 1" if rule == "energy" else "at least 0"
-        raise ValueError(f"the tolerance of rule {rule!r} must be {limits}, not {value}")
-    return float(value)
+def _check_arguments(rule: str, given: Mapping[str, object]) -> None:
+    """Refuse arguments that a rule does not take, and the lack of one that it needs."""
+    takes = RULES[rule].takes
+    optional = not takes or RULES[rule].tolerance is not None
+    if set(given) <= set(takes) and (len(given) == 1 or (not given and optional)):
+        return
+    needed = " or ".join(f"{name}=…" for name in takes) or "neither a tolerance nor a budget"
+    exactly = ", exactly one of them" if len(takes) > 1 else ""
+    got = ", ".join(f"{name}={value}" for name, value in given.items()) or "nothing"
+    raise ValueError(f"rule {rule!r} takes {needed}{exactly}, got {got}")
 
 
 def _check_profile(profile: pd.DataFrame) -> None:
     columns = {"layer", "rank", "loss", "increase", "se", "rows", "columns", "sigma"}
-    missing = columns - set(profile.columns)
-    if missing:
-        raise ValueError(f"the profile lacks {', '.join(sorted(missing))}; see loss_profile")
+    if missing := sorted(columns - set(profile.columns)):
+        raise ValueError(f"the profile lacks {', '.join(missing)}; see loss_profile")
     if profile.empty:
         raise ValueError("the profile has no layer")
     if not np.isfinite(profile[["loss", "increase", "se"]].to_numpy(float)).all():
         raise ValueError("the profile has NaN or infinite losses")
-    if not np.isfinite(profile.sigma[profile["rank"] > 0].to_numpy(float)).all():
+    if not np.isfinite(_sigma(profile).astype(float)).all():
         raise ValueError("the profile has NaN or infinite singular values, sigma")
-    twice = profile[profile.duplicated(["layer", "rank"])]
-    if len(twice):
-        layer, rank = twice[["layer", "rank"]].iloc[0]
+    for layer, rank in profile.loc[profile.duplicated(["layer", "rank"]), ["layer", "rank"]].values:
         raise ValueError(
             f"the profile has rank {rank} of layer {layer!r} more than once; give one network's "
             "profile at a time"
         )
-
-
-def _budget(
-    layers: Mapping[str, pd.DataFrame], parameters: int | None, increase: float | None
-) -> dict[str, int]:
-    if (parameters is None) == (increase is None):
-        raise ValueError("a budget is either parameters=… or increase=…, exactly one of them")
-    # The Pareto front of (weights, total increase), a layer at a time: exact for additive effects.
-    weights, losses = np.zeros(1, int), np.zeros(1)
-    choices: list[tuple[np.ndarray, np.ndarray]] = []
-    for table in layers.values():
-        able = table[table["rank"] > 0].sort_values("rank")
-        if not len(able):
-            raise ValueError(f"the profile lacks ranks above 0 of layer {table.layer.iloc[0]!r}")
-        m, n = table[["rows", "columns"]].iloc[0]
-        cost = _matrices(table) * np.array([stored(rank, m, n) for rank in able["rank"]])
-        total = np.add.outer(weights, cost).ravel()
-        loss = np.add.outer(losses, able.increase.to_numpy()).ravel()
-        order = np.lexsort((loss, total))
-        front = order[_falls(loss[order])]
-        choices.append((front // len(able), able["rank"].to_numpy()[front % len(able)]))
-        weights, losses = total[front], loss[front]
-    if parameters is not None:
-        meets = np.flatnonzero(weights <= parameters)
-        if not len(meets):
-            raise ValueError(
-                f"{parameters} weights are too few; rank 1 everywhere has {weights[0]}"
-            )
-        at = meets[-1]
-    else:
-        assert increase is not None
-        meets = np.flatnonzero(losses <= increase)
-        if not len(meets):
-            raise ValueError(
-                f"no ranks keep the increase to {increase}; {losses.min():.3g} is least"
-            )
-        at = meets[0]
-    ranks: list[int] = []
-    for parent, rank in reversed(choices):
-        ranks.append(int(rank[at]))
-        at = parent[at]
-    return dict(zip(layers, reversed(ranks), strict=True))
-
-
-def _level(layers: Mapping[str, pd.DataFrame], parameters: int) -> dict[str, int]:
-    able = {
-        name: table[table["rank"] > 0].sort_values("rank").reset_index()
-        for name, table in layers.items()
-    }
-    # The highest of the layers' least increases: below it some layer has no rank.
-    levels = np.unique(np.concatenate([table.increase for table in able.values()]))
-    for level in levels[levels >= max(table.increase.min() for table in able.values())]:
-        rows = {name: table[table.increase <= level].iloc[0] for name, table in able.items()}
-        spent = sum(
-            _matrices(able[name]) * stored(row["rank"], row.rows, row["columns"])
-            for name, row in rows.items()
-        )
-        if spent <= parameters:
-            return {name: int(row["rank"]) for name, row in rows.items()}
-    raise ValueError(f"{parameters} weights are too few; the lowest ranks have {int(spent)}")
-
-
-def _matrices(table: pd.DataFrame) -> int:
-    """How many matrices a layer has: one a group."""
-    return int(table["matrices"].iloc[0]) if "matrices" in table else 1
-
-
-def _falls(values: np.ndarray) -> np.ndarray:
-    """Where a value is below all before it."""
-    before = np.append(math.inf, np.minimum.accumulate(values)[:-1])
-    return np.flatnonzero(values < before)
-
-
-def _joint(
-    joint: pd.DataFrame,
-    rule: str,
-    tolerance: Tolerance | None,
-    parameters: int | None,
-    increase: float | None,
-) -> dict[str, int]:
-    if tolerance is not None:
-        raise ValueError(f"rule {rule!r} takes parameters=…, not a tolerance")
-    if rule == "optimal":
-        if (parameters is None) == (increase is None):
-            raise ValueError("a budget is either parameters=… or increase=…, exactly one of them")
-        return optimal(joint, parameters, increase)
-    if parameters is None or increase is not None:
-        raise ValueError(f"rule {rule!r} takes a budget of parameters=…")
-    return walk(joint, parameters, rising=rule == "gain")

@@ -14,7 +14,7 @@ from svdlib.ranks.joint import joint_profile
 from svdlib.ranks.predicted import METHODS, predicted_profile
 from svdlib.ranks.profile import loss_profile
 from svdlib.ranks.reduced import refine_ranks
-from svdlib.ranks.rules import ONE_LAYER, TOLERANCES, reveal_ranks
+from svdlib.ranks.rules import RULES, reveal_ranks
 
 Choices = Mapping[str, Mapping[str, int]]  # ranks by layer, by rule
 Labeled = tuple[Tensor, Tensor]  # images and labels
@@ -60,11 +60,11 @@ def _by_tolerance(
     model: nn.Module, data: Labeled, profile: pd.DataFrame, joint: pd.DataFrame, tolerance: float
 ) -> Choices:
     """The ranks of each rule that chooses its own number of parameters."""
-    without_default = [rule for rule, default in TOLERANCES.items() if default is None]
-    choices = {
-        rule: reveal_ranks(profile, rule, tolerance=tolerance if rule in without_default else None)
-        for rule in ONE_LAYER
-    }
+    choices = {}
+    for name, rule in RULES.items():
+        if rule.table == "layer":
+            needed = "tolerance" in rule.takes and rule.tolerance is None
+            choices[name] = reveal_ranks(profile, name, tolerance=tolerance if needed else None)
     choices["budget"] = reveal_ranks(profile, "budget", increase=tolerance)
     choices["refined"] = refine_ranks(model, *data, choices["one-se"], tolerance=tolerance)
     # Rounding can leave the full network itself a little above.
