@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from svdlib import checks
 from svdlib.bars import bar
-from svdlib.network.batches import Batch, copied
+from svdlib.network.batches import Batch, Batches, batches, copied
 from svdlib.network.calls import Call, run
 from svdlib.network.kinds import Layer
 from svdlib.network.opened import Network
@@ -24,6 +24,34 @@ Mask = Callable[[Batch], Tensor]
 # Share of its trace that is added to the diagonal of a covariance before it is inverted: the
 # smallest eigenvalues are noise.
 RIDGE = 1e-5
+
+# Inputs of a call, where calibration is a single batch.
+BATCH = 128
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Inputs of a model that its layers are fitted to, and how to call the model on them."""
+
+    data: Batches
+    call: Call | None = None
+    mask: Mask | None = None
+    progress: bool = False
+
+    def batches(self) -> Iterator[Batch]:
+        """The batches, from the first on."""
+        return batches(self.data, BATCH)
+
+    def kept(self, batch: Batch) -> Tensor | None:
+        """The places of a batch that count, by ``mask`` or by a mapping's "attention_mask"."""
+        if self.mask is not None:
+            keep = self.mask(copied(batch))
+            if not torch.is_tensor(keep) or keep.ndim == 0:
+                raise ValueError(f"mask must give a tensor of places (n, …), not {keep!r}")
+            return keep != 0
+        inputs = batch[0] if isinstance(batch, tuple | list) and len(batch) else batch
+        found = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+        return found != 0 if isinstance(found, Tensor) and found.ndim == 2 else None
 
 
 @dataclass
@@ -124,17 +152,12 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
 
 
 def fits_of(
-    net: Network,
-    names: Iterable[str],
-    batches: Iterable[Batch],
-    call: Call | None,
-    mask: Mask | None,
-    progress: bool,
+    net: Network, names: Iterable[str], calibration: Calibration
 ) -> Iterator[tuple[str, Fit]]:
     """The fits of the layers that calibration reaches, one by one, so that sums can be freed."""
-    names = list(names)
-    shown = bar(batches, progress=progress, desc="calibration", delay=3, leave=False)
-    sums = input_sums(net, names, shown, call, mask)
+    names, progress = list(names), calibration.progress
+    shown = bar(calibration.batches(), progress=progress, desc="calibration", delay=3, leave=False)
+    sums = input_sums(net, names, replace(calibration, data=shown))
     unseen = [name for name in names if name not in sums]
     net.left |= dict.fromkeys(unseen, "calibration does not reach it")
     for name in list(sums):
@@ -152,24 +175,10 @@ def lost_by(layer: Layer, found: Fit | None) -> np.ndarray:
     return (1 - kept / kept[-1] if kept[-1] > 0 else torch.zeros_like(kept)).cpu().numpy()
 
 
-def _kept(batch: Batch, mask: Mask | None) -> Tensor | None:
-    """The places of a batch that count, by ``mask`` or by a mapping's "attention_mask"."""
-    if mask is not None:
-        keep = mask(copied(batch))
-        if not torch.is_tensor(keep) or keep.ndim == 0:
-            raise ValueError(f"mask must give a tensor of places (n, …), not {keep!r}")
-        return keep != 0
-    inputs = batch[0] if isinstance(batch, tuple | list) and len(batch) else batch
-    found = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    return found != 0 if isinstance(found, Tensor) and found.ndim == 2 else None
-
-
 def _observe(
     net: Network,
     names: Iterable[str],
-    batches: Iterable[Batch],
-    call: Call | None,
-    mask: Mask | None,
+    calibration: Calibration,
     start: Callable[[Batch], bool | None],
     note: Callable[[str, Tensor, Tensor | None, bool], None],
 ) -> None:
@@ -186,7 +195,7 @@ def _observe(
         nonlocal keep, latest
         if start(batch):
             return True
-        keep, latest = _kept(batch, mask), None
+        keep, latest = calibration.kept(batch), None
         return False
 
     def called(name: str, x: Tensor) -> None:
@@ -198,21 +207,15 @@ def _observe(
         note(name, x, keep, repeated)
         fits.add(layer.is_masked(x, keep))
 
-    net.watch(names, batches, call, called, begin)
-    if mask is not None and keep is not None and fits == {False}:
+    net.watch(names, calibration.batches(), calibration.call, called, begin)
+    if calibration.mask is not None and keep is not None and fits == {False}:
         raise ValueError(
             f"mask gives places {tuple(keep.shape)}, and no layer has such inputs, "
             f"{(*keep.shape, 'features')}"
         )
 
 
-def input_sums(
-    net: Network,
-    names: Iterable[str],
-    batches: Iterable[Batch],
-    call: Call | None,
-    mask: Mask | None,
-) -> dict[str, Sums]:
+def input_sums(net: Network, names: Iterable[str], calibration: Calibration) -> dict[str, Sums]:
     """`Sums` of the inputs of each layer that gets any, in one pass; no input is kept."""
     sums: dict[str, Sums] = {}
     blocks: list[tuple[int, *tuple[Tensor, ...]]] = []
@@ -228,18 +231,14 @@ def input_sums(
         for block in blocks:
             sums.setdefault(name, Sums()).add(*block)
 
-    _observe(net, names, batches, call, mask, start, note)
+    _observe(net, names, calibration, start, note)
     for name, found in sums.items():
         found.check(name)
     return {name: found for name, found in sums.items() if found.count}
 
 
 def call_order(
-    net: Network,
-    names: Iterable[str],
-    batches: Iterable[Batch],
-    call: Call | None,
-    mask: Mask | None = None,
+    net: Network, names: Iterable[str], calibration: Calibration
 ) -> tuple[list[list[str]], set[str]]:
     """The layers in groups by their first call, and those that each batch calls at most once.
 
@@ -267,7 +266,7 @@ def call_order(
                 previous[name] = called[-1]
         called.append(name)
 
-    _observe(net, names, batches, call, mask, start, note)
+    _observe(net, names, calibration, start, note)
     groups: list[list[str]] = []
     for name in first:
         mate = previous.get(name)
@@ -287,9 +286,7 @@ def paired_sums(
     dense: Network,
     small: Network,
     names: Sequence[str],
-    batches: Iterable[Batch],
-    call: Call | None,
-    mask: Mask | None,
+    calibration: Calibration,
     once: bool,
 ) -> dict[str, Sums]:
     """`Sums` of the common input of some layers in a network cut before them, and in the dense one.
@@ -298,9 +295,11 @@ def paired_sums(
     """
     first, sums = names[0], Sums()
     layer = small.layers[first]
-    for batch in batches:
-        keep = _kept(batch, mask)
-        originals, inputs = (_inputs(net, first, batch, call, once) for net in (dense, small))
+    for batch in calibration.batches():
+        keep = calibration.kept(batch)
+        originals, inputs = (
+            _inputs(net, first, batch, calibration.call, once) for net in (dense, small)
+        )
         if [x.shape for x in originals] != [x.shape for x in inputs]:
             raise ValueError(
                 f"layer {first!r} has other numbers of inputs once layers before it are cut; "

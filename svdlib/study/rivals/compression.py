@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from svdlib.layers.calibrate import input_sums
+from svdlib.layers.calibrate import Calibration, input_sums
 from svdlib.layers.factorize import factorized
 from svdlib.network.batches import Batch
 from svdlib.network.modes import evaluating
@@ -31,7 +31,7 @@ class Product:
 def svd_llm(model: nn.Module, ranks: Mapping[str, int], data: Sequence[Batch]) -> nn.Module:
     """SVD-LLM's data whitening (Wang et al. 2024, section 3.1): the SVD of W S, X Xᵀ = S Sᵀ."""
     net = Network.copy_of(model)
-    sums = input_sums(net, ranks, data, None, None)
+    sums = input_sums(net, ranks, Calibration(data))
 
     def factors(name: str, W: Tensor) -> Product:
         C = cast(Tensor, sums[name].square) / sums[name].count
