@@ -193,7 +193,7 @@ def compress(
         slow = costs.index[thin & (costs.seconds >= costs.dense_seconds)].tolist()
         if not faster or not slow:
             break
-    losses = added_losses(net, small, ranks, task, one_pass * len(ranks) <= seconds, progress)
+    losses = added_losses(task, small, one_pass * len(ranks) <= seconds, progress)
     net.warn()
     sides = pd.DataFrame({name: layer.shape for name, layer in net.layers.items()})
     report = sides.set_axis(["rows", "columns"]).T.join(costs, how="right").join(losses)

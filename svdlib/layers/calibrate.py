@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -247,10 +248,10 @@ def call_order(
     """
     names = list(names)
     first: list[str] = []
-    earlier: set[str] = set()  # in batches before
+    earlier: set[str] = set()  # called in batches before
     called: list[str] = []  # in this batch
     several: set[str] = set()
-    previous: dict[str, str] = {}  # the layer called before with the same input
+    joined: set[str] = set()  # with the input of the one before in ``first``
 
     def start(batch: Batch) -> bool:
         called.clear()
@@ -261,16 +262,15 @@ def call_order(
         if name in called:
             several.add(name)
         elif name not in first:
+            if repeated and called[-1] == first[-1] and called[-1] not in earlier:
+                joined.add(name)
             first.append(name)
-            if repeated and called[-1] not in earlier:
-                previous[name] = called[-1]
         called.append(name)
 
     _observe(net, names, calibration, start, note)
     groups: list[list[str]] = []
-    for name in first:
-        mate = previous.get(name)
-        if mate is not None and groups[-1][-1] == mate and not several & {name, mate}:
+    for before, name in pairwise(["", *first]):
+        if name in joined and not several & {before, name}:
             groups[-1].append(name)
         else:
             groups.append([name])
@@ -283,11 +283,7 @@ class _Reached(Exception):
 
 @torch.no_grad()
 def paired_sums(
-    dense: Network,
-    small: Network,
-    names: Sequence[str],
-    calibration: Calibration,
-    once: bool,
+    dense: Network, small: Network, names: Sequence[str], calibration: Calibration, once: bool
 ) -> dict[str, Sums]:
     """`Sums` of the common input of some layers in a network cut before them, and in the dense one.
 

@@ -30,22 +30,21 @@ def cost(
     """Parameters, bytes, multiply-adds and measured seconds, per layer and of the whole model.
 
     The model runs in evaluation mode, in turns with its dense twin (`merge`), so that both suffer
-    alike from a busy machine. Seconds are medians after a run that is not counted: of a layer's own
-    forward calls, and of the whole model in separate runs, without the clock between layers.
+    alike from a busy machine. Seconds are medians after a run that is not counted. The whole
+    model's are from separate runs, without the clock between layers.
 
     Args:
         model: any module; its layers that hold a matrix, dense or `LowRank`, have a row each.
-        x: inputs of the size whose latency matters, on the model's device, as in `factorize`; of
-            an iterable of batches the first is taken.
+        x: inputs of the size whose latency matters, as ``calibration`` in `factorize`, on the
+            model's device; of an iterable of batches the first is taken.
         call: ``call(model, batch)`` calls the model on them in another way.
         repeats: timed runs.
 
     Returns:
-        one row per layer, and last ``"whole model"``: layer, rank (NaN of a dense layer),
-        parameters, bytes, multiply_adds (for all of ``x``), seconds, and for the dense twin
-        dense_parameters, dense_bytes, dense_multiply_adds, dense_seconds. Other layers' parameters
-        count in the last row; multiply-adds are those with the weights of the listed layers, also
-        where the model reads a weight without calling its layer.
+        one row per layer, and last ``"whole model"`` with all parameters: layer, rank (NaN of a
+        dense layer), parameters, bytes, multiply_adds (with the weights of the layers, called or
+        read by the model, for all of ``x``), seconds, and for the dense twin dense_parameters,
+        dense_bytes, dense_multiply_adds, dense_seconds.
 
     Raises:
         ValueError: inputs that are empty or that the model does not take; repeats below 1.
@@ -63,12 +62,12 @@ def cost(
     given = {"": model, "dense_": merge(model)}
     nets = {prefix: Network.to_measure(twin, merge=False) for prefix, twin in given.items()}
     tables = {prefix: counted(net, x, call) for prefix, net in nets.items()}
-    runs: dict[str, list[dict[str, float]]] = {prefix: [] for prefix in nets}
-    for _ in range(1 + repeats):
-        for prefix, twin in given.items():
-            runs[prefix].append(seconds_of(nets[prefix], twin, x, call))
+    runs = [
+        {prefix: seconds_of(nets[prefix], twin, x, call) for prefix, twin in given.items()}
+        for _ in range(1 + repeats)
+    ]
     for prefix, table in tables.items():
-        table["seconds"] = pd.DataFrame(runs[prefix][1:]).median()
+        table["seconds"] = pd.DataFrame([run[prefix] for run in runs[1:]]).median()
     dense = tables["dense_"].drop(columns="rank").add_prefix("dense_")
     return tables[""].join(dense).rename_axis("layer").reset_index()
 
@@ -92,19 +91,15 @@ def counted(net: Network, x: Batch, call: Call | None) -> pd.DataFrame:
     with net.hooked(net.layers, leave, enter), products:
         run(net.model, x, call)
     work = products.work
-    rows = []
-    for name, layer in {**net.layers, WHOLE_MODEL: None}.items():
-        parameters = list((layer.module if layer else net.model).parameters())
-        rows.append(
-            {
-                "layer": name,
-                "rank": float(layer.max_rank) if layer and layer.is_factorized else math.nan,
-                "parameters": sum(p.numel() for p in parameters),
-                "bytes": sum(p.numel() * p.element_size() for p in parameters),
-                "multiply_adds": work[name] if layer else sum(work.values()),
-            }
-        )
-    return pd.DataFrame(rows).set_index("layer")
+    layers = net.layers.values()
+    parts = [list(part.parameters()) for part in (*(layer.module for layer in layers), net.model)]
+    table = pd.DataFrame(index=[*net.layers, WHOLE_MODEL])
+    ranks = [layer.max_rank if layer.is_factorized else math.nan for layer in layers]
+    table["rank"] = [*ranks, math.nan]
+    table["parameters"] = [sum(p.numel() for p in part) for part in parts]
+    table["bytes"] = [sum(p.nbytes for p in part) for part in parts]
+    table["multiply_adds"] = [*work.values(), sum(work.values())]
+    return table
 
 
 class _Products(TorchDispatchMode):

@@ -40,52 +40,46 @@ def factorize(
 ) -> nn.Module:
     """A copy of a model in which weight matrices W (m × n) are products of thin factors.
 
-    Without ``calibration``, W_r = U_r Σ_r V_rᵀ is the best approximation of W itself, as in
-    `project_`. With it, W_r and b_r are best for the layer's outputs on such inputs x, of mean μ and
-    covariance C: the minimum of E ‖(W − W_r) x + b − b_r‖² over all W_r of rank r and all b_r is at
+    Without ``calibration``, W_r = U_r Σ_r V_rᵀ is the best approximation of W itself. With it, W_r
+    and b_r are best for the layer's outputs on inputs x of mean μ and covariance C: the minimum of
+    E ‖(W − W_r) x + b − b_r‖² over all W_r of rank r and all b_r is at
 
         W_r = U_r U_rᵀ W,    b_r = b + (W − W_r) μ,
 
-    with U_r the leading eigenvectors of W C Wᵀ (Zhang, Zou, He and Sun 2016, section 3.1): the
-    truncated SVD of W C^½, whitening undone, without the inverse that C^½ may not have. C is the
-    second moment for a layer without a bias and for a transposed convolution, whose windows
-    overlap. Layers that share a weight share its factors, those of W itself.
+    with U_r the leading eigenvectors of W C Wᵀ (Zhang, Zou, He and Sun 2016, section 3.1), which
+    needs no inverse of C^½. C is the second moment for a layer without a bias and for a transposed
+    convolution, whose windows overlap. Layers that share a weight share the factors of W itself.
 
-    With ``sequential``, layers are cut in the order of their calls. Each is fitted on the inputs x̃
-    that the cut layers before it leave, to the dense layer's outputs on its own inputs x
-    (reduced-rank regression, Izenman 1975), and so makes up for their errors. It takes two passes
-    per layer and pays off where much is cut.
+    With ``sequential``, layers are cut in the order of their calls. Each is fitted on the inputs
+    that the cut layers before it leave to the dense layer's outputs on its own inputs
+    (reduced-rank regression, Izenman 1975), and so makes up for their errors.
 
     The singular values are shared evenly, √σ to each factor. Factors keep the weight's type, device,
-    mode and ``requires_grad``; the model is not changed. An ``nn.MultiheadAttention`` has the layers
-    q_proj, k_proj, v_proj and out_proj; where one of them is factorized, the copy has a subclass
-    with the same arguments and outputs, without torch's fused operations.
-
-    A layer is left dense, with a warning, where two factors would not store less, r (m + n) ≥ m n.
-    A factorized layer is factorized anew from its product, where the rank is lower.
+    mode and ``requires_grad``. An ``nn.MultiheadAttention`` has the layers q_proj, k_proj, v_proj
+    and out_proj; if one is factorized, a subclass without torch's fused operations replaces it. A
+    factorized layer is factorized anew from its product, where the rank is lower.
 
     Args:
         ranks: {layer: rank}, as from `reveal_ranks`; one rank for all layers; or a fraction in
             (0, 1) of each layer's min(m, n).
-        calibration: some hundred inputs of the model: a tensor (n, …), a tuple or mapping of
-            tensors, or an iterable of batches, such as a DataLoader. Targets are ignored: the last
-            of a tuple where the model takes one less, and "labels" of a mapping, whose values are
-            keyword arguments.
+        calibration: some hundred inputs of the model: a tensor (n, …), a tuple or mapping (of
+            keyword arguments) of tensors, or an iterable of batches, such as a DataLoader. Targets
+            are ignored: the last of a tuple where the model takes one less, a mapping's "labels".
         call: ``call(model, batch)`` calls the model on a batch in another way.
         mask: ``mask(batch)`` gives the places (n, T) that count where others are padding; by
             default a mapping's "attention_mask".
-        sequential: calibrate one layer after the other, reading the data many times.
+        sequential: calibrate one layer after the other, reading the data twice for each.
         progress: show a progress bar where calibration takes longer than some seconds.
 
     Raises:
         ValueError: a model without matrices, an unknown layer, a rank that is not whole and
-            positive (or a fraction), NaN or infinite weights, empty or non-finite calibration, or
-            calibration that reaches no layer. Also a named layer that cannot be factorized: a
-            subclass, a parametrized layer, one with hooks, an Embedding with ``max_norm``, a
-            parameter that a module reads itself (`project_` takes these), a weight shared with a
-            layer that cannot be factorized or is to have another rank, or one that the model reads
-            without calling the layer, as calibration shows. Unless named, such a layer is left
-            dense with a warning, and so is one that calibration does not reach.
+            positive (or a fraction), NaN or infinite weights, calibration that is empty, not
+            finite, or reaches no layer. Also a named layer that cannot be factorized: a subclass, a
+            parametrized layer, one with hooks, an Embedding with ``max_norm``, a parameter that a
+            module reads itself, a weight that the model reads without calling the layer, or that
+            is shared with a layer that cannot be factorized or has another rank. Unless named, it
+            is left dense with a warning, like a layer that calibration does not reach or whose
+            factors would not store less, r (m + n) ≥ m n.
 
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(100, 80), nn.ReLU(), nn.Linear(80, 60))

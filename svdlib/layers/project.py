@@ -27,19 +27,17 @@ def project_(
 
     This is done to every Linear, Embedding, convolution (as its out × (in·kh·kw) matrix, one per
     group), transposed convolution, and Conv1D of the transformers library, or to those named. An
-    ``nn.MultiheadAttention`` has the layers q_proj, k_proj and v_proj, the blocks of its
-    ``in_proj_weight``, and out_proj. Of a `LowRank` layer the second factor is projected, so that
-    the product is the best of that rank. A shared weight is cut for all its layers. Biases,
-    ``requires_grad`` and optimizer state stay, and so does a matrix whose smaller side is at most
-    the rank.
+    ``nn.MultiheadAttention`` has the layers q_proj, k_proj, v_proj and out_proj. Of a `LowRank`
+    layer the second factor is projected, so that the product is the best of that rank. A shared
+    weight is cut for all its layers. A matrix that can have no higher rank stays as it is.
 
     A parameter that a module reads without a layer is cut only by name, as "lstm.weight_hh_l0" of
     an LSTM or "bag.weight" of an EmbeddingBag: its rows by all the rest.
 
     Args:
-        model: the module, changed in place and returned.
-        rank: one for all layers, or {layer or parameter name: rank} for those named, as from
-            `reveal_ranks`.
+        model: the module, changed in place and returned; no optimizer state or ``requires_grad``
+            changes.
+        rank: one for all layers, or {layer or parameter name: rank}, as from `reveal_ranks`.
         method: "truncsvd", or "rsvd" with ``oversample``, ``power_iters`` and ``generator`` as in
             `randomized_svd`.
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svdlib import checks, threads
-from svdlib.network.batches import batches, copied
+from svdlib.network.batches import Batch, batches, copied
 from svdlib.network.calls import class_losses
 from svdlib.network.chain import CACHED, task_of
 from svdlib.network.kinds import Layer
@@ -114,11 +114,7 @@ def predicted_profile(
 
 
 def _terms(
-    net: Network,
-    layers: Mapping[str, Layer],
-    factors: Mapping[str, Factors],
-    batch: tuple[Tensor, Tensor],
-    by: str,
+    net: Network, layers: Mapping[str, Layer], factors: Mapping[str, Factors], batch: Batch, by: str
 ) -> Iterator[tuple[str, Tensor]]:
     """Each layer's t_i of each image (b, k), or the squares of its terms' outputs for "output"."""
     codes: dict[str, Tensor] = {}

@@ -36,23 +36,21 @@ def loss_profile(
 
         Z_0 = b,    Z_j = Z_{j−1} + σ_j u_j (v_jᵀ X),
 
-    and only the layers behind it run again. The losses agree with the paper's procedure to
-    rounding. In other modules, for other data, and for layers that share their weight or hold
-    several matrices, the whole model runs for each rank with the weight replaced.
+    and only the layers behind it run again. In other modules, for other data, and for layers that
+    share their weight or hold several matrices, the whole model runs for each rank with the weight
+    replaced. Both agree to rounding.
 
     Args:
         model: a module with layers as in `factorize`, called in evaluation mode and left as it was.
             A factorized layer counts as the dense one that it replaced.
         x, y: inputs (n, …) and labels (n,), on the model's device. Or, without y, ``x`` is all
-            data: tensors (n, …), one, in a tuple (inputs …, targets) or in a mapping, which is cut
-            into batches; or an iterable of batches of any kind, such as a list or a DataLoader,
-            which is read once and moved to the device.
+            data: a tensor (n, …), a tuple (inputs …, targets) or a mapping of such, or an iterable
+            of batches of any kind, such as a list or a DataLoader, read once.
         objective: ``objective(model, batch)`` gives the losses (n,) of a batch, as does
-            `next_token_losses` for language models. By default the cross-entropy of class scores
-            (n, classes, …), or of tokens (n, …, classes), in the model's output or its ``logits``,
-            for targets (n, …): the mean over an input's places whose target is not −100. The
-            targets are a tuple's last part or a mapping's "labels", the rest are the model's
-            arguments.
+            `next_token_losses`. By default the cross-entropy of class scores (n, classes, …), or of
+            tokens (n, …, classes), in the model's output or its ``logits``, for targets (n, …): the
+            mean over an input's places whose target is not −100. Targets are a tuple's last part or
+            a mapping's "labels", the rest are the model's arguments.
         accuracy: ``accuracy(model, batch)`` gives right answers (n,), 0 to 1; by default those of
             the default objective, NaN with another.
         layers: names of the layers to profile, all by default, or of parameters as in `project_`.
@@ -64,9 +62,9 @@ def loss_profile(
         one row per layer and rank: layer, rank, loss (mean of the objective), accuracy (percent),
         increase (of the loss over the full network, paired by image), se (its standard error),
         rows and columns (the matrix's shape m × n), sigma (its singular value σ_rank, NaN at
-        rank 0). If layers have groups, matrices counts those of a layer, each cut to the rank, and
-        sigma is their root mean square. If layers share a weight, shared is the first of those of
-        one weight, which `reveal_ranks` counts once. ``attrs["loss"]`` is the full network's loss.
+        rank 0). For layers with groups, matrices is their number, and sigma the root mean square
+        over them. For layers that share a weight, shared is the first of them. ``attrs["loss"]`` is
+        the full network's loss.
 
     Raises:
         ValueError: empty data, labels of another length, batches that the model does not take, an

@@ -13,7 +13,6 @@ from torch import nn
 from svdlib.bars import bar
 from svdlib.network.kinds import Layer
 from svdlib.network.low_rank import low_rank_layers
-from svdlib.network.opened import Network
 from svdlib.network.task import Task
 from svdlib.network.timing import WHOLE_MODEL
 from svdlib.ranks.profile import profile_of
@@ -52,16 +51,9 @@ def sensitivities(
     return {name: rise + share * lost[name] for name, rise in falling.items()}
 
 
-def added_losses(
-    net: Network,
-    small: nn.Module,
-    ranks: Mapping[str, int],
-    task: Task,
-    single: bool,
-    progress: bool,
-) -> pd.DataFrame:
+def added_losses(task: Task, small: nn.Module, single: bool, progress: bool) -> pd.DataFrame:
     """loss_added and se of each layer of a small copy (if ``single``) and of the whole model."""
-    thin = low_rank_layers(small)
+    net, thin = task.net, low_rank_layers(small)
     ties = {name: group for group in net.ties for name in group}
     names = list(thin) if single else []
 
@@ -77,6 +69,6 @@ def added_losses(
     )
     for name, loss in losses.loss_added.items():
         if not math.isfinite(loss):
-            found = dict(ranks) if name == WHOLE_MODEL else {name: thin[str(name)].rank}
+            found = {key: layer.rank for key, layer in thin.items() if name in (key, WHOLE_MODEL)}
             raise ValueError(f"ranks {found} give NaN or infinite losses on these data")
     return losses
