@@ -103,12 +103,10 @@ def compress(
     1. Sensitivity of each layer to its rank: the loss that it adds alone (`loss_profile`), if that
        is measured within ``seconds``. Otherwise, or where the loss does not rise, the share of its
        output's variance that it loses on the calibration inputs, by the eigenvalues of W C Wᵀ.
-    2. Ranks with the least total under the budget, on the lower convex hulls of cost and
-       sensitivity (Everett 1963).
+    2. Ranks with the least total under the budget, by the lower convex hulls (Everett 1963).
     3. Factors fitted to the calibration inputs, see `factorize`.
-    4. The loss of the result, paired with the network's own on the same data.
-
-    The reported loss is on data that may have decided on the ranks: judge the result by other data.
+    4. The loss of the result, paired with the network's own on the same data, which may have
+       decided on the ranks: judge the result by other data.
 
     Args:
         model: any module; it is not changed.
@@ -116,14 +114,12 @@ def compress(
         parameters, multiply_adds: the largest share of the whole model's that the result may have,
             between 0 and 1. For multiply_adds embeddings, and layers that share a weight with one,
             stay as they are.
-        increase: the largest loss that may be added: the smallest network is searched that adds no
-            more on these data.
+        increase: the largest loss that the result, as small as is found, may add on these data.
         calibration, call, mask, sequential: as in `factorize`; by default the inputs in ``x``.
         include, exclude: layers to factorize, all by default, and layers to leave alone, by name
             or by pattern, such as "encoder.*".
         multiple_of: ranks are multiples of it, which some processors multiply faster.
-        faster: a layer stays dense where its factors are measured to be no faster on the first
-            batch; the others make up for it.
+        faster: layers stay dense if their factors are no faster, as timed on the first batch.
         seconds: about how long losses may be measured for the ranks, and again for single layers in
             the report. What would take longer is left out.
         progress: show progress bars, with the expected time before losses are measured.

@@ -92,9 +92,9 @@ class Fit:
 
     over inputs x of the dense network, with mean μ, and x̃ of the cut one, with mean μ̃ and
     covariance C. If both are the same, M = W and U_r are leading eigenvectors of W C Wᵀ (Zhang,
-    Zou, He and Sun 2016, section 3.1). Otherwise M = W E[x x̃ᵀ] C⁻¹ is the least-squares map from x̃
-    to W x, and U_r are those of M C Mᵀ: reduced-rank regression (Izenman 1975). A layer without a
-    bias takes second moments for covariances.
+    Zou, He and Sun 2016, section 3.1). Otherwise M = W E[x x̃ᵀ] C⁻¹ is the least-squares map from
+    x̃ to W x, and U_r are those of M C Mᵀ: reduced-rank regression (Izenman 1975). A layer without
+    a bias takes second moments for covariances.
     """
 
     target: Tensor  # M (…, m, n), in float64 like all fields

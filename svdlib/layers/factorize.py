@@ -54,7 +54,7 @@ def factorize(
     that the cut layers before it leave to the dense layer's outputs on its own inputs
     (reduced-rank regression, Izenman 1975), and so makes up for their errors.
 
-    The singular values are shared evenly, √σ to each factor. Factors keep the weight's type, device,
+    The singular values are shared evenly, √σ per factor. Factors keep the weight's type, device,
     mode and ``requires_grad``. An ``nn.MultiheadAttention`` has the layers q_proj, k_proj, v_proj
     and out_proj; if one is factorized, a subclass without torch's fused operations replaces it. A
     factorized layer is factorized anew from its product, where the rank is lower.
@@ -74,12 +74,11 @@ def factorize(
     Raises:
         ValueError: a model without matrices, an unknown layer, a rank that is not whole and
             positive (or a fraction), NaN or infinite weights, calibration that is empty, not
-            finite, or reaches no layer. Also a named layer that cannot be factorized: a subclass, a
-            parametrized layer, one with hooks, an Embedding with ``max_norm``, a parameter that a
-            module reads itself, a weight that the model reads without calling the layer, or that
-            is shared with a layer that cannot be factorized or has another rank. Unless named, it
-            is left dense with a warning, like a layer that calibration does not reach or whose
-            factors would not store less, r (m + n) ≥ m n.
+            finite, or reaches no layer; a named layer that cannot be factorized: a subclass, a
+            parametrized layer, one with hooks or ``max_norm``, a parameter that a module reads
+            itself, a weight that the model reads without calling the layer or shares with a layer
+            left out. Unless named, it is left dense with a warning, like a layer that calibration
+            does not reach or whose factors would not store less, r (m + n) ≥ m n.
 
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(100, 80), nn.ReLU(), nn.Linear(80, 60))

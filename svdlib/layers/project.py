@@ -42,10 +42,10 @@ def project_(
             `randomized_svd`.
 
     Raises:
-        ValueError: an unknown method or layer name, a rank below 1 or not whole, a model without
-            such layers, non-finite weights, or a named layer whose weight is computed from other
-            parameters (``weight_norm``, pruning; unless named, it is left with a warning) or shared
-            with a layer that is to have another rank. The model is then untouched.
+        ValueError: an unknown method or layer, a rank below 1 or not whole, a model without
+            matrices, non-finite weights, a named layer whose weight is computed from other
+            parameters, as by ``weight_norm`` or pruning (unless named, it is left with a warning),
+            or shared with a layer that is to have another rank. The model is then untouched.
 
     >>> model = nn.Sequential(nn.Linear(20, 15), nn.ReLU(), nn.Linear(15, 10))
     >>> _ = project_(model, rank=4)

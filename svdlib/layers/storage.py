@@ -106,21 +106,18 @@ def export_onnx(
 ) -> None:
     """Write a model as ONNX for inputs like ``x`` (any batch size), checked by onnxruntime.
 
-    Needs the extra ``svdlib[onnx]``. The file is put in place only if onnxruntime gives the
-    model's own outputs.
+    Needs the extra ``svdlib[onnx]``. The file is kept if onnxruntime gives the model's outputs.
 
     Args:
-        x: at least two example inputs on the model's device, as in `factorize`; of an iterable of
-            batches the first is taken. In the file one tensor is "x"; several are "x0", "x1", … or
-            have a mapping's names. The output is "y".
+        x: at least two example inputs on the model's device, as in `cost`. In the file one tensor
+            is "x"; several are "x0", "x1", … or have a mapping's names. The output is "y".
         call: ``call(model, batch)`` calls the model on them in another way.
         tolerance: largest admissible difference, relative to the largest output.
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed.
-        ValueError: onnxruntime's outputs differ; inputs that the model does not take, or of a type
-            that numpy lacks; outputs other than one tensor or logits; ``path`` as in
-            `save_factorized`.
+        ValueError: onnxruntime's outputs differ; inputs that the model or numpy does not take;
+            outputs other than one tensor or logits; ``path`` as in `save_factorized`.
     """
     batch = first_batch(x)
     if any(tensor.dtype == torch.bfloat16 for tensor in tensors(batch)):
@@ -166,7 +163,7 @@ def export_onnx(
         largest = expected.abs().max().item()
         if not difference <= tolerance * largest:
             raise ValueError(
-                f"onnxruntime's outputs differ by {difference:.2g} where the largest is {largest:.2g}"
+                f"onnxruntime's outputs differ by {difference:.2g}; the largest is {largest:.2g}"
             )
         _put(Path(file), path)
 

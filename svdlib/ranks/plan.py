@@ -62,14 +62,14 @@ class Plan:
     ) -> float:
         """The smallest cost at which ranks are found to have ``added(ranks)`` ≤ ``increase``."""
         low, high = self.smallest_cost, self.total
-        for step in bar(range(1 + HALVINGS), progress=progress, desc="budgets", leave=False):
-            middle = (low + high) / 2 if step else low
+        if added(self.ranks(low)) <= increase:
+            return low
+        for _ in bar(range(HALVINGS), progress=progress, desc="budgets", leave=False):
+            middle = (low + high) / 2
             if added(self.ranks(middle)) <= increase:
                 high = middle
             else:
                 low = middle
-            if high == self.smallest_cost:
-                break
         return high
 
 

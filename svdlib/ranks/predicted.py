@@ -35,28 +35,25 @@ def predicted_profile(
     """A loss profile that is predicted, for layers of any module: no rank is tried.
 
     Cutting W = Σ σ_i u_i v_iᵀ to rank j takes Σ_{i>j} σ_i u_i (v_iᵀ h) from the layer's output z.
-    With δ = ∂ℓ/∂z, the gradient of an image's loss, that loss changes to first order by −Σ_{i>j} t_i,
+    With δ = ∂ℓ/∂z, the gradient of an image's loss, it changes to first order by −Σ_{i>j} t_i,
     where t_i = σ_i (u_iᵀ δ)(v_iᵀ h), summed over the places of a layer that is applied at several
     and over the layers that share the weight. One forward and backward pass gives all t_i.
 
-    - ``"output"``: E‖Σ_{i>j} σ_i u_i v_iᵀ h‖² / E‖W h‖², the part of the output's square that the
-      cut takes, as activation-aware methods weigh singular values (Yuan et al. 2023, ASVD; the
-      exact error for a cut at the layer's own singular vectors). An error, no loss.
+    - ``"output"``: E‖Σ_{i>j} σ_i u_i v_iᵀ h‖² / E‖W h‖², the part of the output's square that is
+      cut (Yuan et al. 2023, ASVD; exact for a cut at the layer's own singular vectors), no loss.
     - ``"gradient"``: |E Σ_{i>j} t_i|, the first order (Molchanov et al. 2017 for channels).
     - ``"fisher"``: ½ E (Σ_{i>j} t_i)², the second order with the empirical Fisher matrix for the
       Hessian (Theis et al. 2018; LeCun et al. 1990 with its diagonal).
 
     Args:
-        model: as in `loss_profile`; grouped and transposed convolutions are left out, with a
-            warning.
+        model: as in `loss_profile`; a warning names grouped and transposed convolutions, left out.
         x, y: inputs (n, …) and labels (n,), on the model's device; no batches.
         by: one of the names above.
         memory: bytes that intermediate results may take, about.
 
     Returns:
-        the columns of `loss_profile` but accuracy, with the prediction as ``increase``, its
-        standard error over images as ``se`` (0 for "output"), and as ``loss`` the network's own
-        plus the increase. `reveal_ranks` takes it.
+        the columns of `loss_profile` but accuracy, for `reveal_ranks`: increase is the prediction,
+        se its standard error over images (0 for "output"), loss the network's own plus increase.
 
     Raises:
         ValueError: as `loss_profile`; an unknown method.

@@ -67,10 +67,9 @@ def loss_profile(
         the full network's loss.
 
     Raises:
-        ValueError: empty data, labels of another length, batches that the model does not take, an
-            objective that gives a mean, a model without matrices, an unknown layer or one whose
-            weight is computed from other parameters, a rank below 0 or not whole, NaN or infinite
-            weights or losses.
+        ValueError: data or an objective that do not fit the model, a model without matrices, an
+            unknown layer or one whose weight is computed from other parameters, a rank below 0 or
+            not whole, NaN or infinite weights or losses.
 
     >>> import torch
     >>> _ = torch.manual_seed(0)
@@ -113,7 +112,7 @@ def profile_of(
 
 
 def profiled_layers(net: Network, names: Iterable[str] | None) -> dict[str, Layer]:
-    """The layers of these names, or all whose weight can be cut; refuses NaN or infinite weights."""
+    """The layers of these names, or all whose weight can be cut; their weights are finite."""
     layers = net.choose(names, "profile")
     for name, reason in net.left.items() if not layers else ():
         raise ValueError(f"no layer can be profiled, such as {name!r}: {reason}")

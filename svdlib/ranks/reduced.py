@@ -36,8 +36,8 @@ def verify_ranks(
 
     Returns:
         loss, accuracy (percent), increase (of the loss, paired by image), se, error_increase
-        (percentage points), and parameters: of the whole model with each reduced layer stored as
-        two factors, where that is smaller.
+        (percentage points), and the model's parameters, each reduced layer stored as two factors
+        where that is smaller.
 
     Raises:
         ValueError: as `loss_profile`, or a rank above the matrix's smaller side.
