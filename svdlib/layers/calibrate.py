@@ -183,32 +183,30 @@ def _observe(
     start: Callable[[Batch], bool | None],
     note: Callable[[str, Tensor, Tensor | None, bool], None],
 ) -> None:
-    """`Network.watch` with ``note(name, x, keep, repeated)`` at each input x of a layer.
+    """Run the batches with ``note(name, x, keep, repeated)`` at each input x of a layer.
 
     ``keep`` are the places that count; ``repeated`` says that the previous call in this batch was
-    with the same vectors, as those of q, k and v are.
+    with the same vectors, as those of q, k and v are. A true ``start(batch)`` ends the run.
     """
     keep: Tensor | None = None
     latest: tuple[Tensor, tuple[object, ...]] | None = None
     fits: set[bool] = set()
 
-    def begin(batch: Batch) -> bool:
-        nonlocal keep, latest
-        if start(batch):
-            return True
-        keep, latest = calibration.kept(batch), None
-        return False
-
-    def called(name: str, x: Tensor) -> None:
+    def called(name: str, inputs: tuple[Tensor, ...]) -> None:
         nonlocal latest
-        layer = net.layers[name]
+        x, layer = inputs[0], net.layers[name]
         vectors = (-1 if x.is_inference() else x._version, *layer.vector_kind())
         repeated = latest is not None and latest[0] is x and latest[1] == vectors
         latest = x, vectors
         note(name, x, keep, repeated)
         fits.add(layer.is_masked(x, keep))
 
-    net.watch(names, calibration.batches(), calibration.call, called, begin)
+    with torch.no_grad(), net.hooked(names, before=called):
+        for batch in calibration.batches():
+            if start(batch):
+                break
+            keep, latest = calibration.kept(batch), None
+            run(net.model, batch, calibration.call)
     if calibration.mask is not None and keep is not None and fits == {False}:
         raise ValueError(
             f"mask gives places {tuple(keep.shape)}, and no layer has such inputs, "

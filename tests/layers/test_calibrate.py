@@ -161,12 +161,12 @@ def test_sequential_fit_of_constant_or_no_inputs_is_the_mean_output():
 
 def test_batches_of_any_cut_give_the_same_sums():
     layer, x = linear(4, 6), matrix((5000, 6), 1)
-    whole = sums_of(layer, x)
-    assert whole.count == 5000
-    torch.testing.assert_close(whole.square, x.mT @ x)
+    expected = sums_of(layer, x)
+    assert expected.count == 5000
+    torch.testing.assert_close(expected.square, x.mT @ x)
     for size in (1000, 4096, 4999):
         parts = sums_of(layer, *x.split(size))
-        torch.testing.assert_close(vars(parts), vars(whole))
+        torch.testing.assert_close(vars(parts), vars(expected))
     conv = nn.Conv2d(3, 4, 3).double()
     images = matrix((11, 3, 7, 7), 2)
     torch.testing.assert_close(vars(sums_of(conv, *images.split(3))), vars(sums_of(conv, images)))
@@ -177,7 +177,7 @@ def test_batches_of_any_cut_give_the_same_sums():
 def test_convolutions_are_summed_in_blocks(kind, monkeypatch):
     layer = layer_kinds.layer(kind)
     x = layer_kinds.inputs(layer, 9)
-    whole = sums_of(layer, x)
+    expected = sums_of(layer, x)
     sizes = []
 
     kind = type(layer_of(layer))
@@ -190,10 +190,10 @@ def test_convolutions_are_summed_in_blocks(kind, monkeypatch):
     monkeypatch.setattr(kind, "vectors", noting)
     one = len(layer_of(layer).vectors(x[:1]))
     monkeypatch.setattr(kinds, "BLOCK", 2 * one)
-    torch.testing.assert_close(vars(sums_of(layer, x)), vars(whole))
+    torch.testing.assert_close(vars(sums_of(layer, x)), vars(expected))
     assert max(sizes) == 2
     monkeypatch.setattr(kinds, "BLOCK", 1)  # an image at least
-    torch.testing.assert_close(vars(sums_of(layer, x)), vars(whole))
+    torch.testing.assert_close(vars(sums_of(layer, x)), vars(expected))
 
 
 class Attends(nn.Module):
@@ -322,10 +322,10 @@ def test_padding_counts_for_nothing():
     for sequential in (False, True):
         more = {"sequential": sequential, "progress": False}
         expected = svdlib.factorize(model, ranks, calibration=shorter, **more)
-        whole = {"input_ids": ids, "attention_mask": mask}
-        halves = [{name: t[at : at + 6] for name, t in whole.items()} for at in (0, 6)]
+        batch = {"input_ids": ids, "attention_mask": mask}
+        halves = [{name: t[at : at + 6] for name, t in batch.items()} for at in (0, 6)]
         cases = [
-            (whole, {}),
+            (batch, {}),
             (halves, {}),
             ([(each, each["input_ids"][:, 0]) for each in halves],
              {"call": lambda model, batch: model(**batch[0])}),
@@ -335,7 +335,7 @@ def test_padding_counts_for_nothing():
             small = svdlib.factorize(model, ranks, calibration=data, **more, **others)
             torch.testing.assert_close(weights_of(small), weights_of(expected))
         padded = svdlib.factorize(
-            model, ranks, calibration=whole, mask=lambda batch: torch.ones_like(mask), **more
+            model, ranks, calibration=batch, mask=lambda batch: torch.ones_like(mask), **more
         )
         assert (padded.q.weight - expected.q.weight).abs().max() > 1e-3
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from svdlib.layers.calibrate import Calibration, input_sums
 from svdlib.layers.factorize import factorized
 from svdlib.network.batches import Batch
+from svdlib.network.calls import run
 from svdlib.network.modes import evaluating
 from svdlib.network.opened import Network
 
@@ -50,10 +51,12 @@ def asvd(
     net = Network.copy_of(model)
     sizes: dict[str, Any] = dict.fromkeys(ranks, 0)
 
-    def add_sizes(name: str, x: Tensor) -> None:
-        sizes[name] += x.flatten(0, -2).double().abs().sum(0)
+    def add_sizes(name: str, inputs: tuple[Tensor, ...]) -> None:
+        sizes[name] += inputs[0].flatten(0, -2).double().abs().sum(0)
 
-    net.watch(ranks, data, None, add_sizes, lambda batch: None)
+    with torch.no_grad(), net.hooked(ranks, before=add_sizes):
+        for batch in data:
+            run(net.model, batch, None)
 
     def factors(name: str, W: Tensor) -> Product:
         D = (sizes[name] / sizes[name].mean()).clamp(min=1e-6) ** alpha
