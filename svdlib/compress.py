@@ -103,7 +103,8 @@ def compress(
     1. Sensitivity of each layer to its rank: the loss that it adds alone (`loss_profile`), if that
        is measured within ``seconds``. Otherwise, or where the loss does not rise, the share of its
        output's variance that it loses on the calibration inputs, by the eigenvalues of W C Wᵀ.
-    2. Ranks with the least total under the budget, by the lower convex hulls (Everett 1963).
+    2. Ranks with the least total under the budget, along the lower convex hulls of cost and
+       sensitivity (Everett 1963).
     3. Factors fitted to the calibration inputs, see `factorize`.
     4. The loss of the result, paired with the network's own on the same data, which may have
        decided on the ranks: judge the result by other data.

@@ -283,9 +283,9 @@ class _Reached(Exception):
 def paired_sums(
     dense: Network, small: Network, names: Sequence[str], calibration: Calibration, once: bool
 ) -> dict[str, Sums]:
-    """`Sums` of the common input of some layers in a network cut before them, and in the dense one.
+    """`Sums` of layers' common input in a network cut before them, paired with the dense one's.
 
-    ``once``: they are called once, so that a call can end at the first of them.
+    With ``once``, they are called once, so that a call can end at the first of them.
     """
     first, sums = names[0], Sums()
     layer = small.layers[first]

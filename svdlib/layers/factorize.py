@@ -76,9 +76,9 @@ def factorize(
             positive (or a fraction), NaN or infinite weights, calibration that is empty, not
             finite, or reaches no layer; a named layer that cannot be factorized: a subclass, a
             parametrized layer, one with hooks or ``max_norm``, a parameter that a module reads
-            itself, a weight that the model reads without calling the layer or shares with a layer
-            left out. Unless named, it is left dense with a warning, like a layer that calibration
-            does not reach or whose factors would not store less, r (m + n) ≥ m n.
+            itself, a weight that the model reads without calling the layer, or that is shared with
+            a layer left out or at another rank. Unless named, it is left dense with a warning, like
+            one that calibration does not reach or whose factors store no less, r (m + n) ≥ m n.
 
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(100, 80), nn.ReLU(), nn.Linear(80, 60))
