@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from svdlib import checks, clock, threads
-from svdlib.layers.calibrate import Fit, Mask, fits_of, lost_by
+from svdlib.layers.calibrate import BATCH, Calibration, Fit, Mask, fits_of, lost_by
 from svdlib.layers.cost import WHOLE_MODEL, cost, counted
-from svdlib.layers.factorize import BATCH, Fits, factorized, one_after_another
-from svdlib.network.batches import Batches, batches, first_batch, refuse_generator
+from svdlib.layers.factorize import Fits, factorized, one_after_another
+from svdlib.network.batches import Batches, first_batch, refuse_generator
 from svdlib.network.calls import Call, Objective
 from svdlib.network.chain import task_of
 from svdlib.network.low_rank import low_rank_layers
@@ -33,15 +33,14 @@ REPEATS = 3
 
 @dataclass(frozen=True)
 class Compressed:
-    """What `compress` made.
+    """The result of `compress`.
 
     Args:
         model: the smaller network.
-        ranks: of the layers that are factorized.
-        report: a row a layer and one for the whole model: rows, columns, rank (NaN of a dense
-            layer), and of now, and with dense_… of before, parameters, bytes, multiply_adds and
-            seconds on the first batch, see `cost`; loss_added, paired, and its standard error se:
-            by this layer alone, NaN where that took too long to measure, and by all together.
+        ranks: of the factorized layers.
+        report: one row per layer and one for the whole model: rows, columns, the columns of `cost`
+            on the first batch, and the paired increase loss_added of the loss with its standard
+            error se, by this layer alone (NaN where that took too long) or by all together.
     """
 
     model: nn.Module
@@ -51,16 +50,15 @@ class Compressed:
     def __str__(self) -> str:
         """All in a sentence."""
         whole = self.report.set_index("layer").loc[WHOLE_MODEL]
-        work = whole.multiply_adds / max(whole.dense_multiply_adds, 1)
         return (
             f"{whole.parameters / whole.dense_parameters:.1%} of {whole.dense_parameters:,.0f} "
-            f"parameters, {work:.1%} of the multiply-adds, "
-            f"{whole.seconds / whole.dense_seconds:.0%} of the time; loss "
+            f"parameters, {whole.multiply_adds / max(whole.dense_multiply_adds, 1):.1%} of the "
+            f"multiply-adds, {whole.seconds / whole.dense_seconds:.0%} of the time; loss "
             f"{whole.loss_added:+.3g} ± {1.96 * whole.se:.2g}"
         )
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """The layers' parameters before and now, with their ranks, as matplotlib draws them."""
+        """Draw each layer's parameters before and now, with its rank."""
         import matplotlib.pyplot as plt
 
         table = self.report[self.report.layer != WHOLE_MODEL].iloc[::-1]
@@ -102,38 +100,35 @@ def compress(
 ) -> Compressed:
     """A smaller copy of a network, its layers factorized at ranks that share a budget.
 
-    1. How sensitive each layer is to its rank: the loss that it adds alone (`loss_profile`) where
-       that is measured within ``seconds``, else, or where the loss does not rise, the share of
-       its output's variance that it loses on the calibration inputs, by the eigenvalues of W C Wᵀ.
-    2. Ranks of the least total under the budget, see `allocate`.
-    3. Factors that are fitted on the calibration inputs, see `factorize`.
-    4. The loss of the result, paired with the network's own on the same data.
-
-    The loss that is reported is one of data that may have decided on the ranks: judge the
-    result by others.
+    1. Sensitivity of each layer to its rank: the loss that it adds alone (`loss_profile`), if that
+       is measured within ``seconds``. Otherwise, or where the loss does not rise, the share of its
+       output's variance that it loses on the calibration inputs, by the eigenvalues of W C Wᵀ.
+    2. Ranks with the least total under the budget, along the lower convex hulls of cost and
+       sensitivity (Everett 1963).
+    3. Factors fitted to the calibration inputs, see `factorize`.
+    4. The loss of the result, paired with the network's own on the same data, which may have
+       decided on the ranks: judge the result by other data.
 
     Args:
         model: any module; it is not changed.
-        x, y, objective, accuracy: data and losses, as in `loss_profile`, looked at several times.
-        parameters, multiply_adds: what the result may have at most, as a share of the whole
-            model's, between 0 and 1; it comes as near as whole ranks allow. For multiply_adds
-            embeddings, and layers that share a weight with one, stay as they are.
-        increase: the loss that may be added at most: the smallest network that is found to
-            add no more on these data. Every step is measured.
-        calibration, call, mask, sequential: see `factorize`; by default the inputs in ``x``.
-        include, exclude: layers to look at, all by default, and layers to leave alone, by name
+        x, y, objective, accuracy: data and losses, as in `loss_profile`, read several times.
+        parameters, multiply_adds: the largest share of the whole model's that the result may have,
+            between 0 and 1. For multiply_adds embeddings, and layers that share a weight with one,
+            stay as they are.
+        increase: the largest loss that the result, as small as is found, may add on these data.
+        calibration, call, mask, sequential: as in `factorize`; by default the inputs in ``x``.
+        include, exclude: layers to factorize, all by default, and layers to leave alone, by name
             or by pattern, such as "encoder.*".
-        multiple_of: ranks are multiples of it; some processors multiply such matrices faster.
-        faster: a layer stays dense where its factors are not faster than it, by the clock, with
-            the first batch, on this device; the others give way.
-        seconds: how long losses may be measured, about, once for the ranks and once for the
-            report of single layers. What would take longer is left out.
-        progress: show progress bars; before losses are measured they say how long it will take.
+        multiple_of: ranks are multiples of it, which some processors multiply faster.
+        faster: layers stay dense if their factors are no faster, as timed on the first batch.
+        seconds: about how long losses may be measured for the ranks, and again for single layers in
+            the report. What would take longer is left out.
+        progress: show progress bars, with the expected time before losses are measured.
 
     Raises:
-        ValueError: no budget or several, one out of range or below the least, a pattern that
-            fits no layer, a model with factorized layers or without any to factorize, calibration
-            that reaches none, data or an objective that do not fit the model, NaN losses.
+        ValueError: no budget or several, one out of range or too small, a pattern that matches no
+            layer, a model with factorized layers or without any to factorize, calibration that
+            reaches no layer, data or an objective that do not fit the model, NaN losses.
 
     >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(100, 80), nn.ReLU(), nn.Linear(80, 60))
@@ -146,9 +141,9 @@ def compress(
     seconds = checks.number(seconds, "seconds")
     if low_rank_layers(model):
         raise ValueError("the model has factorized layers already; give svdlib.merge(model)")
-    inputs = x if calibration is None else calibration
-    for each in (x, inputs):
-        refuse_generator(each, "compress")
+    inputs = Calibration(x if calibration is None else calibration, call, mask, progress)
+    for data in (x, inputs.data):
+        refuse_generator(data, "compress")
     net = Network.copy_of(model)
     names = net.matching(include, exclude)
     with net.measuring():
@@ -156,27 +151,27 @@ def compress(
         task = task_of(net, x, y, objective, accuracy)
         task.measure()
         one_pass = clock.now() - start
-        few = first_batch(inputs, BATCH)
+        few = first_batch(inputs.data, BATCH)
         layers = net.replaceable(names, few, call)
         own = net.untied(layers)
         fits: dict[str, Fit | None] = dict.fromkeys(layers.keys() - own)
-        fits |= fits_of(net, own, batches(inputs, BATCH), call, mask, progress)
+        fits |= fits_of(net, own, inputs)
         layers = {name: layer for name, layer in layers.items() if name in fits}
         if not layers:
             raise ValueError(f"calibration reaches no layer, such as {own[0]!r}")
-        errors = {name: lost_by(layers[name], fits[name]) for name in layers}
-        work = counted(net, few, call)
+        errors = {name: lost_by(layer, fits[name]) for name, layer in layers.items()}
+        costs = counted(net, few, call)
         if (estimate := one_pass * (GRID + 1) * len(layers)) <= seconds:
             errors = sensitivities(task, layers, errors, estimate, progress)
-    worth = work["multiply_adds" if kind == "multiply_adds" else "parameters"].astype(float)
-    plan = plan_of(net, layers, errors, worth, multiple_of, f"{kind}={budget:g}")
+    dense_costs = costs["multiply_adds" if kind == "multiply_adds" else "parameters"].astype(float)
+    plan = plan_of(net, layers, errors, dense_costs, multiple_of, f"{kind}={budget:g}")
 
     def made(ranks: Mapping[str, int]) -> nn.Module:
         small = Network.copy_of(net.model)
         own = small.untied(ranks)
         found: Fits = ((name, fits[name]) for name in own)
         if sequential:
-            found = one_after_another(small, net, own, inputs, call, mask, progress)
+            found = one_after_another(small, net, own, inputs)
         return factorized(small, ranks, found)
 
     def added(ranks: Mapping[str, int]) -> float:
@@ -187,17 +182,15 @@ def compress(
     slow: list[str] = []
     while True:
         plan = plan.without(slow)
-        spent = budget * plan.total
-        if kind == "increase":
-            spent = plan.smallest(added, budget, progress)
+        searched = kind == "increase"
+        spent = plan.smallest(added, budget, progress) if searched else budget * plan.total
         small = made(ranks := plan.ranks(spent))
         costs = cost(small, few, call=call, repeats=REPEATS).set_index("layer")
         thin = costs["rank"].notna() & (costs.index != WHOLE_MODEL)
         slow = costs.index[thin & (costs.seconds >= costs.dense_seconds)].tolist()
         if not faster or not slow:
             break
-    single = one_pass * len(ranks) <= seconds
-    losses = added_losses(net, small, ranks, task, single, progress)
+    losses = added_losses(task, small, one_pass * len(ranks) <= seconds, progress)
     net.warn()
     sides = pd.DataFrame({name: layer.shape for name, layer in net.layers.items()})
     report = sides.set_axis(["rows", "columns"]).T.join(costs, how="right").join(losses)
@@ -205,14 +198,14 @@ def compress(
 
 
 def _budget(**budgets: float | None) -> tuple[str, float]:
-    """Which of the budgets is given, and what."""
+    """The name and value of the one budget that is given."""
     given = {name: value for name, value in budgets.items() if value is not None}
     if len(given) != 1:
-        told = " and ".join(given) or "none"
-        raise ValueError(f"give one budget of {', '.join(budgets)}, not {told}")
+        names = " and ".join(given) or "none"
+        raise ValueError(f"give one budget of {', '.join(budgets)}, not {names}")
     ((kind, value),) = given.items()
     value = checks.number(value, kind)
-    if kind == "increase" and not 0 <= value < float("inf"):
+    if kind == "increase" and not 0 <= value < np.inf:
         raise ValueError(f"increase must be a loss that may be added, at least 0, not {value:g}")
     if kind != "increase" and not 0 < value < 1:
         raise ValueError(

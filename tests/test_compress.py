@@ -55,8 +55,8 @@ def count(model):
 
 
 def share(result, what="parameters"):
-    whole = result.report.iloc[-1]
-    return whole[what] / whole[f"dense_{what}"]
+    total = result.report.iloc[-1]
+    return total[what] / total[f"dense_{what}"]
 
 
 def mean_loss(model, x, y):
@@ -119,20 +119,20 @@ def test_the_report_is_what_cost_and_the_losses_say(more):
     assert result.ranks == {
         name: layer.rank for name, layer in low_rank_layers(result.model).items()
     }
-    whole = table.loc["whole model"]
-    assert whole.loss_added == pytest.approx(added(model, result.model, x, y), abs=1e-6)
+    total = table.loc["whole model"]
+    assert total.loss_added == pytest.approx(added(model, result.model, x, y), abs=1e-6)
     with torch.no_grad():
         paired = F.cross_entropy(result.model(x), y, reduction="none") - F.cross_entropy(
             model(x), y, reduction="none"
         )
-    assert whole.se == pytest.approx(paired.double().std().item() / len(x) ** 0.5, rel=1e-4)
+    assert total.se == pytest.approx(paired.double().std().item() / len(x) ** 0.5, rel=1e-4)
     if more.get("seconds") == 0:
         assert table.loss_added[["0", "2"]].isna().all()
         return
     for name in result.ranks:  # each layer alone, as it is in the result
-        one = copy.deepcopy(model)
-        one[int(name)] = result.model[int(name)]
-        assert table.loss_added[name] == pytest.approx(added(model, one, x, y), abs=1e-6)
+        single = copy.deepcopy(model)
+        single[int(name)] = result.model[int(name)]
+        assert table.loss_added[name] == pytest.approx(added(model, single, x, y), abs=1e-6)
 
 
 def test_told_in_a_sentence_and_a_picture():
@@ -270,7 +270,7 @@ def test_shared_weights_count_once_and_stay_shared(sequential):
     )
     assert work.ranks.keys() == {"inner"} and share(work, "multiply_adds") <= 0.8
     with pytest.warns(UserWarning, match="'embed' .its weight is shared with a layer that is left"):
-        one = svdlib.compress(
+        small = svdlib.compress(
             model,
             ids,
             objective=svdlib.next_token_losses,
@@ -278,7 +278,7 @@ def test_shared_weights_count_once_and_stay_shared(sequential):
             exclude=["head"],
             **QUICK,
         )
-    assert one.ranks.keys() == {"inner"}
+    assert small.ranks.keys() == {"inner"}
 
 
 def test_a_shared_weight_that_is_read_without_its_layer_is_left_everywhere():
@@ -360,8 +360,8 @@ def test_data_of_every_kind():
     ):
         result = svdlib.compress(model, data, parameters=0.5, **more, **QUICK)
         assert result.ranks == expected.ranks
-        found, whole = (each.report.iloc[-1].loss_added for each in (result, expected))
-        assert found == pytest.approx(whole, abs=1e-4)
+        found, expected_loss = (made.report.iloc[-1].loss_added for made in (result, expected))
+        assert found == pytest.approx(expected_loss, abs=1e-4)
     other = [{"x": a, "labels": b} for a, b in batches]
     result = svdlib.compress(
         model, other, parameters=0.5,
@@ -408,8 +408,8 @@ def test_nothing_of_the_caller_s_changes(more, slow_first):
     assert torch.equal(x, given) and torch.is_grad_enabled()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [m.training for m in model.modules()] == modes
-    for each in (model, result.model):
-        assert not any(m._forward_hooks or m._forward_pre_hooks for m in each.modules())
+    for network in (model, result.model):
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
     own = {p.data_ptr() for p in model.parameters()}
     assert not own & {p.data_ptr() for p in result.model.parameters()}
     assert [p.requires_grad for p in model.parameters()] == [True, True, False, True]
@@ -522,7 +522,7 @@ def test_calibration_that_reaches_no_layer_or_some_only():
     model = Idle()
     with pytest.warns(UserWarning, match="'spare' .calibration does not reach it") as caught:
         result = svdlib.compress(model, X, Y, parameters=0.8, **QUICK)
-    assert [each.filename for each in caught] == [__file__]  # it is told where the call is
+    assert [each.filename for each in caught] == [__file__]  # where the call is
     assert result.ranks.keys() == {"used"} and share(result) <= 0.8
     assert torch.equal(result.model.spare.weight, model.spare.weight)
     with pytest.raises(ValueError, match="calibration reaches no layer, such as 'spare'"):
@@ -551,5 +551,5 @@ def test_cuda_agrees_with_cpu(sequential):
     for data in ((x.cuda(), y.cuda()), DataLoader(TensorDataset(x, y), batch_size=64)):
         result = svdlib.compress(there, data, **more)
         assert next(result.model.parameters()).is_cuda and share(result) <= 0.5
-        found, whole = (each.report.iloc[-1].loss_added for each in (result, expected))
-        assert found == pytest.approx(whole, abs=0.02)
+        found, expected_loss = (made.report.iloc[-1].loss_added for made in (result, expected))
+        assert found == pytest.approx(expected_loss, abs=0.02)

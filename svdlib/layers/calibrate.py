@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from svdlib import checks
 from svdlib.bars import bar
-from svdlib.network.batches import Batch, copied
+from svdlib.network.batches import Batch, Batches, batches, copied
 from svdlib.network.calls import Call, run
 from svdlib.network.kinds import Layer
 from svdlib.network.opened import Network
@@ -21,149 +22,143 @@ from svdlib.network.opened import Network
 # mask(batch) -> bool (n, T): the places of a batch that count, the others are padding.
 Mask = Callable[[Batch], Tensor]
 
-# What is added to the diagonal of a covariance that is inverted, in shares of its trace, so that its
-# least eigenvalues, which are noise, are not.
+# Share of its trace that is added to the diagonal of a covariance before it is inverted: the
+# smallest eigenvalues are noise.
 RIDGE = 1e-5
+
+# Inputs of a call, where calibration is a single batch.
+BATCH = 128
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Inputs of a model that its layers are fitted to, and how to call the model on them."""
+
+    data: Batches
+    call: Call | None = None
+    mask: Mask | None = None
+    progress: bool = False
+
+    def batches(self) -> Iterator[Batch]:
+        """The batches, from the first on."""
+        return batches(self.data, BATCH)
+
+    def kept(self, batch: Batch) -> Tensor | None:
+        """The places of a batch that count, by ``mask`` or by a mapping's "attention_mask"."""
+        if self.mask is not None:
+            keep = self.mask(copied(batch))
+            if not torch.is_tensor(keep) or keep.ndim == 0:
+                raise ValueError(f"mask must give a tensor of places (n, …), not {keep!r}")
+            return keep != 0
+        inputs = batch[0] if isinstance(batch, tuple | list) and len(batch) else batch
+        found = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+        return found != 0 if isinstance(found, Tensor) and found.ndim == 2 else None
 
 
 @dataclass
 class Sums:
-    """Of the vectors x (n,) that a layer's matrix is applied to: their number, Σ x and Σ x xᵀ.
+    """Sums over a layer's input vectors x (n,): their number, Σ x, and Σ x xᵀ.
 
-    In a network of which layers before this one are cut, x̃ takes the place of x, and Σ x of the
-    dense network and Σ x x̃ᵀ are kept besides. Of g groups all are (g, …); an Embedding's vectors
-    have a single one each, so that Σ x xᵀ is diagonal, (n,).
+    If earlier layers are cut, they are over the inputs x̃ of the cut network, and ``dense`` = Σ x
+    and ``cross`` = Σ x x̃ᵀ are kept too. With g groups all are (g, …). An Embedding's vectors are
+    one-hot, so that Σ x xᵀ is diagonal, (n,).
     """
 
     count: int = 0
-    total: Tensor | float = 0.0
-    square: Tensor | float = 0.0
-    dense: Tensor | float = 0.0
-    cross: Tensor | float = 0.0
+    total: Any = 0.0
+    square: Any = 0.0
+    dense: Any = 0.0
+    cross: Any = 0.0
 
     def add(self, count: int, *sums: Tensor) -> None:
-        """Take in the sums of so many vectors more, in the order of the fields."""
+        """Add the sums of ``count`` more vectors, in the order of the fields."""
         self.count += count
         for name, value in zip(("total", "square", "dense", "cross"), sums, strict=False):
             setattr(self, name, getattr(self, name) + value)
 
     def check(self, name: str) -> None:
-        """Refuse NaN or infinite inputs of the layer of that name."""
+        """Refuse NaN or infinite inputs of layer ``name``."""
         for value in (self.square, self.cross):
-            if isinstance(value, Tensor):
-                checks.finite(value, f"what calibration gives to layer {name!r}")
+            checks.finite(torch.as_tensor(value), f"what calibration gives to layer {name!r}")
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The best approximations of a layer's matrix W (m × n), by what it puts out on its inputs.
+    """Best approximations of a layer's matrix W (m × n) at all ranks, judged by its outputs.
 
-    W_r = U_r U_rᵀ M is the matrix of rank r, and b_r = b + W μ − W_r μ̃ the bias, that minimize
+    The matrix W_r = U_r U_rᵀ M of rank r and the bias b_r = b + W μ − W_r μ̃ minimize
 
         E ‖W x + b − (W_r x̃ + b_r)‖²
 
-    over inputs x of the dense network, of mean μ, and x̃, of mean μ̃ and covariance C, where the
-    layer is put. Where they are the same, M = W, and U_r are leading eigenvectors of W C Wᵀ
-    (Zhang, Zou, He and Sun 2016, section 3.1). Where layers before are cut, M = W E[x x̃ᵀ] C⁻¹
-    is the least-squares map from x̃ to W x, and U_r are those of M C Mᵀ: reduced-rank regression
-    (Izenman 1975). A layer without a bias takes second moments for covariances.
-
-    Args:
-        target: M, (…, m, n), in float64, as all of this.
-        left: all columns of U, (…, m, k), leading ones first.
-        energies: what each column carries of the output's variance, (…, k), falling.
-        shift, mean: W μ, (…, m), and μ̃, (…, n); None for a layer without a bias.
+    over inputs x of the dense network, with mean μ, and x̃ of the cut one, with mean μ̃ and
+    covariance C. If both are the same, M = W and U_r are leading eigenvectors of W C Wᵀ (Zhang,
+    Zou, He and Sun 2016, section 3.1). Otherwise M = W E[x x̃ᵀ] C⁻¹ is the least-squares map from
+    x̃ to W x, and U_r are those of M C Mᵀ: reduced-rank regression (Izenman 1975). A layer without
+    a bias takes second moments for covariances.
     """
 
-    target: Tensor
-    left: Tensor
-    energies: Tensor
-    shift: Tensor | None
-    mean: Tensor
+    target: Tensor  # M (…, m, n), in float64 like all fields
+    left: Tensor  # U (…, m, k), leading columns first
+    energies: Tensor  # variance of the output along each column of U, (…, k), falling
+    shift: Tensor | None  # W μ (…, m); None without a bias
+    mean: Tensor  # μ̃ (…, n)
 
     def at(self, rank: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """U_r (…, m, r), U_rᵀ M (…, r, n), and what the bias changes by (…, m), if there is one."""
+        """U_r (…, m, r), U_rᵀ M (…, r, n), and the change of the bias (…, m), if there is one."""
         left = self.left[..., :rank]
         right = left.mT @ self.target
         if self.shift is None:
             return left, right, None
         return left, right, self.shift - (left @ (right @ self.mean.unsqueeze(-1))).squeeze(-1)
 
-    def errors(self) -> Tensor:
-        """The share of the output's variance that is lost at ranks 0, 1, … k: (k + 1,).
-
-        Over all groups together.
-        """
-        kept = self.energies.reshape(-1, self.energies.shape[-1]).sum(0).clamp(min=0)
-        kept = torch.cat([kept.new_zeros(1), kept.cumsum(0)])
-        return 1 - kept / kept[-1] if kept[-1] > 0 else torch.zeros_like(kept)
-
 
 def fit(layer: Layer, sums: Sums) -> Fit:
-    """All best approximations of a layer on inputs of these sums, see `Fit`.
+    """The `Fit` of a layer to inputs with these sums.
 
-    The eigenvectors are found on the smaller side. Where W = Q R is higher than wide, those of
-    W C Wᵀ are Q times those of R C Rᵀ, without a root of C, which a rank-deficient C may not have
-    to rounding. Where layers before are cut, and C is inverted, they are those of GGᵀ or GᵀG,
-    G = M L and C = L Lᵀ.
-
-    >>> from svdlib.network.kinds import Linear
-    >>> layer, x = Linear(torch.nn.Linear(4, 3, bias=False)), torch.eye(4)
-    >>> found = fit(layer, Sums(4, x.sum(0).double(), (x.mT @ x).double()))
-    >>> S = torch.linalg.svdvals(layer.weight)
-    >>> torch.allclose(4 * found.energies.float(), S.square(), rtol=1e-4)
-    True
+    Eigenvectors are computed on the smaller side. If W = Q R has more rows than columns, those of
+    W C Wᵀ are Q times those of R C Rᵀ; no root of C is needed, which a rank-deficient C may lack
+    after rounding. If C is inverted, they are those of G Gᵀ or Gᵀ G, with G = M L and C = L Lᵀ.
     """
     W = layer.matrix().double()
-    mean, C = cast(Tensor, sums.total) / sums.count, cast(Tensor, sums.square) / sums.count
-    other = None if isinstance(sums.cross, float) else sums.cross / sums.count
-    before = mean if isinstance(sums.dense, float) else sums.dense / sums.count
-    centered = layer.is_centered()
-    if centered:
-        C = C - _outer(mean, mean)
-        other = None if other is None else other - _outer(before, mean)
-    shift = (W @ before.unsqueeze(-1)).squeeze(-1) if centered else None
     m, n = W.shape[-2:]
-    if other is None:
+    k = min(m, n)
+    mean, C = sums.total / sums.count, sums.square / sums.count
+    is_paired = torch.is_tensor(sums.cross)
+    before = sums.dense / sums.count if is_paired else mean
+    shift = None
+    if layer.is_centered():
+        C = C - _outer(mean, mean)
+        shift = (W @ before.unsqueeze(-1)).squeeze(-1)
+    if is_paired:
+        cross = sums.cross / sums.count
+        cross = cross if shift is None else cross - _outer(before, mean)
+        trace = C.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+        ridge = torch.where(trace > 0, RIDGE * trace, torch.ones_like(trace))
+        L = torch.linalg.cholesky(C + ridge * torch.eye(n, dtype=C.dtype, device=C.device))
+        G = torch.linalg.solve_triangular(L, (W @ cross).mT, upper=False).mT
+        M = torch.linalg.solve_triangular(L.mT, G.mT, upper=True).mT
+        energies, left = torch.linalg.eigh(G @ G.mT if m <= n else G.mT @ G)
+        left = left.flip(-1) if m <= n else torch.linalg.qr(G @ left.flip(-1)).Q
+    else:
         M = W
         Q, R = torch.linalg.qr(W) if m > n else (None, W)
         RC = R * C if C.ndim < R.ndim else R @ C
         energies, left = torch.linalg.eigh(RC @ R.mT)
-        left = left if Q is None else Q @ left
-    else:
-        L = _root(C)
-        G = torch.linalg.solve_triangular(L, (W @ other).mT, upper=False).mT
-        M = torch.linalg.solve_triangular(L.mT, G.mT, upper=True).mT
-        energies, left = torch.linalg.eigh(G @ G.mT if m <= n else G.mT @ G)
-        if m > n:
-            left = torch.linalg.qr(G @ left.flip(-1)).Q.flip(-1)
-    k = min(m, n)
-    return Fit(M, left.flip(-1)[..., :k], energies.flip(-1)[..., :k].clamp(min=0), shift, mean)
+        left = (left if Q is None else Q @ left).flip(-1)
+    return Fit(M, left[..., :k], energies.flip(-1)[..., :k].clamp(min=0), shift, mean)
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:
     return a.unsqueeze(-1) * b.unsqueeze(-2)
 
 
-def _root(C: Tensor) -> Tensor:
-    """L with L Lᵀ = C and `RIDGE` more on the diagonal."""
-    trace = C.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    more = torch.where(trace > 0, RIDGE * trace, torch.ones_like(trace))
-    return torch.linalg.cholesky(C + more * torch.eye(C.shape[-1], dtype=C.dtype, device=C.device))
-
-
 def fits_of(
-    net: Network,
-    names: Iterable[str],
-    batches: Iterable[Batch],
-    call: Call | None,
-    mask: Mask | None,
-    progress: bool,
+    net: Network, names: Iterable[str], calibration: Calibration
 ) -> Iterator[tuple[str, Fit]]:
-    """The fits of those layers that calibration reaches, one at a time. See `input_sums`."""
-    names = list(names)
-    shown = bar(batches, progress=progress, desc="calibration", delay=3, leave=False)
-    sums = input_sums(net, names, shown, call, mask)
+    """The fits of the layers that calibration reaches, one by one, so that sums can be freed."""
+    names, progress = list(names), calibration.progress
+    shown = bar(calibration.batches(), progress=progress, desc="calibration", delay=3, leave=False)
+    sums = input_sums(net, names, replace(calibration, data=shown))
     unseen = [name for name in names if name not in sums]
     net.left |= dict.fromkeys(unseen, "calibration does not reach it")
     for name in list(sums):
@@ -171,135 +166,109 @@ def fits_of(
 
 
 def lost_by(layer: Layer, found: Fit | None) -> np.ndarray:
-    """The share of its output's variance, or of its own squares, that a layer loses at each rank."""
-    if found is not None:
-        return found.errors().cpu().numpy()
-    squares = torch.linalg.svdvals(layer.matrix().double()).square()
-    kept = np.append(0.0, squares.reshape(-1, squares.shape[-1]).sum(0).cumsum(0).cpu().numpy())
-    return 1 - kept / kept[-1] if kept[-1] > 0 else np.zeros_like(kept)
+    """Share of its output's variance (of its own squares without a fit) lost at ranks 0, 1, … k."""
+    if found is None:
+        energies = torch.linalg.svdvals(layer.matrix().double()).square()
+    else:
+        energies = found.energies
+    kept = energies.reshape(-1, energies.shape[-1]).sum(0).cumsum(0)
+    kept = torch.cat([kept.new_zeros(1), kept])
+    return (1 - kept / kept[-1] if kept[-1] > 0 else torch.zeros_like(kept)).cpu().numpy()
 
 
-def _kept(batch: Batch, mask: Mask | None) -> Tensor | None:
-    """Which places of a batch count: what ``mask`` says, or a mapping's "attention_mask"."""
-    if mask is not None:
-        keep = mask(copied(batch))
-        if not torch.is_tensor(keep) or keep.ndim == 0:
-            raise ValueError(f"mask must give a tensor of places (n, …), not {keep!r}")
-        return keep != 0
-    inputs = batch[0] if isinstance(batch, tuple | list) and len(batch) else batch
-    found = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    return found != 0 if isinstance(found, Tensor) and found.ndim == 2 else None
+def _observe(
+    net: Network,
+    names: Iterable[str],
+    calibration: Calibration,
+    start: Callable[[Batch], bool | None],
+    note: Callable[[str, Tensor, Tensor | None, bool], None],
+) -> None:
+    """Run the batches with ``note(name, x, keep, repeated)`` at each input x of a layer.
 
+    ``keep`` are the places that count; ``repeated`` says that the previous call in this batch was
+    with the same vectors, as those of q, k and v are. A true ``start(batch)`` ends the run.
+    """
+    keep: Tensor | None = None
+    latest: tuple[Tensor, tuple[object, ...]] | None = None
+    fits: set[bool] = set()
 
-def _check_mask(mask: Mask | None, keep: Tensor | None, masked: Sequence[bool]) -> None:
-    """Refuse a caller's mask that fits no input of any layer."""
-    if mask is not None and keep is not None and masked and not any(masked):
+    def called(name: str, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal latest
+        x, layer = inputs[0], net.layers[name]
+        vectors = (-1 if x.is_inference() else x._version, *layer.vector_kind())
+        repeated = latest is not None and latest[0] is x and latest[1] == vectors
+        latest = x, vectors
+        note(name, x, keep, repeated)
+        fits.add(layer.is_masked(x, keep))
+
+    with torch.no_grad(), net.hooked(names, before=called):
+        for batch in calibration.batches():
+            if start(batch):
+                break
+            keep, latest = calibration.kept(batch), None
+            run(net.model, batch, calibration.call)
+    if calibration.mask is not None and keep is not None and fits == {False}:
         raise ValueError(
             f"mask gives places {tuple(keep.shape)}, and no layer has such inputs, "
             f"{(*keep.shape, 'features')}"
         )
 
 
-def _vectors_of(layer: Layer, x: Tensor) -> tuple[object, ...]:
-    """What tells that two layers called with the same tensor are applied to the same vectors."""
-    return (-1 if x.is_inference() else x._version, *layer.vector_kind())
-
-
-def input_sums(
-    net: Network,
-    names: Iterable[str],
-    batches: Iterable[Batch],
-    call: Call | None,
-    mask: Mask | None,
-) -> dict[str, Sums]:
-    """`Sums` of what each layer is called with, in one pass; of those that get any vector.
-
-    No input is kept. Layers that are called with the same tensor, one after the other, such as
-    q, k and v, have it multiplied once.
-
-    Raises:
-        ValueError: NaN or infinite inputs, a mask that does not fit, batches that the model does
-            not take.
-    """
+def input_sums(net: Network, names: Iterable[str], calibration: Calibration) -> dict[str, Sums]:
+    """`Sums` of the inputs of each layer that gets any, in one pass; no input is kept."""
     sums: dict[str, Sums] = {}
-    keep: Tensor | None = None
-    masked: list[bool] = []
-    latest: list[Any] = [None, None, []]
+    blocks: list[tuple[int, *tuple[Tensor, ...]]] = []
 
     def start(batch: Batch) -> None:
-        nonlocal keep
         if torch.is_tensor(batch):
             checks.finite(batch, "calibration")
-        keep, latest[:] = _kept(batch, mask), [None, None, []]
 
-    def note(name: str, x: Tensor) -> None:
+    def note(name: str, x: Tensor, keep: Tensor | None, repeated: bool) -> None:
         layer = net.layers[name]
-        what = _vectors_of(layer, x)
-        if latest[0] is not x or latest[1] != what:
-            latest[:] = [x, what, [(len(b), *layer.sums(b)) for b in layer.blocks(x, keep)]]
-        for found in latest[2]:
-            sums.setdefault(name, Sums()).add(*found)
-        masked.append(layer.is_masked(x, keep))
+        if not repeated:
+            blocks[:] = [(len(block), *layer.sums(block)) for block in layer.blocks(x, keep)]
+        for block in blocks:
+            sums.setdefault(name, Sums()).add(*block)
 
-    net.watch(names, batches, call, note, start)
-    _check_mask(mask, keep, masked)
-    for name, each in sums.items():
-        each.check(name)
-    return {name: each for name, each in sums.items() if each.count}
+    _observe(net, names, calibration, start, note)
+    for name, found in sums.items():
+        found.check(name)
+    return {name: found for name, found in sums.items() if found.count}
 
 
 def call_order(
-    net: Network,
-    names: Iterable[str],
-    batches: Iterable[Batch],
-    call: Call | None,
-    mask: Mask | None = None,
+    net: Network, names: Iterable[str], calibration: Calibration
 ) -> tuple[list[list[str]], set[str]]:
-    """The layers in the order of their first call, and those that are called once in a call.
+    """The layers in groups by their first call, and those that each batch calls at most once.
 
-    Of the latter, those with one input, one after the other, stand together. Batches are looked
-    at until each layer was called.
-
-    >>> net = Network(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 2)))
-    >>> call_order(net, ["0", "1"], [torch.rand(2, 3)], None)[0]
-    [['0'], ['1']]
+    A group has one input for all its layers, each called once. Reads batches until every layer
+    was called.
     """
     names = list(names)
     first: list[str] = []
-    earlier: set[str] = set()  # in batches before
+    earlier: set[str] = set()  # called in batches before
     called: list[str] = []  # in this batch
-    latest: list[Any] = [None, None]
     several: set[str] = set()
-    together: dict[str, str] = {}  # with the layer before it
-
-    keep: Tensor | None = None
-    masked: list[bool] = []
+    joined: set[str] = set()  # with the input of the one before in ``first``
 
     def start(batch: Batch) -> bool:
-        nonlocal keep
         called.clear()
-        keep, latest[:] = _kept(batch, mask), [None, None]
         earlier.update(first)
         return len(first) == len(names)
 
-    def note(name: str, x: Tensor) -> None:
-        what = _vectors_of(net.layers[name], x)
+    def note(name: str, x: Tensor, keep: Tensor | None, repeated: bool) -> None:
         if name in called:
             several.add(name)
         elif name not in first:
+            if repeated and called[-1] == first[-1] and called[-1] not in earlier:
+                joined.add(name)
             first.append(name)
-            if latest[0] is x and latest[1] == what and called[-1] not in earlier:
-                together[name] = called[-1]
         called.append(name)
-        latest[:] = [x, what]
-        masked.append(net.layers[name].is_masked(x, keep))
 
-    net.watch(names, batches, call, note, start)
-    _check_mask(mask, keep, masked)
+    _observe(net, names, calibration, start, note)
     groups: list[list[str]] = []
-    for name in first:
-        mate = together.get(name)
-        if mate is not None and groups[-1][-1] == mate and not several & {name, mate}:
+    for before, name in pairwise(["", *first]):
+        if name in joined and not several & {before, name}:
             groups[-1].append(name)
         else:
             groups.append([name])
@@ -307,49 +276,38 @@ def call_order(
 
 
 class _Reached(Exception):
-    """All is seen that is wanted of a call."""
+    """A call has shown all that is needed."""
 
 
 @torch.no_grad()
 def paired_sums(
-    dense: Network,
-    small: Network,
-    names: Sequence[str],
-    batches: Iterable[Batch],
-    call: Call | None,
-    mask: Mask | None,
-    once: bool,
+    dense: Network, small: Network, names: Sequence[str], calibration: Calibration, once: bool
 ) -> dict[str, Sums]:
-    """`Sums` of layers' inputs in a network that is cut before them, with those in the dense one.
+    """`Sums` of layers' common input in a network cut before them, paired with the dense one's.
 
-    Args:
-        names: layers that are called with one input, the first of which stands for all.
-        once: they are called once, so that the call need not go on behind them.
-
-    Raises:
-        ValueError: as `input_sums`; other numbers of inputs in the two networks.
+    With ``once``, they are called once, so that a call can end at the first of them.
     """
     first, sums = names[0], Sums()
     layer = small.layers[first]
-    for batch in batches:
-        keep = _kept(batch, mask)
-        whole, cut = (_inputs(net, first, batch, call, once) for net in (dense, small))
-        if [x.shape for x in whole] != [x.shape for x in cut]:
+    for batch in calibration.batches():
+        keep = calibration.kept(batch)
+        originals, inputs = (
+            _inputs(net, first, batch, calibration.call, once) for net in (dense, small)
+        )
+        if [x.shape for x in originals] != [x.shape for x in inputs]:
             raise ValueError(
                 f"layer {first!r} has other numbers of inputs once layers before it are cut; "
                 "calibrate without sequential=True"
             )
-        for x, other in zip(cut, whole, strict=True):
-            for block, original in zip(
-                layer.blocks(x, keep), layer.blocks(other, keep), strict=True
-            ):
+        for pair in zip(inputs, originals, strict=True):
+            for block, original in zip(*(layer.blocks(x, keep) for x in pair), strict=True):
                 sums.add(len(block), *layer.sums(block, original))
     sums.check(first)
     return dict.fromkeys(names, sums) if sums.count else {}
 
 
 def _inputs(net: Network, name: str, batch: Batch, call: Call | None, once: bool) -> list[Tensor]:
-    """Copies of what a layer is called with."""
+    """Copies of a layer's inputs in a call."""
     seen: list[Tensor] = []
 
     def note(name: str, inputs: tuple[Tensor, ...]) -> None:

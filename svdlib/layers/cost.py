@@ -27,30 +27,27 @@ from svdlib.network.timing import WHOLE_MODEL, seconds_of
 def cost(
     model: nn.Module, x: Batches, *, call: Call | None = None, repeats: int = 20
 ) -> pd.DataFrame:
-    """Parameters, bytes, multiply-adds and measured seconds, by layer and in all.
+    """Parameters, bytes, multiply-adds and measured seconds, per layer and of the whole model.
 
-    The model runs in evaluation mode on the inputs ``x``, turn by turn with its dense twin
-    (`merge`), so that whatever disturbs the machine disturbs both. Seconds are medians after a
-    run that is not counted; a layer's are those of its own forward call, and the whole model's
-    are measured in runs of their own, without the clock between layers.
+    The model runs in evaluation mode, in turns with its dense twin (`merge`), so that both suffer
+    alike from a busy machine. Seconds are medians after a run that is not counted. The whole
+    model's are from separate runs, without the clock between layers.
 
     Args:
         model: any module; its layers that hold a matrix, dense or `LowRank`, have a row each.
-        x: inputs of the size whose latency matters, on the model's device: a tensor, or a tuple
-            or mapping of several, or an iterable of batches, such as a DataLoader, of which the
-            first is taken. Targets are left out as in `factorize`.
+        x: inputs of the size whose latency matters, as ``calibration`` in `factorize`, on the
+            model's device; of an iterable of batches the first is taken.
         call: ``call(model, batch)`` calls the model on them in another way.
         repeats: timed runs.
 
     Returns:
-        a row a layer, and at last ``"whole model"``: layer, rank (of a factorized layer, else
-        NaN), parameters, bytes, multiply_adds (for all of ``x``), seconds, and for the dense
-        twin dense_parameters, dense_bytes, dense_multiply_adds, dense_seconds. Parameters of
-        other layers are in the whole model's row; multiply-adds are all products with the weights
-        of the layers listed, also where the model reads a weight without calling its layer.
+        one row per layer, and last ``"whole model"`` with all parameters: layer, rank (NaN of a
+        dense layer), parameters, bytes, multiply_adds (with the weights of the layers, called or
+        read by the model, for all of ``x``), seconds, and for the dense twin dense_parameters,
+        dense_bytes, dense_multiply_adds, dense_seconds.
 
     Raises:
-        ValueError: empty inputs, or such as the model does not take; repeats below 1.
+        ValueError: inputs that are empty or that the model does not take; repeats below 1.
 
     >>> from svdlib import factorize
     >>> small = factorize(nn.Sequential(nn.Linear(100, 80)), 10)
@@ -65,15 +62,14 @@ def cost(
     given = {"": model, "dense_": merge(model)}
     nets = {prefix: Network.to_measure(twin, merge=False) for prefix, twin in given.items()}
     tables = {prefix: counted(net, x, call) for prefix, net in nets.items()}
-    runs: dict[str, list[dict[str, float]]] = {prefix: [] for prefix in nets}
-    for _ in range(1 + repeats):
-        for prefix, twin in given.items():
-            runs[prefix].append(seconds_of(nets[prefix], twin, x, call))
+    runs = [
+        {prefix: seconds_of(nets[prefix], twin, x, call) for prefix, twin in given.items()}
+        for _ in range(1 + repeats)
+    ]
     for prefix, table in tables.items():
-        timed = pd.DataFrame(runs[prefix][1:]).median()
-        table["seconds"] = timed.reindex(table.index)
-    table = tables[""].join(tables["dense_"].drop(columns="rank").add_prefix("dense_"))
-    return table.rename_axis("layer").reset_index()
+        table["seconds"] = pd.DataFrame([run[prefix] for run in runs[1:]]).median()
+    dense = tables["dense_"].drop(columns="rank").add_prefix("dense_")
+    return tables[""].join(dense).rename_axis("layer").reset_index()
 
 
 def latency(model: nn.Module, x: Tensor, repeats: int = 50) -> float:
@@ -87,36 +83,30 @@ def latency(model: nn.Module, x: Tensor, repeats: int = 50) -> float:
 
 
 def counted(net: Network, x: Batch, call: Call | None) -> pd.DataFrame:
-    """What of `cost` needs no clock, by layer.
-
-    >>> counted(Network(nn.Linear(3, 2)), torch.rand(5, 3), None).multiply_adds.tolist()
-    [30, 30]
-    """
+    """The columns of `cost` that need no clock, by layer."""
     products = _Products(net.layers)
     # Hooks also keep torch from fused operations, in which no product is seen.
-    with net.hooked(net.layers, products.leave, products.enter), products:
+    enter = lambda name, _: products.called.append(name)
+    leave = lambda name, *_: products.called.remove(name)
+    with net.hooked(net.layers, leave, enter), products:
         run(net.model, x, call)
     work = products.work
-    rows = []
-    for name, layer in {**net.layers, WHOLE_MODEL: None}.items():
-        parameters = list((layer.module if layer else net.model).parameters())
-        rows.append(
-            {
-                "layer": name,
-                "rank": float(layer.max_rank) if layer and layer.is_factorized else math.nan,
-                "parameters": sum(p.numel() for p in parameters),
-                "bytes": sum(p.numel() * p.element_size() for p in parameters),
-                "multiply_adds": work[name] if layer else sum(work.values()),
-            }
-        )
-    return pd.DataFrame(rows).set_index("layer")
+    layers = net.layers.values()
+    parts = [list(part.parameters()) for part in (*(layer.module for layer in layers), net.model)]
+    table = pd.DataFrame(index=[*net.layers, WHOLE_MODEL])
+    ranks = [layer.max_rank if layer.is_factorized else math.nan for layer in layers]
+    table["rank"] = [*ranks, math.nan]
+    table["parameters"] = [sum(p.numel() for p in part) for part in parts]
+    table["bytes"] = [sum(p.nbytes for p in part) for part in parts]
+    table["multiply_adds"] = [*work.values(), sum(work.values())]
+    return table
 
 
 class _Products(TorchDispatchMode):
-    """Multiply-adds with the weights of these layers, whoever multiplies by them.
+    """Counts multiply-adds with the weights of these layers, whoever multiplies by them.
 
     A module may read a layer's weight without calling the layer, as ``nn.MultiheadAttention``
-    does; of a factorized layer, that multiplies the factors at each reading. So tensors are told
+    does; each such reading of a factorized layer multiplies its factors. So weights are recognized
     by their storage, which views share, and a product of two factors counts as their layer's.
     """
 
@@ -128,16 +118,8 @@ class _Products(TorchDispatchMode):
             for weight in layer.weights or (layer.weight,):
                 place = weight.untyped_storage().data_ptr()
                 self.owners.setdefault(place, []).append(name)
-        self.kept: list[Tensor] = []
-        self.called: list[str] = []
-
-    def enter(self, name: str, inputs: object) -> None:
-        """A layer is called."""
-        self.called.append(name)
-
-    def leave(self, name: str, inputs: object, output: object) -> None:
-        """Its call is over."""
-        self.called.pop()
+        self.kept: list[Tensor] = []  # so that their storage is not used again
+        self.called: list[str] = []  # layers, from the outermost on
 
     def owner(self, tensor: Tensor) -> str | None:
         """The layer whose weight a tensor is; of several, the one that is being called."""
@@ -154,8 +136,8 @@ class _Products(TorchDispatchMode):
             return function(*args, **(kwargs or {})) if result is NotImplemented else result
         result = function(*args, **(kwargs or {}))
         left, right = (args[place] for place in PRODUCTS[operation])
-        names = [self.owner(t) for t in (left, right)]
-        name = names[0] if names[1] is None else names[1]
+        first, second = self.owner(left), self.owner(right)
+        name = first if second is None else second
         if name is None:
             return result
         if operation == "convolution":
@@ -165,21 +147,16 @@ class _Products(TorchDispatchMode):
             self.work[name] += left.numel() * len(right)
         else:
             self.work[name] += result.numel() * left.shape[-1]
-        if names[0] == names[1]:
+        if first == second:
             self.kept.append(result)
             self.owners[result.untyped_storage().data_ptr()] = [name]
         return result
 
 
-# Operations that multiply matrices, and the places of the two factors among their arguments. Of
-# torch's fused attention, the last product: tokens with the matrix of the output.
+# Operations that multiply matrices, and the places of both factors among their arguments; of
+# torch's fused attention, those of its last product, tokens with the matrix of the output.
 PRODUCTS = {
-    "mm": (0, 1),
-    "bmm": (0, 1),
-    "mv": (0, 1),
-    "addmm": (1, 2),
-    "baddbmm": (1, 2),
-    "addmv": (1, 2),
-    "convolution": (0, 1),
+    **dict.fromkeys(("mm", "bmm", "mv", "convolution"), (0, 1)),
+    **dict.fromkeys(("addmm", "baddbmm", "addmv"), (1, 2)),
     "_native_multi_head_attention": (0, 7),
 }

@@ -25,31 +25,27 @@ def project_(
 ) -> nn.Module:
     """Replace weight matrices of any module by low-rank approximations, in place.
 
-    Every Linear, convolution (as its out × (in·kh·kw) matrix, one a group), transposed one,
-    Embedding and Conv1D of the transformers library takes part, or those named. Of an
-    ``nn.MultiheadAttention`` these are q_proj, k_proj and v_proj, the three blocks of its
-    ``in_proj_weight``, and out_proj. Of a `LowRank` layer, the second factor is projected so that
-    its product with the first is the best of that rank. A weight that layers share, such as an
-    embedding's and an output layer's, is cut for all of them. Biases, ``requires_grad`` and
-    optimizer state are left alone, and nothing leaves the device. A rank at or above a matrix's
-    smaller side leaves it untouched.
+    This is done to every Linear, Embedding, convolution (as its out × (in·kh·kw) matrix, one per
+    group), transposed convolution, and Conv1D of the transformers library, or to those named. An
+    ``nn.MultiheadAttention`` has the layers q_proj, k_proj, v_proj and out_proj. Of a `LowRank`
+    layer the second factor is projected, so that the product is the best of that rank. A shared
+    weight is cut for all its layers. A matrix that can have no higher rank stays as it is.
 
-    What a module reads itself, without a layer, takes part only by the name of its parameter, as
-    "lstm.weight_hh_l0" of an LSTM or "bag.weight" of an EmbeddingBag: its rows by all the rest.
+    A parameter that a module reads without a layer is cut only by name, as "lstm.weight_hh_l0" of
+    an LSTM or "bag.weight" of an EmbeddingBag: its rows by all the rest.
 
     Args:
-        model: the module, changed in place and returned.
-        rank: one for all layers, or {layer or parameter name: rank} for those named, as
-            `reveal_ranks` gives it.
-        method: "truncsvd" or "rsvd", the latter with ``oversample``, ``power_iters`` and
-            ``generator`` as in `randomized_svd`.
+        model: the module, changed in place and returned; no optimizer state or ``requires_grad``
+            changes.
+        rank: one for all layers, or {layer or parameter name: rank}, as from `reveal_ranks`.
+        method: "truncsvd", or "rsvd" with ``oversample``, ``power_iters`` and ``generator`` as in
+            `randomized_svd`.
 
     Raises:
-        ValueError: an unknown method or layer name, a rank below 1 or not whole, a model
-            without such layers, non-finite weights, a named layer whose weight is computed from
-            other parameters (``weight_norm``, pruning), or is shared with a layer of which the
-            same rank is not asked. The model is then untouched. A layer with a computed weight
-            that is not named is left as it was, with a warning.
+        ValueError: an unknown method or layer, a rank below 1 or not whole, a model without
+            matrices, non-finite weights, a named layer whose weight is computed from other
+            parameters, as by ``weight_norm`` or pruning (unless named, it is left with a warning),
+            or shared with a layer that is to have another rank. The model is then untouched.
 
     >>> model = nn.Sequential(nn.Linear(20, 15), nn.ReLU(), nn.Linear(15, 10))
     >>> _ = project_(model, rank=4)

@@ -1,4 +1,4 @@
-"""Factorized networks on disk: safetensors with their ranks inside, never a pickle."""
+"""Factorized networks on disk: safetensors with their ranks inside, never a pickle; and ONNX."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ FORMAT = 2
 def save_factorized(model: nn.Module, path: str | Path) -> None:
     """Write a model's tensors and ranks to ``path``, one safetensors file.
 
-    The ranks are in the file's own metadata, as JSON under "svdlib", such as
-    {"format": 2, "ranks": {"0": 10}}. A file that is there is replaced once the new one is whole.
+    The ranks are in the file's metadata, as JSON under "svdlib". An existing file is replaced once
+    the new one is complete.
 
     Raises:
-        ValueError: ``path`` is there and no file, or in no folder.
+        ValueError: ``path`` exists and is no file, or its folder does not exist.
 
     >>> from svdlib import factorize
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -44,33 +44,30 @@ def save_factorized(model: nn.Module, path: str | Path) -> None:
     """
     path = _place(path)
     ranks = {name: layer.rank for name, layer in low_rank_layers(model).items()}
-    told = {"svdlib": json.dumps({"format": FORMAT, "ranks": ranks})}
+    metadata = {"svdlib": json.dumps({"format": FORMAT, "ranks": ranks})}
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".part-") as part:
-        save_model(model, f"{part}/tensors", metadata=told)
+        save_model(model, f"{part}/tensors", metadata=metadata)
         _put(Path(part, "tensors"), path)
 
 
 @threads.making()
 def load_factorized(model: nn.Module, path: str | Path) -> nn.Module:
-    """A model as it was saved: a copy of its dense architecture with the factors put in.
+    """The model that `save_factorized` wrote: a copy of a dense one with the factors put in.
 
     Args:
-        model: of the same architecture, dense, with any weights; not changed. The copy stays on
-            its device.
+        model: of the same architecture, dense, with any weights; not changed. The copy is on its
+            device.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a damaged file, or one that does not fit the model: other layers, shapes,
-            types or ranks.
+        ValueError: a damaged file, or layers, shapes, types or ranks that do not fit the model.
 
     >>> from svdlib import factorize
     >>> model = nn.Sequential(nn.Linear(9, 9))
-    >>> small = factorize(model, 2)
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_factorized(small, f"{folder}/small.safetensors")
-    ...     again = load_factorized(model, f"{folder}/small.safetensors")
-    >>> torch.equal(again[0].weight, small[0].weight)
-    True
+    ...     save_factorized(factorize(model, 2), f"{folder}/small.safetensors")
+    ...     load_factorized(model, f"{folder}/small.safetensors")[0].rank
+    2
     """
     path = Path(path)
     if not path.is_file():
@@ -88,11 +85,11 @@ def load_factorized(model: nn.Module, path: str | Path) -> nn.Module:
     for name, thin in thin_twins({name: net.layers[name] for name in ranks}, ranks).items():
         net.put(name, thin)
     loaded = net.closed()
-    types = {name: tensor.dtype for name, tensor in loaded.state_dict().items()}
+    own = loaded.state_dict()
     try:
         for name, tensor in load_file(path).items():
-            if tensor.dtype != types.get(name, tensor.dtype):
-                raise RuntimeError(f"{name} is {types[name]} in the model, not {tensor.dtype}")
+            if name in own and tensor.dtype != own[name].dtype:
+                raise RuntimeError(f"{name} is {own[name].dtype} in the model, not {tensor.dtype}")
         load_model(loaded, path, device=str(next(loaded.parameters()).device))
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path} does not fit the model: {error}") from None
@@ -109,21 +106,18 @@ def export_onnx(
 ) -> None:
     """Write a model as ONNX for inputs like ``x`` (any batch size), checked by onnxruntime.
 
-    Needs the extra ``svdlib[onnx]``. The file is put in place only if onnxruntime gives the
-    model's own outputs.
+    Needs the extra ``svdlib[onnx]``. The file is kept if onnxruntime gives the model's outputs.
 
     Args:
-        x: example inputs, at least two of them, on the model's device: a tensor, or a tuple or
-            mapping of several, or an iterable of batches, such as a DataLoader, of which the
-            first is taken. Targets are left out as in `factorize`. In the file a tensor is "x",
-            several are "x0", "x1", …, or have a mapping's names, and the output is "y".
+        x: at least two example inputs on the model's device, as in `cost`. In the file one tensor
+            is "x"; several are "x0", "x1", … or have a mapping's names. The output is "y".
         call: ``call(model, batch)`` calls the model on them in another way.
         tolerance: largest admissible difference, relative to the largest output.
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed.
-        ValueError: onnxruntime's outputs differ, the model puts out something else than one
-            tensor or an output with logits, it does not take the inputs, inputs in a type that numpy lacks, ``path`` is there and no file.
+        ValueError: onnxruntime's outputs differ; inputs that the model or numpy does not take;
+            outputs other than one tensor or logits; ``path`` as in `save_factorized`.
     """
     batch = first_batch(x)
     if any(tensor.dtype == torch.bfloat16 for tensor in tensors(batch)):
@@ -136,76 +130,67 @@ def export_onnx(
     path = _place(path)
     with torch.no_grad(), evaluating(model):
         expected = prepared(model, copied(batch), call)()
-    whole: nn.Module = model
+    exported: nn.Module = model
     if call is not None or not isinstance(batch, Tensor) or not isinstance(expected, Tensor):
-        whole = _OfTensors(model, batch, call)
-        batch, expected = whole.batch, getattr(expected, "logits", expected)
+        exported = _OfTensors(model, batch, call)
+        batch, expected = exported.batch, getattr(expected, "logits", expected)
     if not torch.is_tensor(expected):
         raise ValueError(f"the model must put out one tensor, not {type(expected).__name__}")
     inputs, names = tensors(copied(batch)), _names(batch)
     many = torch.export.Dim("batch")
     shapes = tuple({0: many} if len(x) == len(inputs[0]) else None for x in inputs)
     folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=".part-")
-    with folder as part, evaluating(whole), warnings.catch_warnings():
+    with folder as part, evaluating(exported), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "# The axis name")  # of inputs that share the first
         file = f"{part}/model.onnx"
         torch.onnx.export(
-            whole,
+            exported,
             tuple(inputs),
             file,
             dynamo=True,
             external_data=False,
-            dynamic_shapes=shapes if whole is model else (shapes,),
+            dynamic_shapes=shapes if exported is model else (shapes,),
             input_names=names,
             output_names=["y"],
             verbose=False,
         )
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        wired = {each.name for each in session.get_inputs()}
-        given = zip(names, tensors(batch), strict=True)
-        (found,) = session.run(None, {name: x.cpu().numpy() for name, x in given if name in wired})
-        wanted = expected.cpu().double()
-        off = (torch.from_numpy(found).double() - wanted).abs().max().item()
-        if not off <= tolerance * wanted.abs().max().item():
+        used = {node.name for node in session.get_inputs()}
+        values = zip(names, tensors(batch), strict=True)
+        (found,) = session.run(None, {name: x.cpu().numpy() for name, x in values if name in used})
+        expected = expected.cpu().double()
+        difference = (torch.from_numpy(found).double() - expected).abs().max().item()
+        largest = expected.abs().max().item()
+        if not difference <= tolerance * largest:
             raise ValueError(
-                f"onnxruntime's outputs differ by {off:.2g} where the largest is "
-                f"{wanted.abs().max().item():.2g}"
+                f"onnxruntime's outputs differ by {difference:.2g}; the largest is {largest:.2g}"
             )
         _put(Path(file), path)
 
 
 class _OfTensors(nn.Module):
-    """A model that is called on a batch, as a function of the batch's tensors."""
+    """A model as a function of a batch's tensors, which gives its output or the logits of it."""
 
     def __init__(self, model: nn.Module, batch: Batch, call: Call | None) -> None:
         super().__init__()
-        self.model, self.batch, self.call = model, batch, call
-        if call is None:  # without targets
+        if call is None:
             inputs = prepared(model, batch, None)
-            self.batch = inputs.keywords or inputs.args[1:]
+            batch = inputs.keywords or inputs.args[1:]  # without targets
+            named = isinstance(batch, Mapping)
+            call = lambda model, batch: model(**batch) if named else model(*batch)
+        self.model, self.batch, self.call = model, batch, call
 
     def forward(self, *values: Tensor) -> Any:
-        """The output, or its logits."""
         left = iter(values)
-        batch = rebuilt(self.batch, lambda _: next(left))
-        if self.call is not None:
-            output = self.call(self.model, batch)
-        elif isinstance(batch, Mapping):
-            output = self.model(**batch)
-        else:
-            output = self.model(*batch)
+        output = self.call(self.model, rebuilt(self.batch, lambda _: next(left)))
         return getattr(output, "logits", output)
 
 
 def _names(batch: Batch) -> list[str]:
-    """What a batch's tensors are called.
-
-    >>> _names(torch.ones(2)), _names((torch.ones(2), torch.ones(2)))
-    (['x'], ['x0', 'x1'])
-    """
-    if isinstance(batch, Mapping) and len(tensors(batch)) == len(batch):
-        return [str(name) for name in batch]
+    """The names of a batch's tensors in the file."""
     number = len(tensors(batch))
+    if isinstance(batch, Mapping) and number == len(batch):
+        return [str(name) for name in batch]
     return ["x"] if number == 1 else [f"x{place}" for place in range(number)]
 
 
@@ -229,14 +214,14 @@ def _put(file: Path, path: Path) -> None:
 
 def _read_ranks(file: Path) -> dict[str, int]:
     try:
-        with safe_open(file, "pt") as tensors:
-            told = tensors.metadata() or {}
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{file} does not fit the model: {error}") from None
-    if "svdlib" not in told:
+    if "svdlib" not in metadata:
         raise ValueError(f"{file} tells no ranks; save_factorized writes them into the file")
     try:
-        content = json.loads(told["svdlib"])
+        content = json.loads(metadata["svdlib"])
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r}, this version reads {FORMAT}")
         return {

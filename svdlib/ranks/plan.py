@@ -19,31 +19,25 @@ HALVINGS = 7
 
 @dataclass(frozen=True)
 class Plan:
-    """Ranks under any budget.
+    """Ranks under any budget."""
 
-    Args:
-        options: what each weight may become, by its first layer.
-        ties: for each of these all layers with that weight.
-        fixed, total: what all else costs, and the whole model.
-        budget: what was asked for, in words.
-    """
-
-    options: Mapping[str, Choices]
-    ties: Mapping[str, list[str]]
-    fixed: float
-    total: float
-    budget: str
+    options: Mapping[str, Choices]  # of each weight, by its first layer
+    ties: Mapping[str, list[str]]  # all layers with each weight, by the first
+    fixed: float  # cost of everything else
+    total: float  # cost of the whole model
+    budget: str  # in words
 
     @property
-    def least(self) -> float:
+    def smallest_cost(self) -> float:
+        """Cost of the model with the lowest ranks."""
         return self.fixed + least(self.options)
 
     def ranks(self, spent: float) -> dict[str, int]:
-        """Those below full rank, of a model that costs at most so much."""
-        if spent < self.least:
+        """The ranks below full rank of a model that costs at most ``spent``."""
+        if spent < self.smallest_cost:
             raise ValueError(
-                f"{self.budget} can't be met: with the lowest ranks in all layers that can be factorized "
-                f"{self.least / self.total:.4f} of the whole model is left"
+                f"{self.budget} can't be met: with the lowest ranks in all layers that can be "
+                f"factorized {self.smallest_cost / self.total:.4f} of the whole model is left"
             )
         found = allocate(self.options, spent - self.fixed)
         return {
@@ -54,31 +48,28 @@ class Plan:
         }
 
     def without(self, names: Collection[str]) -> Plan:
-        """With these layers dense."""
+        """The plan with these layers dense."""
+        if not names:
+            return self
         options = dict(self.options)
-        for first, each in self.options.items():
+        for first, choice in self.options.items():
             if set(names) & set(self.ties[first]):
-                options[first] = Choices(each.ranks[-1:], each.costs[-1:], each.errors[-1:])
-        budget = f"{self.budget} with faster=True"
-        return replace(self, options=options, budget=budget) if names else self
+                options[first] = Choices(choice.ranks[-1:], choice.costs[-1:], choice.errors[-1:])
+        return replace(self, options=options, budget=f"{self.budget} with faster=True")
 
     def smallest(
         self, added: Callable[[Mapping[str, int]], float], increase: float, progress: bool
     ) -> float:
-        """The smallest cost of a network found to add no more loss, by halving the interval.
-
-        Args:
-            added: measures the loss that ranks add.
-        """
-        low, high = self.least, self.total
-        for step in bar(range(1 + HALVINGS), progress=progress, desc="budgets", leave=False):
-            middle = (low + high) / 2 if step else low
+        """The smallest cost at which ranks are found to have ``added(ranks)`` ≤ ``increase``."""
+        low, high = self.smallest_cost, self.total
+        if added(self.ranks(low)) <= increase:
+            return low
+        for _ in bar(range(HALVINGS), progress=progress, desc="budgets", leave=False):
+            middle = (low + high) / 2
             if added(self.ranks(middle)) <= increase:
                 high = middle
             else:
                 low = middle
-            if high == self.least:
-                break
         return high
 
 
@@ -86,33 +77,25 @@ def plan_of(
     net: Network,
     layers: Mapping[str, Layer],
     errors: Mapping[str, np.ndarray],
-    worth: pd.Series,
+    costs: pd.Series,
     multiple_of: int,
     budget: str,
 ) -> Plan:
-    """What there is to choose from, by what each layer is worth, and at last the whole model.
-
-    Args:
-        worth: parameters or multiply-adds.
-
-    Raises:
-        ValueError: no layer gets cheaper at any rank.
-    """
+    """The plan for these layers, by their parameters or multiply-adds, last the whole model's."""
     first = net.first_of_ties(layers)
-    groups: dict[str, list[str]] = {}
+    ties: dict[str, list[str]] = {}
     for name in layers:
-        groups.setdefault(first.get(name, name), []).append(name)
-    options, total = {}, float(worth.iloc[-1])
-    fixed = total
-    for name, names in groups.items():
-        (m, n), whole = layers[name].shape, float(layers[name].weight.numel())
-        if worth.name == "multiply_adds":
+        ties.setdefault(first.get(name, name), []).append(name)
+    options, fixed = {}, float(costs.iloc[-1])
+    for name, names in ties.items():
+        (m, n), cost = layers[name].shape, float(layers[name].weight.numel())
+        if costs.name == "multiply_adds":
             # an embedding multiplies nothing until it is factorized
-            multiplies = all(layers[each].multiplies for each in names)
-            whole = float(worth[names].sum()) if multiplies else 0.0
-        if whole > 0 and layers[name].max_factor_rank >= multiple_of:
-            options[name] = choices(m, n, errors[name], cost=whole, multiple_of=multiple_of)
-            fixed -= whole
+            multiplies = all(layers[tied].multiplies for tied in names)
+            cost = float(costs[names].sum()) if multiplies else 0.0
+        if cost > 0 and layers[name].max_factor_rank >= multiple_of:
+            options[name] = choices(m, n, errors[name], cost=cost, multiple_of=multiple_of)
+            fixed -= cost
     if not options:
         raise ValueError("no layer of those asked for gets cheaper at any rank")
-    return Plan(options, groups, fixed, total, budget)
+    return Plan(options, ties, fixed, float(costs.iloc[-1]), budget)

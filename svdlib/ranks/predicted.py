@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svdlib import checks, threads
-from svdlib.network.batches import batches, copied
+from svdlib.network.batches import Batch, batches, copied
 from svdlib.network.calls import class_losses
 from svdlib.network.chain import CACHED, task_of
 from svdlib.network.kinds import Layer
@@ -35,31 +35,25 @@ def predicted_profile(
     """A loss profile that is predicted, for layers of any module: no rank is tried.
 
     Cutting W = Σ σ_i u_i v_iᵀ to rank j takes Σ_{i>j} σ_i u_i (v_iᵀ h) from the layer's output z.
-    With δ = ∂ℓ/∂z, the gradient of an image's loss, that image's loss changes to first order by
-    −Σ_{i>j} t_i, where t_i = σ_i (u_iᵀ δ)(v_iᵀ h), summed over the places of a layer that is
-    applied at several, and over the layers that share the weight. All t_i come from one forward
-    and backward pass.
+    With δ = ∂ℓ/∂z, the gradient of an image's loss, it changes to first order by −Σ_{i>j} t_i,
+    where t_i = σ_i (u_iᵀ δ)(v_iᵀ h), summed over the places of a layer that is applied at several
+    and over the layers that share the weight. One forward and backward pass gives all t_i.
 
-    - ``"output"``: the part of the output's square that the cut takes,
-      E‖Σ_{i>j} σ_i u_i v_iᵀ h‖² / E‖W h‖², as activation-aware methods weigh singular values
-      (Yuan et al. 2023, ASVD; the exact error for a cut at the layer's own singular vectors).
-      An error, no loss.
+    - ``"output"``: E‖Σ_{i>j} σ_i u_i v_iᵀ h‖² / E‖W h‖², the part of the output's square that is
+      cut (Yuan et al. 2023, ASVD; exact for a cut at the layer's own singular vectors), no loss.
     - ``"gradient"``: |E Σ_{i>j} t_i|, the first order (Molchanov et al. 2017 for channels).
     - ``"fisher"``: ½ E (Σ_{i>j} t_i)², the second order with the empirical Fisher matrix for the
       Hessian (Theis et al. 2018; LeCun et al. 1990 with its diagonal).
 
     Args:
-        model: a module of layers that hold a matrix, see `LowRank`; called in evaluation mode,
-            left as it was. Grouped and transposed convolutions are left out, with a warning.
-        x, y: inputs (n, …) and labels (n,), on the model's device; no batches, as `loss_profile`
-            takes them.
+        model: as in `loss_profile`; a warning names grouped and transposed convolutions, left out.
+        x, y: inputs (n, …) and labels (n,), on the model's device; no batches.
         by: one of the names above.
         memory: bytes that intermediate results may take, about.
 
     Returns:
-        the columns of `loss_profile`, one row a layer and rank, with what is predicted as
-        ``increase``, its standard error over images as ``se`` (0 for "output"), and ``loss`` the
-        network's own plus the increase; no accuracy. `reveal_ranks` takes it.
+        the columns of `loss_profile` but accuracy, for `reveal_ranks`: increase is the prediction,
+        se its standard error over images (0 for "output"), loss the network's own plus increase.
 
     Raises:
         ValueError: as `loss_profile`; an unknown method.
@@ -88,28 +82,27 @@ def predicted_profile(
     net.warn()
     with net.measuring(), threads.making():
         task = task_of(net, x, y, memory=memory)
-        factors: dict[str, Factors] = {
-            name: tuple(torch.linalg.svd(layer.matrix(), full_matrices=False))
-            for name, layer in layers.items()
-        }
         shared = net.first_of_ties(layers)
-        for name, first in shared.items():
+        owners = {name: shared.get(name, name) for name in layers}
+        factors: dict[str, Factors] = {}
+        for name, layer in layers.items():
+            if (first := owners[name]) == name:
+                factors[name] = tuple(torch.linalg.svd(layer.matrix(), full_matrices=False))
+                continue
             U, S, Vh = factors[first]
-            turned = layers[name].transposed != layers[first].transposed
-            factors[name] = (Vh.mT, S, U.mT) if turned else (U, S, Vh)
+            is_turned = layer.transposed != layers[first].transposed
+            factors[name] = (Vh.mT, S, U.mT) if is_turned else (U, S, Vh)
         loss = task.measure()
         size = task.size if task.mixes else min(task.size or 1, max(1, CACHED // task.width))
         terms: dict[str, list[Tensor]] = {name: [] for name in layers}
         for batch in batches((x, y), size):
             for name, found in _terms(net, layers, factors, batch, by):
                 terms[name].append(found)
-    each = {name: torch.cat(found).double() for name, found in terms.items()}
-    total = {name: each[name] for name in layers if shared.get(name, name) == name}
-    for name, first in shared.items():
-        total[first] = total[first] + each[name] if name != first else total[first]
-    tables = [
-        _table(name, factors[name], total[shared.get(name, name)], by, loss) for name in layers
-    ]
+    totals: dict[str, Tensor] = {}
+    for name, first in owners.items():
+        found = torch.cat(terms[name]).double()
+        totals[first] = totals[first] + found if first in totals else found
+    tables = [_table(name, factors[name], totals[owners[name]], by, loss) for name in layers]
     profile = pd.concat(tables, ignore_index=True)
     if shared:
         profile["shared"] = profile.layer.replace(shared)
@@ -118,11 +111,7 @@ def predicted_profile(
 
 
 def _terms(
-    net: Network,
-    layers: Mapping[str, Layer],
-    factors: Mapping[str, Factors],
-    batch: tuple[Tensor, Tensor],
-    by: str,
+    net: Network, layers: Mapping[str, Layer], factors: Mapping[str, Factors], batch: Batch, by: str
 ) -> Iterator[tuple[str, Tensor]]:
     """Each layer's t_i of each image (b, k), or the squares of its terms' outputs for "output"."""
     codes: dict[str, Tensor] = {}
@@ -137,38 +126,32 @@ def _terms(
 
     with torch.set_grad_enabled(by != "output"), net.hooked(layers, after=note):
         losses = class_losses(net.model, copied(batch))[0].sum()
-    gradients = torch.autograd.grad(losses, list(outputs.values())) if by != "output" else ()
-    for number, (name, code) in enumerate(codes.items()):
+    gradients: dict[str, Tensor] = {}
+    if by != "output":
+        found = torch.autograd.grad(losses, list(outputs.values()))
+        gradients = dict(zip(outputs, found, strict=True))
+    for name, code in codes.items():
         (U, S, _), dim = factors[name], layers[name].feature_dim
         code = code.movedim(dim, -1)
         if by == "output":
-            found = (code * S).square()
+            terms = (code * S).square()
         else:
-            found = code * (gradients[number].movedim(dim, -1).to(U.dtype) @ (U * S))
-        yield name, found.flatten(1, -2).sum(1) if found.ndim > 2 else found
+            terms = code * (gradients[name].movedim(dim, -1).to(U.dtype) @ (U * S))
+        yield name, terms.flatten(1, -2).sum(1) if terms.ndim > 2 else terms
 
 
 def _table(name: str, factors: Factors, terms: Tensor, by: str, loss: float) -> pd.DataFrame:
     U, S, Vh = factors
-    # Σ_{i>j} for j = 0 … k.
-    left = F.pad(terms.flip(1).cumsum(1).flip(1), (0, 1))
-    n = len(left)
+    tails = F.pad(terms.flip(1).cumsum(1).flip(1), (0, 1))  # Σ_{i>j} for j = 0 … k
+    n, se = len(tails), torch.zeros(tails.shape[1])
     if by == "output":
-        mean, se = left.mean(0), torch.zeros(left.shape[1])
+        mean = tails.mean(0)
         mean = mean / mean[0].clamp(min=1e-300)
     else:
-        each = left.square() / 2 if by == "fisher" else -left
-        mean = each.mean(0).abs()
-        se = each.std(0) / math.sqrt(n) if n > 1 else torch.zeros(left.shape[1])
-    return pd.DataFrame(
-        {
-            "layer": name,
-            "rank": range(left.shape[1]),
-            "loss": (loss + mean).tolist(),
-            "increase": mean.tolist(),
-            "se": se.tolist(),
-            "rows": len(U),
-            "columns": Vh.shape[1],
-            "sigma": [math.nan, *S.tolist()],
-        }
-    )
+        changes = tails.square() / 2 if by == "fisher" else -tails
+        mean = changes.mean(0).abs()
+        se = changes.std(0) / math.sqrt(n) if n > 1 else se
+    numbers = {"loss": loss + mean, "increase": mean, "se": se}
+    columns = {column: values.tolist() for column, values in numbers.items()}
+    matrix = {"rows": len(U), "columns": Vh.shape[1], "sigma": [math.nan, *S.tolist()]}
+    return pd.DataFrame({"layer": name, "rank": range(tails.shape[1]), **columns, **matrix})

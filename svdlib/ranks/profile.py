@@ -30,52 +30,46 @@ def loss_profile(
 ) -> pd.DataFrame:
     """The network's loss with one layer at a time cut to each rank, and the others as they are.
 
-    The paper's Algorithm 3 asks for this and takes an SVD and a whole forward pass for each
-    layer and rank. Here, in an ``nn.Sequential``, each layer takes one SVD W = Σ σ_j u_j v_jᵀ
-    and its input X once, the layer's output at rank j is a nested sum
+    The paper's Algorithm 3 takes an SVD and a whole forward pass for each layer and rank. Here, in
+    an ``nn.Sequential``, each layer takes one SVD W = Σ σ_j u_j v_jᵀ and its input X once, its
+    output at rank j is a nested sum
 
         Z_0 = b,    Z_j = Z_{j−1} + σ_j u_j (v_jᵀ X),
 
-    and only the layers behind it run again. The losses are those of the paper's procedure to
-    rounding. In any other module, for other data, and for layers that share their weight or hold
-    several matrices, the whole model runs for each rank with the weight replaced.
+    and only the layers behind it run again. In other modules, for other data, and for layers that
+    share their weight or hold several matrices, the whole model runs for each rank with the weight
+    replaced. Both agree to rounding.
 
     Args:
-        model: a module of layers that hold a matrix, see `LowRank`; called in evaluation mode,
-            left as it was. A factorized layer counts as the one that it replaced, and of an
-            ``nn.MultiheadAttention`` q_proj, k_proj, v_proj and out_proj do, all as in `factorize`.
+        model: a module with layers as in `factorize`, called in evaluation mode and left as it was.
+            A factorized layer counts as the dense one that it replaced.
         x, y: inputs (n, …) and labels (n,), on the model's device. Or, without y, ``x`` is all
-            data: tensors (n, …), one, in a tuple (inputs …, targets) or in a mapping, which is
-            cut into batches; or an iterable of batches of any kind, such as a DataLoader, which
-            is looked at once and taken to the device. A list is such an iterable.
-        objective: ``objective(model, batch)`` gives the losses (n,) of a batch. By default
-            cross-entropy, of class scores (n, classes, …) with targets (n, …), or of tokens,
-            (n, …, classes), in the model's output or its ``logits``; the mean over the places of an
-            input, without those of target −100. A tuple's last part or the mapping's "labels" are
-            the targets, the others the model's arguments. `next_token_losses` is one for
-            language models.
-        accuracy: ``accuracy(model, batch)`` gives right answers (n,), 0 to 1. By default those
-            of the default objective, or NaN with another.
-        layers: names of the layers to profile, or of parameters, as `project_` takes them; all
-            layers by default.
+            data: a tensor (n, …), a tuple (inputs …, targets) or a mapping of such, or an iterable
+            of batches of any kind, such as a list or a DataLoader, read once.
+        objective: ``objective(model, batch)`` gives the losses (n,) of a batch, as does
+            `next_token_losses`. By default the cross-entropy of class scores (n, classes, …), or of
+            tokens (n, …, classes), in the model's output or its ``logits``, for targets (n, …): the
+            mean over an input's places whose target is not −100. Targets are a tuple's last part or
+            a mapping's "labels", the rest are the model's arguments.
+        accuracy: ``accuracy(model, batch)`` gives right answers (n,), 0 to 1; by default those of
+            the default objective, NaN with another.
+        layers: names of the layers to profile, all by default, or of parameters as in `project_`.
         ranks: the ranks to evaluate, capped at each layer's min(m, n); 0 … min(m, n) by default.
         memory: bytes that the stacked intermediate results may take, about.
         progress: show a progress bar.
 
     Returns:
-        one row a layer and rank: layer, rank, loss (mean of the objective), accuracy (per cent),
+        one row per layer and rank: layer, rank, loss (mean of the objective), accuracy (percent),
         increase (of the loss over the full network, paired by image), se (its standard error),
         rows and columns (the matrix's shape m × n), sigma (its singular value σ_rank, NaN at
-        rank 0), and where a layer has groups, matrices (how many of that shape, each cut to the
-        rank; sigma is their root mean square), and where layers share a weight, shared (the first
-        of those of one weight, which `reveal_ranks` counts once and gives one rank). The full
-        network's loss is in ``attrs["loss"]``.
+        rank 0). For layers with groups, matrices is their number, and sigma the root mean square
+        over them. For layers that share a weight, shared is the first of them. ``attrs["loss"]`` is
+        the full network's loss.
 
     Raises:
-        ValueError: empty data, labels of another length, batches that the model does not take, an
-            objective that gives a mean, a model without matrices, an unknown layer or one whose
-            weight is computed from other parameters, a rank below 0 or not whole, NaN or
-            infinite weights or losses.
+        ValueError: data or an objective that do not fit the model, a model without matrices, an
+            unknown layer or one whose weight is computed from other parameters, a rank below 0 or
+            not whole, NaN or infinite weights or losses.
 
     >>> import torch
     >>> _ = torch.manual_seed(0)
@@ -83,16 +77,6 @@ def loss_profile(
     >>> profile = loss_profile(net, torch.rand(20, 8), torch.arange(20) % 3, progress=False)
     >>> profile.groupby("layer")["rank"].max().to_dict()
     {'0': 6, '2': 3}
-
-    A regression, batch by batch:
-
-    >>> net = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 1))
-    >>> batches = [(torch.rand(10, 8), torch.rand(10, 1)) for _ in range(2)]
-    >>> def error(model, batch):
-    ...     return (model(batch[0]) - batch[1]).square().mean(1)
-    >>> profile = loss_profile(net, batches, objective=error, progress=False)
-    >>> bool(profile.increase[6] < 1e-6)
-    True
     """
     net = Network.to_measure(model)
     chosen = profiled_layers(net, layers)
@@ -115,11 +99,11 @@ def profile_of(
     profile = pd.concat(tables, ignore_index=True)
     if "matrices" in profile:
         profile["matrices"] = profile.matrices.fillna(1).astype(int)
-    if first:  # the same numbers of all that share a weight, and so the same rank by any rule
+    if first:  # the same numbers for all that share a weight, and so the same rank by any rule
         parts = []
         for name in layers:
-            same = profile[profile.layer == first.get(name, name)]
             rows, columns = layers[name].shape
+            same = profile[profile.layer == first.get(name, name)]
             parts.append(same.assign(layer=name, rows=rows, columns=columns))
         profile = pd.concat(parts, ignore_index=True)
         profile["shared"] = profile.layer.replace(first)
@@ -128,11 +112,7 @@ def profile_of(
 
 
 def profiled_layers(net: Network, names: Iterable[str] | None) -> dict[str, Layer]:
-    """The layers of these names, or all whose weight can be cut.
-
-    Raises:
-        ValueError: as `Network.choose`, no layer that can be profiled, NaN or infinite weights.
-    """
+    """The layers of these names, or all whose weight can be cut; their weights are finite."""
     layers = net.choose(names, "profile")
     for name, reason in net.left.items() if not layers else ():
         raise ValueError(f"no layer can be profiled, such as {name!r}: {reason}")
@@ -154,15 +134,14 @@ def search_ranks(
 ) -> dict[str, int]:
     """The smallest acceptable rank of each layer, without the whole profile.
 
-    Loss is nearly but not quite monotone in rank. So: a geometric grid of ranks, bisection
-    between its last refused and first accepted rank, and then, since a smaller rank may be
-    acceptable again, a window of ranks at a time below it until a whole window is refused.
+    Loss is nearly but not quite monotone in rank. So: a geometric grid of ranks, bisection between
+    its last refused and first accepted rank, and then windows of ranks below that, since a smaller
+    rank may be acceptable again, until a whole window is refused.
 
     Args:
-        x, y, objective, accuracy: as in `loss_profile`; an iterable of batches is looked at
-            several times.
-        accept: takes a profile and says of each row whether its rank would do, such as
-            ``lambda rows: rows.increase <= rows.se``. Full rank always will.
+        x, y, objective, accuracy: as in `loss_profile`, but read several times.
+        accept: takes a profile and says of each row whether its rank is acceptable, such as
+            ``lambda rows: rows.increase <= rows.se``. Full rank always is.
         window: ranks that must be refused in a row before the search ends, or an eighth of the
             rank found, if that is more.
 
@@ -187,11 +166,11 @@ def search_ranks(
         task = task_of(net, x, y, objective, accuracy, memory, why="search_ranks")
         layers = profiled_layers(net, None)
         net.warn()
+        first = net.first_of_ties(layers)
         found: dict[str, int] = {}
-        shared = net.first_of_ties(layers)
         for name, layer in layers.items():
-            if shared.get(name, name) in found:
-                found[name] = found[shared[name]]
+            if first.get(name, name) in found:
+                found[name] = found[first[name]]
             else:
                 (sweep,) = task.sweeps({name: layer})
                 found[name] = _smallest(sweep, layer.full_rank, accept, window)
@@ -214,9 +193,6 @@ def _smallest(
             best = middle
         else:
             low = middle
-    while best > 1:
-        better = accepted(range(max(1, best - max(window, best // 8)), best))
-        if not better:
-            break
+    while best > 1 and (better := accepted(range(max(1, best - max(window, best // 8)), best))):
         best = min(better)
     return best

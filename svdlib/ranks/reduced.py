@@ -29,15 +29,15 @@ def verify_ranks(
     objective: Objective | None = None,
     accuracy: Objective | None = None,
 ) -> dict[str, float]:
-    """What the network loses with all these layers reduced at once. Layer effects need not add.
+    """What the network loses with all these layers reduced at once: layer effects need not add.
 
     Args:
-        x, y, objective, accuracy: as in `loss_profile`.
+        x, y, memory, objective, accuracy: as in `loss_profile`.
 
     Returns:
-        loss, accuracy (per cent), increase (of the loss, paired by image), se, error_increase
-        (per cent), and parameters: of the whole model with each reduced layer stored as two
-        factors, where that is smaller.
+        loss, accuracy (percent), increase (of the loss, paired by image), se, error_increase
+        (percentage points), and the model's parameters, each reduced layer stored as two factors
+        where that is smaller.
 
     Raises:
         ValueError: as `loss_profile`, or a rank above the matrix's smaller side.
@@ -64,23 +64,22 @@ def refine_ranks(
     accuracy: Objective | None = None,
     memory: int = MEMORY,
 ) -> dict[str, int]:
-    """Raise or lower ranks until the verified loss increase meets a tolerance, cheaply stored.
+    """Raise or lower ranks until the verified loss increase meets a tolerance at low storage.
 
-    A pattern search on the network with all layers reduced at once. While the increase is above
-    the tolerance, the layer whose rank buys the most loss per parameter is raised; then each
-    layer, the one that saves most first, is lowered as long as the tolerance holds, by steps
-    that start at a quarter of its rank and halve down to one.
+    A pattern search on the network with all layers reduced at once. While the increase is above the
+    tolerance, the layer whose rank buys the most loss per parameter is raised. Then each layer, the
+    one that saves most first, is lowered as long as the tolerance holds, by steps that start at a
+    quarter of its rank and halve down to one.
 
     Args:
-        x, y: data to choose by: a validation split, never the test set. As in `loss_profile`; an
-            iterable of batches is looked at several times.
-        objective, accuracy: as in `loss_profile`.
-        ranks: where to start, as `reveal_ranks` gives it.
+        x, y: data to choose by, never the test set; as in `loss_profile`, but read several times.
+        ranks: where to start, as from `reveal_ranks`.
         tolerance: the largest admissible increase of the mean loss, at least 0.
+        objective, accuracy, memory: as in `loss_profile`.
 
     Raises:
-        ValueError: a negative or infinite tolerance, no ranks, a generator for data, or as
-            `verify_ranks`.
+        ValueError: as `verify_ranks`; a negative or infinite tolerance, no ranks, a generator for
+            data.
 
     >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
@@ -96,14 +95,15 @@ def refine_ranks(
     with net.measuring():
         task = task_of(net, x, y, objective, accuracy, memory, why="refine_ranks")
         reduced = _Reduced(model, net, ranks, task)
-        current = {name: min(rank, reduced.limit[name]) for name, rank in ranks.items()}
+        limits = {name: layer.full_rank for name, layer in reduced.layers.items()}
+        current = {name: min(rank, limits[name]) for name, rank in ranks.items()}
         # Full rank in every layer is the network itself, up to rounding.
         slack = tolerance + 1e-6 * abs(task.measure())
         while reduced.increase(current) > slack:
             raised = [
-                reduced.moved(current, name, min(rank + max(1, rank // 4), reduced.limit[name]))
+                reduced.moved(current, name, min(rank + max(1, rank // 4), limits[name]))
                 for name, rank in current.items()
-                if rank < reduced.limit[name]
+                if rank < limits[name]
             ]
             if not raised:
                 break
@@ -121,37 +121,30 @@ def refine_ranks(
 
 
 class _Reduced:
-    """The network with several layers reduced at once.
-
-    Args:
-        original: the network as it is, whose parameters count.
-        net: the same, opened.
-        names: of the layers.
-    """
+    """An opened network with several layers reduced at once; ``original``'s parameters count."""
 
     def __init__(self, original: nn.Module, net: Network, names: Iterable[str], task: Task) -> None:
         self.task = task
-        self.layers = profiled_layers(net, list(names))
-        self.factors = {}
+        self.layers = profiled_layers(net, names)
+        self.known: dict[tuple[int, ...], dict[str, float]] = {}
+        self.factors, self.max_ranks = {}, {}
+        earlier = low_rank_layers(original)
+        sizes: dict[int, int] = {}  # of weights as they are stored now
         for name, layer in self.layers.items():
             U, S, Vh = torch.linalg.svd(layer.matrix(), full_matrices=False)
             self.factors[name] = (U * S.unsqueeze(-2), Vh)
-        self.limit = {name: layer.full_rank for name, layer in self.layers.items()}
-        self.earlier = low_rank_layers(original)
-        self.known: dict[tuple[int, ...], dict[str, float]] = {}
-        now: dict[int, int] = {}
-        for name, layer in self.layers.items():
-            factors = self.earlier[name].factors if name in self.earlier else (layer,)
-            now |= {id(factor.weight): factor.weight.numel() for factor in factors}
-        self.others = sum(p.numel() for p in original.parameters()) - sum(now.values())
+            thin = earlier.get(name)
+            self.max_ranks[name] = thin.rank if thin else layer.full_rank
+            for factor in thin.factors if thin else (layer,):
+                sizes[id(factor.weight)] = factor.weight.numel()
+        self.others = sum(p.numel() for p in original.parameters()) - sum(sizes.values())
 
     def parameters(self, ranks: Mapping[str, int]) -> int:
-        """Of the whole model, each layer as two factors where that is smaller."""
-        # A weight that two layers share is there once.
-        stored = {}
-        for name, rank in ranks.items():
-            layer, earlier = self.layers[name], self.earlier.get(name)
-            stored[id(layer.weight)] = layer.stored(min(rank, earlier.rank if earlier else rank))
+        """Of the whole model, each layer as two factors where that is smaller; shared ones once."""
+        stored = {
+            id(layer.weight): layer.stored(min(ranks[name], self.max_ranks[name]))
+            for name, layer in self.layers.items()
+        }
         return self.others + sum(stored.values())
 
     def moved(self, ranks: Mapping[str, int], layer: str, rank: int) -> dict[str, int]:
@@ -163,33 +156,32 @@ class _Reduced:
     def measure(self, ranks: Mapping[str, int]) -> dict[str, float]:
         """See `verify_ranks`; each choice of ranks is measured once."""
         key = tuple(ranks[name] for name in self.layers)
-        if key not in self.known:
-            weights: dict[Tensor, Tensor] = {}
-            given: dict[int, int] = {}
-            for name, layer in self.layers.items():
-                rank = checks.positive_int(ranks[name], f"the rank of layer {name!r}", least=0)
-                if rank > layer.full_rank:
-                    raise ValueError(
-                        f"layer {name!r} has rank {layer.full_rank} at most, not {rank}"
-                    )
-                if given.setdefault(id(layer.weight), rank) != rank:
-                    raise ValueError(f"layer {name!r} shares its weight; give both the same rank")
-                if rank < layer.full_rank:
-                    weights[layer.weight] = layer.at_rank(*self.factors[name], rank)
-            both = self.task.means(lambda: [replaced(weights)], 1)
-            self.known[key] = {
-                **{name: mean for name, [_, mean] in both.items()},
-                "error_increase": both["accuracy"][0] - both["accuracy"][1],
-                "parameters": float(self.parameters(ranks)),
-            }
+        if key in self.known:
+            return self.known[key]
+        weights: dict[Tensor, Tensor] = {}
+        given: dict[int, int] = {}
+        for name, layer in self.layers.items():
+            rank = checks.positive_int(ranks[name], f"the rank of layer {name!r}", least=0)
+            if rank > layer.full_rank:
+                raise ValueError(f"layer {name!r} has rank {layer.full_rank} at most, not {rank}")
+            if given.setdefault(id(layer.weight), rank) != rank:
+                raise ValueError(f"layer {name!r} shares its weight; give both the same rank")
+            if rank < layer.full_rank:
+                weights[layer.weight] = layer.at_rank(*self.factors[name], rank)
+        means = self.task.means(lambda: [replaced(weights)], 1)
+        self.known[key] = {
+            **{name: reduced for name, [_, reduced] in means.items()},
+            "error_increase": means["accuracy"][0] - means["accuracy"][1],
+            "parameters": float(self.parameters(ranks)),
+        }
         return self.known[key]
 
     def increase(self, ranks: Mapping[str, int]) -> float:
-        """Infinite where the network gives no number."""
+        """The increase of the loss; infinite where that is no number."""
         increase = self.measure(ranks)["increase"]
         return increase if math.isfinite(increase) else math.inf
 
     def price(self, now: Mapping[str, int], then: Mapping[str, int]) -> float:
-        """Change of loss per parameter; a free change costs nothing but its loss."""
+        """Change of loss per parameter, or for one where no parameter is added."""
         spent = max(self.parameters(then) - self.parameters(now), 1)
         return (self.increase(then) - self.increase(now)) / spent

@@ -361,9 +361,9 @@ def test_a_factorized_model_is_profiled_by_its_whole_layers():
         == parameters(smaller)
         == 50 + sum(ranks[name] * size for name, size in (("0", 70), ("2", 50)))
     )
-    one = {"0": 3}
-    count = svdlib.verify_ranks(small, one, x, y)["parameters"]
-    assert count == parameters(svdlib.factorize(small, one))
+    lower = {"0": 3}
+    count = svdlib.verify_ranks(small, lower, x, y)["parameters"]
+    assert count == parameters(svdlib.factorize(small, lower))
     assert svdlib.verify_ranks(small, {"0": 12}, x, y)["parameters"] == parameters(small)
     assert svdlib.search_ranks(small, x, y, lambda rows: rows.increase < 1).keys() == {"0", "2"}
     assert svdlib.predicted_profile(small, x, y).layer.unique().tolist() == ["0", "2"]

@@ -75,10 +75,10 @@ def test_chunks_do_not_change_the_profile(memory, cached):
 
 def test_some_ranks_of_some_layers():
     model, x, y = network("tanh"), torch.rand(20, 12), torch.arange(20) % 3
-    whole = svdlib.loss_profile(model, x, y, progress=False)
+    full = svdlib.loss_profile(model, x, y, progress=False)
     part = svdlib.loss_profile(model, x, y, layers=["2"], ranks=[1, 4, 100], progress=False)
     assert part["rank"].tolist() == [1, 4, 7]
-    expected = whole[(whole.layer == "2") & whole["rank"].isin([1, 4, 7])].reset_index(drop=True)
+    expected = full[(full.layer == "2") & full["rank"].isin([1, 4, 7])].reset_index(drop=True)
     pd.testing.assert_frame_equal(part, expected, rtol=1e-5, check_exact=False)
     W = model[2].weight
     torch.testing.assert_close(part.sigma[1], torch.linalg.svdvals(W)[3].item())

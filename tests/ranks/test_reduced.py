@@ -58,8 +58,8 @@ def tied():
 
 def test_a_shared_weight_is_counted_once_and_moves_as_one():
     model, x, y = tied(), torch.rand(30, 12), torch.arange(30) % 3
-    told = svdlib.verify_ranks(model, {"0": 1, "2": 1, "3": 1}, x, y)
-    assert told["parameters"] == 12 + 12 + 3 + (12 + 12) + (12 + 3)
+    verified = svdlib.verify_ranks(model, {"0": 1, "2": 1, "3": 1}, x, y)
+    assert verified["parameters"] == 12 + 12 + 3 + (12 + 12) + (12 + 3)
     with pytest.raises(ValueError, match="layer '2' shares its weight; give both the same rank"):
         svdlib.verify_ranks(model, {"0": 1, "2": 3}, x, y)
     for start in (1, 12):

@@ -10,9 +10,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from svdlib.layers.calibrate import input_sums
+from svdlib.layers.calibrate import Calibration, input_sums
 from svdlib.layers.factorize import factorized
 from svdlib.network.batches import Batch
+from svdlib.network.calls import run
 from svdlib.network.modes import evaluating
 from svdlib.network.opened import Network
 from svdlib.study.running import inputs
@@ -33,7 +34,7 @@ class Product:
 def svd_llm(model: nn.Module, ranks: Mapping[str, int], data: Sequence[Batch]) -> nn.Module:
     """SVD-LLM's data whitening (Wang et al. 2024, section 3.1): the SVD of W S, X Xᵀ = S Sᵀ."""
     net = Network.copy_of(model)
-    sums = input_sums(net, ranks, data, None, None)
+    sums = input_sums(net, ranks, Calibration(data))
 
     def factors(name: str, W: Tensor) -> Product:
         C = cast(Tensor, sums[name].square) / sums[name].count
@@ -52,10 +53,12 @@ def asvd(
     net = Network.copy_of(model)
     sizes: dict[str, Any] = dict.fromkeys(ranks, 0)
 
-    def add_sizes(name: str, x: Tensor) -> None:
-        sizes[name] += x.flatten(0, -2).double().abs().sum(0)
+    def add_sizes(name: str, inputs: tuple[Tensor, ...]) -> None:
+        sizes[name] += inputs[0].flatten(0, -2).double().abs().sum(0)
 
-    net.watch(ranks, data, None, add_sizes, lambda batch: None)
+    with torch.no_grad(), net.hooked(ranks, before=add_sizes):
+        for batch in data:
+            run(net.model, batch, None)
 
     def factors(name: str, W: Tensor) -> Product:
         D = (sizes[name] / sizes[name].mean()).clamp(min=1e-6) ** alpha
