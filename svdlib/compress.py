@@ -162,7 +162,8 @@ def compress(
         errors = {name: lost_by(layer, fits[name]) for name, layer in layers.items()}
         costs = counted(net, few, call)
         if (estimate := one_pass * (GRID + 1) * len(layers)) <= seconds:
-            errors = sensitivities(task, layers, errors, estimate, progress)
+            description = f"profile of {len(layers)} layers, about {estimate:.0f} s"
+            errors = sensitivities(task, layers, errors, description, progress)
     dense_costs = costs["multiply_adds" if kind == "multiply_adds" else "parameters"].astype(float)
     plan = plan_of(net, layers, errors, dense_costs, multiple_of, f"{kind}={budget:g}")
 

@@ -28,17 +28,16 @@ def sensitivities(
     task: Task,
     layers: Mapping[str, Layer],
     lost: Mapping[str, np.ndarray],
-    seconds: float,
+    description: str,
     progress: bool,
 ) -> dict[str, np.ndarray]:
     """The rise of the loss at ranks 0, 1, … of each layer alone, measured at some of them.
 
     Where a higher rank makes the loss no better, the share ``lost`` of the layer's output decides.
-    ``seconds`` is the expected time, for the progress bar.
+    ``description`` is for the progress bar.
     """
     rises: dict[str, np.ndarray] = {}
-    description = f"profile, about {seconds:.0f} s"
-    with bar(total=len(lost), progress=progress, desc=description, leave=False) as shown:
+    with bar(progress=progress, desc=description, leave=False) as shown:
         for name, layer in layers.items():
             limit, full = max(1, layer.max_factor_rank), layer.full_rank
             grid = np.unique(np.linspace(1, limit, GRID).round().astype(int)).tolist()
