@@ -31,14 +31,13 @@ def grade(
     """Every rule's ranks for one perceptron, and what they lose against the best ranks.
 
     Args:
-        validation: images and labels to choose ranks by.
-        test: those to measure the chosen ranks by.
+        validation, test: images and labels to choose ranks by, and to measure them by.
         tolerance: the loss that ranks may cost, for rules that need one.
         shares: budgets, as shares of the model's parameters.
 
     Returns:
-        The table of `regrets`, of the rules that choose their own size (share NaN) and of those
-        under each budget; and the `joint_profile` on the test images.
+        `regrets` of the rules that choose their own size (share NaN) and of those under each
+        budget; and the `joint_profile` on the test images.
     """
     x, y = validation
     joint = joint_profile(model, x, y, progress=False)  # type: ignore[arg-type]
@@ -60,11 +59,8 @@ def _by_tolerance(
     model: nn.Module, data: Labeled, profile: pd.DataFrame, joint: pd.DataFrame, tolerance: float
 ) -> Choices:
     """The ranks of each rule that chooses its own number of parameters."""
-    without_default = [rule for rule, default in TOLERANCES.items() if default is None]
-    choices = {
-        rule: reveal_ranks(profile, rule, tolerance=tolerance if rule in without_default else None)
-        for rule in ONE_LAYER
-    }
+    given = {rule: tolerance for rule, default in TOLERANCES.items() if default is None}
+    choices = {rule: reveal_ranks(profile, rule, tolerance=given.get(rule)) for rule in ONE_LAYER}
     choices["budget"] = reveal_ranks(profile, "budget", increase=tolerance)
     choices["refined"] = refine_ranks(model, *data, choices["one-se"], tolerance=tolerance)
     # Rounding can leave the full network itself a little above.
@@ -77,7 +73,7 @@ def _by_budget(tables: Mapping[str, pd.DataFrame], joint: pd.DataFrame, paramete
     """The ranks of each rule that takes a budget of parameters for the whole model."""
     weights = parameters - int((joint.parameters - joint.multiply_adds).iloc[0])
     choices = {
-        name: reveal_ranks(table, "budget", parameters=weights) for name, table in tables.items()
+        by: reveal_ranks(table, "budget", parameters=weights) for by, table in tables.items()
     }
     choices["level"] = reveal_ranks(tables["budget"], "level", parameters=weights)
     for rule in ("removal", "gain", "optimal"):
@@ -90,8 +86,8 @@ def regrets(
 ) -> pd.DataFrame:
     """What rules lose against the best ranks of as many parameters, and how few would be enough.
 
-    The optimum is chosen on validation images, as the rules choose; losses are measured on test
-    images, so a regret may be below 0.
+    The optimum is chosen on validation images and measured on test images, so a regret may be
+    below 0.
 
     Args:
         joint, test: `joint_profile` at the same ranks, on validation and on test images.
@@ -101,7 +97,7 @@ def regrets(
     Returns:
         A row per rule: rule, the layers' ranks, parameters; loss and error (percent) on test;
         regret and error_regret, these minus the optimum's; and needed, the parameters of the
-        smallest combination with no more validation loss than the rule's.
+        smallest combination with no more validation loss.
     """
     layers = layers_of(joint)
     validated, tested = joint.set_index(layers), test.set_index(layers)
@@ -134,20 +130,17 @@ def regrets(
 def summed_increases(joint: pd.DataFrame) -> pd.Series:
     """The sum of the increases that each layer's rank costs alone, for every combination.
 
-    If layers were independent, it would equal the combination's own increase.
-
-    Args:
-        joint: `joint_profile` with every layer's full rank among the ranks.
+    If layers were independent, it would equal the combination's own increase. The `joint_profile`
+    must have every layer's full rank.
 
     >>> joint = pd.DataFrame({"a": [1, 1, 2, 2], "b": [1, 2, 1, 2], "loss": [5.0, 2.0, 3.0, 1.0],
     ...                       "increase": [4.0, 1.0, 2.0, 0.0], "se": 0.1, "parameters": 9})
     >>> summed_increases(joint).tolist()
     [3.0, 1.0, 2.0, 0.0]
     """
-    layers = layers_of(joint)
-    full = joint[layers].eq(joint[layers].max())
-    total = pd.Series(0.0, joint.index)
-    for name in layers:
+    ranks = joint[layers_of(joint)]
+    full, total = ranks.eq(ranks.max()), pd.Series(0.0, joint.index)
+    for name in ranks:
         alone = joint[full.drop(columns=name).all(axis=1)].set_index(name).increase
-        total += joint[name].map(alone)
+        total += ranks[name].map(alone)
     return total

@@ -17,15 +17,12 @@ ROOT = Path(__file__).parents[3]
 
 def render() -> str:
     """The README's text, from its template and the tables in ``results/``."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(ROOT / "docs"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
+    options: dict[str, Any] = {"trim_blocks": True, "keep_trailing_newline": True}
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, **options)
     environment.filters |= {"with_interval": with_interval, "mean": _mean}
     numbers = _headline() | _reproduction() | _ranks_below_ten() | _rules() | _forms() | _recall()
-    return environment.get_template("README.md.j2").render(numbers)
+    template = (ROOT / "docs" / "README.md.j2").read_text()
+    return environment.from_string(template).render(numbers)
 
 
 def write(path: Path = ROOT / "README.md") -> None:
@@ -93,13 +90,9 @@ def _rules() -> dict[str, Any]:
     shares = 100 * grades[["parameters", "needed"]] / full.parameters
     grades = grades.assign(kept=shares.parameters, enough=shares.needed)
     rules = dict(list(grades[grades.share.isna()].groupby("rule")))
-    return {
-        "rules": rules,
-        "kept": interval(rules["optimal"].kept),
-        "ranks_seeds": len(rules["optimal"]),
-        "full_error": 100 - full.accuracy,
-        "knapsack": dict(list(grades[grades.rule == "budget"].groupby("share"))),
-    }
+    best, knapsack = rules["optimal"], dict(list(grades[grades.rule == "budget"].groupby("share")))
+    numbers = {"kept": interval(best.kept), "ranks_seeds": len(best)}
+    return numbers | {"rules": rules, "knapsack": knapsack, "full_error": 100 - full.accuracy}
 
 
 def _forms() -> dict[str, Any]:
