@@ -281,7 +281,7 @@ def error_by_rank(table: DataFrame, reference: Sequence[float], title: str = "")
 
 
 def speed(table: DataFrame, bound: float, title: str = "") -> Figure:
-    """Seconds by way and number of networks: median, minimum, maximum; ``bound`` of products."""
+    """Seconds by way and number of networks: median, minimum, maximum; dotted, the ``bound``."""
     figure, axis = plt.subplots(figsize=(7.5, 4.0))
     for way, part in table[table.way != "the products alone"].groupby("way", sort=False):
         seconds = part.groupby("networks").seconds

@@ -47,11 +47,8 @@ class Session:
     ) -> pd.DataFrame:
         """Train ``seeds`` stock networks, and as many with this projection from the same seeds.
 
-        ``watch`` is called after every epoch with the history so far.
-
-        Returns:
-            the history, which is also added to ``runs``. If the training was stopped it has the
-            complete epochs; without any it is not added.
+        ``watch`` is called after every epoch with the history so far. The history of the complete
+        epochs, unless empty, is added to ``runs``, and returned.
 
         Raises:
             RuntimeError: another training is under way.
@@ -66,9 +63,8 @@ class Session:
             raise RuntimeError("a training is under way; stop it, or wait for its end")
         try:
             self._stop.clear()
-            choices = [None, choice] if choice else [None]
-            repeated = [c for c in choices for _ in range(seeds)]
-            numbers = list(range(seeds)) * len(choices)
+            projections = [None] * seeds + [choice] * seeds if choice else [None] * seeds
+            numbers = [number % seeds for number in range(len(projections))]
             nets = self.nets = MLPEnsemble(self.sizes, seeds=numbers, device=self.data.device)
             history = pd.DataFrame()
 
@@ -83,9 +79,9 @@ class Session:
                     if watch:
                         watch(history)
 
-            options: dict[str, Any] = {"projection": repeated, "watch": look, "progress": progress}
+            options: dict[str, Any] = {"watch": look, "progress": progress}
             with contextlib.suppress(Stopped):
-                train(nets, self.data, epochs=self.epochs, **options)
+                train(nets, self.data, epochs=self.epochs, projection=projections, **options)
             if len(history):
                 self.runs.append(history)
             return history
@@ -97,10 +93,9 @@ class Session:
         self._stop.set()
 
     def table(self) -> pd.DataFrame:
-        """One row per run: networks, epochs, test error, and what its projection adds to it.
+        """One row per run: networks, epochs, test error after them, and what its projection adds.
 
-        Errors are those after the run's last epoch; differences are paired by seed, with 95%
-        intervals.
+        Differences are paired by seed, with 95% intervals.
         """
         rows = []
         for history in self.runs:
