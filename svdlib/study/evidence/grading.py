@@ -43,42 +43,27 @@ def grade(
     joint = joint_profile(model, x, y, progress=False)  # type: ignore[arg-type]
     joint = joint[(joint[layers_of(joint)] > 0).all(axis=1)]
     tested = joint_profile(model, *test, progress=False)  # type: ignore[arg-type]
-    tables = {"budget": loss_profile(model, x, y, progress=False)}
-    tables |= {by: predicted_profile(model, x, y, by) for by in METHODS}
-    choices = _by_tolerance(model, validation, tables["budget"], joint, tolerance)
-    parts = [regrets(joint, tested, choices).assign(share=math.nan)]
-    total = sum(parameter.numel() for parameter in model.parameters())
-    for share in shares:
-        budget = int(share * total)
-        choices = _by_budget(tables, joint, budget)
-        parts.append(regrets(joint, tested, choices, budget).assign(share=share))
-    return pd.concat(parts, ignore_index=True), tested
-
-
-def _by_tolerance(
-    model: nn.Module, data: Labeled, profile: pd.DataFrame, joint: pd.DataFrame, tolerance: float
-) -> Choices:
-    """The ranks of each rule that chooses its own number of parameters."""
+    profile = loss_profile(model, x, y, progress=False)
     given = {rule: tolerance for rule, default in TOLERANCES.items() if default is None}
     choices = {rule: reveal_ranks(profile, rule, tolerance=given.get(rule)) for rule in ONE_LAYER}
     choices["budget"] = reveal_ranks(profile, "budget", increase=tolerance)
-    choices["refined"] = refine_ranks(model, *data, choices["one-se"], tolerance=tolerance)
+    choices["refined"] = refine_ranks(model, x, y, choices["one-se"], tolerance=tolerance)
     # Rounding can leave the full network itself a little above.
     possible = max(tolerance, float(joint.increase.min()))
     choices["optimal"] = reveal_ranks(joint, "optimal", increase=possible)
-    return choices
-
-
-def _by_budget(tables: Mapping[str, pd.DataFrame], joint: pd.DataFrame, parameters: int) -> Choices:
-    """The ranks of each rule that takes a budget of parameters for the whole model."""
-    weights = parameters - int((joint.parameters - joint.multiply_adds).iloc[0])
-    choices = {
-        by: reveal_ranks(table, "budget", parameters=weights) for by, table in tables.items()
-    }
-    choices["level"] = reveal_ranks(tables["budget"], "level", parameters=weights)
-    for rule in ("removal", "gain", "optimal"):
-        choices[rule] = reveal_ranks(joint, rule, parameters=parameters)
-    return choices
+    parts = [regrets(joint, tested, choices).assign(share=math.nan)]
+    tables = {"budget": profile} | {by: predicted_profile(model, x, y, by) for by in METHODS}
+    total = sum(parameter.numel() for parameter in model.parameters())
+    biases = int((joint.parameters - joint.multiply_adds).iloc[0])
+    for share in shares:
+        budget = int(share * total)
+        limit = {"parameters": budget - biases}  # these tables count weights alone
+        choices = {by: reveal_ranks(table, "budget", **limit) for by, table in tables.items()}
+        choices["level"] = reveal_ranks(profile, "level", **limit)
+        for rule in ("removal", "gain", "optimal"):
+            choices[rule] = reveal_ranks(joint, rule, parameters=budget)
+        parts.append(regrets(joint, tested, choices, budget).assign(share=share))
+    return pd.concat(parts, ignore_index=True), tested
 
 
 def regrets(

@@ -19,7 +19,8 @@ def render() -> str:
     """The README's text, from its template and the tables in ``results/``."""
     options: dict[str, Any] = {"trim_blocks": True, "keep_trailing_newline": True}
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, **options)
-    environment.filters |= {"with_interval": with_interval, "mean": _mean}
+    environment.filters["with_interval"] = with_interval
+    environment.filters["mean"] = lambda values, *digits: with_interval(interval(values), *digits)
     numbers = _headline() | _reproduction() | _ranks_below_ten() | _rules() | _forms() | _recall()
     template = (ROOT / "docs" / "README.md.j2").read_text()
     return environment.from_string(template).render(numbers)
@@ -28,10 +29,6 @@ def render() -> str:
 def write(path: Path = ROOT / "README.md") -> None:
     """Render the README into a file."""
     files.put(path, render())
-
-
-def _mean(values: pd.Series, digits: int = 2) -> str:
-    return with_interval(interval(values), digits)
 
 
 def _results(name: str) -> pd.DataFrame:
@@ -51,10 +48,8 @@ def _differences(table: pd.DataFrame, value: str, against: str, column: str) -> 
 def _headline() -> dict[str, Any]:
     """Accuracy by epoch and method, and what each method adds to the test error, by epoch."""
     runs = _runs("epoch")
-    added = {
-        epoch: _differences(part, "test_error", "stock", "method")
-        for epoch, part in runs.groupby("epoch")
-    }
+    epochs = runs.groupby("epoch")
+    added = {epoch: _differences(part, "test_error", "stock", "method") for epoch, part in epochs}
     accuracy = {key: prediction(part) for key, part in runs.groupby(["epoch", "method"]).accuracy}
     cheapest = min(added, key=lambda epoch: added[epoch]["truncsvd"]["mean"])
     seeds = runs.seed.nunique()

@@ -67,13 +67,10 @@ def larger(
 ) -> tuple[pd.DataFrame, float | None]:
     """The table that a notebook draws: the committed one if it has all that was measured live.
 
-    Args:
-        keys: columns that name a measurement.
-        value: column to compare by its mean over each group ``by``.
-
     Returns:
-        The committed table and the largest difference between the two in a group's mean; or the
-        live table and None if it has as many rows, or rows that the committed one lacks.
+        The committed table and the largest difference between the two in the mean of a ``value``
+        over a group ``by``; or the live table and None if it has as many rows, or rows, named by
+        ``keys``, that the committed one lacks.
 
     >>> live = pd.DataFrame({"seed": [0], "error": [9.0], "method": "a"})
     >>> table = pd.DataFrame({"seed": [0, 1], "error": [9.5, 8.0], "method": "a"})

@@ -14,17 +14,6 @@ from svdlib.linalg.bases import orthonormal, range_basis
 from svdlib.study.evidence.statistics import summarize
 
 
-def mean_bound(m: int, n: int, rank: int, oversample: int) -> float:
-    """Upper bound of the mean of ‖A − Q Qᵀ A‖ / σ_{k+1}, for a sketch without power iterations.
-
-    1 + 4 √(k+p) / (p−1) · √min(m, n), p ≥ 2: Halko, Martinsson and Tropp (2011), equation 1.8.
-
-    >>> round(mean_bound(100, 200, rank=10, oversample=6), 3)
-    33.0
-    """
-    return 1 + 4 * (rank + oversample) ** 0.5 / (oversample - 1) * min(m, n) ** 0.5
-
-
 def sharp_bound(sigma: Tensor, rank: int, oversample: int, power_iters: int = 0) -> float:
     """Sharper upper bound of the mean of ‖A − Q Qᵀ A‖ / σ_{k+1}, from A's singular values (m,).
 
@@ -42,18 +31,6 @@ def sharp_bound(sigma: Tensor, rank: int, oversample: int, power_iters: int = 0)
     tail = (sigma[rank:] / sigma[rank]).double().pow(s).norm().item()
     first = 1 + (rank / (oversample - 1)) ** 0.5
     return float((first + math.e * (rank + oversample) ** 0.5 / oversample * tail) ** (1 / s))
-
-
-def tail_bound(m: int, n: int, rank: int, oversample: int) -> float:
-    """Value that ‖A − Q Qᵀ A‖ / σ_{k+1} exceeds with probability 6 p^(−p) at most, for p ≥ 4.
-
-    1 + 11 √(k+p) · √min(m, n): Halko, Martinsson and Tropp (2011), equation 1.9, from Corollary
-    10.9. Another printed version has 9 in place of 11, and 3 p^(−p).
-
-    >>> round(tail_bound(100, 200, rank=10, oversample=6), 1)
-    441.0
-    """
-    return 1 + 11 * (rank + oversample) ** 0.5 * min(m, n) ** 0.5
 
 
 def check_sketches(rank: int, oversamples: Sequence[int], side: int) -> None:
@@ -132,14 +109,18 @@ def sketch_errors(
     generator: torch.Generator,
     basis: Callable[[Tensor, Tensor, int], Tensor] = range_basis,
 ) -> pd.DataFrame:
-    """The spectral error ‖A − Q Qᵀ A‖ / σ_{k+1} of many sketches of A (m, n), m ≤ n.
+    """The spectral error ‖A − Q Qᵀ A‖ / σ_{k+1} of many sketches of A (m, n), and its bounds.
+
+    By Halko, Martinsson and Tropp (2011), without power iterations, its mean is at most 1 +
+    4 √(k+p) / (p−1) · √m (equation 1.8, p ≥ 2), and it exceeds 1 + 11 √(k+p) · √m with probability
+    6 p^(−p) at most (equation 1.9, p ≥ 4; another printed version has 9 and 3 p^(−p)), m ≤ n.
 
     Args:
         basis: returns Q, given A, Ω and q.
 
     Returns:
-        A row per draw: error, oversample, power_iters, bound (`mean_bound`), sharp_bound,
-        tail_bound and its tail_chance, and worst: σ_1 / σ_{k+1}, which no orthonormal Q exceeds.
+        A row per draw: error, oversample, power_iters; bound (of the mean), `sharp_bound`,
+        tail_bound, tail_chance; and worst: σ_1 / σ_{k+1}, which no orthonormal Q exceeds.
 
     Raises:
         ValueError: see `check_sketches`.
@@ -156,9 +137,9 @@ def sketch_errors(
             "error": errors.tolist(),
             "oversample": p,
             "power_iters": q,
-            "bound": mean_bound(m, n, rank, p),
+            "bound": 1 + 4 * (rank + p) ** 0.5 / (p - 1) * min(m, n) ** 0.5,
             "sharp_bound": sharp_bound(sigma, rank, p, q),
-            "tail_bound": tail_bound(m, n, rank, p),
+            "tail_bound": 1 + 11 * (rank + p) ** 0.5 * min(m, n) ** 0.5,
             "tail_chance": min(1.0, 6.0 * p**-p),
             "worst": (sigma[0] / sigma[rank]).item(),
         }

@@ -53,8 +53,7 @@ def _follow(sliders: Sequence[widgets.Widget], update: Callable[[object], None])
 def ranks_panel(cuts: Cuts, start: Sequence[int]) -> tuple[widgets.VBox, list[widgets.IntSlider]]:
     """One slider per layer: the cost of these ranks, the best of that size, and what is left.
 
-    Returns:
-        the panel, and its sliders, which another panel can follow.
+    The sliders are returned as well: another panel can follow them.
     """
     sliders = [
         _slider(f"layer {name}", rank, 0, full)
@@ -236,8 +235,6 @@ class Field(widgets.HBox):
         text = self.text.value.strip()
         number = text.removeprefix("-").isdecimal() and self.low <= int(text) <= self.high
         self.value = int(text) if number else text if text in self.words else None
-        words = "".join(f"{word}, or " for word in self.words)
-        error = (
-            f"{self.name} must be {words}from {self.low} to {self.high}, not {text or 'nothing'}"
-        )
+        allowed = ", or ".join([*self.words, f"from {self.low} to {self.high}"])
+        error = f"{self.name} must be {allowed}, not {text or 'nothing'}"
         self.message.value = _warning(error if self.value is None else "")

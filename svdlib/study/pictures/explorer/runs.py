@@ -102,16 +102,11 @@ class Session:
             last = history[history.epoch == history.epoch.max()]
             added = paired(last, "test_error", against="stock")
             shown = last[last.method != "stock"] if len(added) else last
-            rows.append(
-                {
-                    "run": shown.run.iloc[0],
-                    "networks": len(shown),
-                    "epochs": int(shown.epoch.iloc[0]),
-                    "test error (%)": round(shown.test_error.mean(), 2),
-                    "points added to stock": with_interval(added.iloc[0]) if len(added) else "",
-                }
-            )
-        return pd.DataFrame(rows)
+            numbers = len(shown), int(last.epoch.iloc[0]), round(shown.test_error.mean(), 2)
+            difference = with_interval(added.iloc[0]) if len(added) else ""
+            rows.append((shown.run.iloc[0], *numbers, difference))
+        columns = ["run", "networks", "epochs", "test error (%)", "points added to stock"]
+        return pd.DataFrame(rows, columns=columns)
 
 
 def describe(choice: Projection | None) -> str:
