@@ -21,7 +21,7 @@ def render() -> str:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, **options)
     environment.filters["with_interval"] = with_interval
     environment.filters["mean"] = lambda values, *digits: with_interval(interval(values), *digits)
-    numbers = _headline() | _reproduction() | _ranks_below_ten() | _rules() | _forms() | _recall()
+    numbers = _headline() | _ranks_below_ten() | _rules() | _forms() | _recall()
     template = (ROOT / "docs" / "README.md.j2").read_text()
     return environment.from_string(template).render(numbers)
 
@@ -35,38 +35,29 @@ def _results(name: str) -> pd.DataFrame:
     return pd.read_csv(records.RESULTS / f"{name}.csv")
 
 
-def _runs(every: str) -> pd.DataFrame:
-    table = _results("headline").rename(columns={"every (parameter)": "every"})
-    table = table[table.every == every]
-    return table.assign(accuracy=100 - table.test_error, loss=table.test_loss)
-
-
 def _differences(table: pd.DataFrame, value: str, against: str, column: str) -> dict[Any, Any]:
     return paired(table, value, against, column).set_index(column).to_dict("index")
 
 
 def _headline() -> dict[str, Any]:
-    """Accuracy by epoch and method, and what each method adds to the test error, by epoch."""
-    runs = _runs("epoch")
+    """What methods add to the test error, and where the paper's numbers lie among our runs."""
+    table = _results("headline").rename(columns={"every (parameter)": "every"})
+    table = table.assign(accuracy=100 - table.test_error, loss=table.test_loss)
+    runs = table[table.every == "epoch"]
     epochs = runs.groupby("epoch")
     added = {epoch: _differences(part, "test_error", "stock", "method") for epoch, part in epochs}
     accuracy = {key: prediction(part) for key, part in runs.groupby(["epoch", "method"]).accuracy}
     cheapest = min(added, key=lambda epoch: added[epoch]["truncsvd"]["mean"])
-    seeds = runs.seed.nunique()
-    return {"added": added, "accuracy": accuracy, "cheapest": cheapest, "headline_seeds": seeds}
-
-
-def _reproduction() -> dict[str, Any]:
-    """Where the paper's numbers lie among our runs of its text and of its code."""
-    paper = records.from_paper("keene")
+    numbers = {"added": added, "accuracy": accuracy, "cheapest": cheapest}
+    paper, values, by = records.from_paper("keene"), ["accuracy", "loss"], ["method", "epoch"]
     text, code = (
-        locate(_runs(every), paper, ["accuracy", "loss"], ["method", "epoch"])
-        for every in ("epoch", "published")
+        locate(table[table.every == every], paper, values, by) for every in ("epoch", "published")
     )
     first = (text.method == "rsvd") & (text.epoch == 1)
     edge = code.query("method == 'stock' and value == 'accuracy' and epoch == 10").iloc[0]
     start = text[first & (text.value == "accuracy")].iloc[0]
-    return {"in_text": text[~first], "in_code": code, "first": start, "edge": edge}
+    numbers |= {"headline_seeds": runs.seed.nunique(), "in_text": text[~first], "in_code": code}
+    return numbers | {"first": start, "edge": edge}
 
 
 def _ranks_below_ten() -> dict[str, Any]:

@@ -34,11 +34,7 @@ def sharp_bound(sigma: Tensor, rank: int, oversample: int, power_iters: int = 0)
 
 
 def check_sketches(rank: int, oversamples: Sequence[int], side: int) -> None:
-    """Refuse sketches that the bounds don't cover, of matrices with ``side`` rows or columns.
-
-    Raises:
-        ValueError: no p, or a p under 2; a rank under 2; as many columns k + p as the side.
-    """
+    """Raise ValueError unless p ≥ 2, k ≥ 2, and k + p is below the matrices' shorter ``side``."""
     p = max(oversamples, default=0)
     if min(oversamples, default=0) < 2:
         raise ValueError(f"the bounds need oversamples of 2 or more, not {list(oversamples)}")

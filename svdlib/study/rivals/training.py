@@ -131,8 +131,8 @@ def jax_epoch(
     import jax.numpy as jnp
 
     nets = MLPEnsemble(sizes, seeds=range(networks), device="cpu")
-    weights = [jnp.asarray(w.detach().numpy()) for w in nets.weights]
-    biases = [jnp.asarray(b.detach().numpy()) for b in nets.biases]
+    start = nets.weights, nets.biases
+    params = tuple([jnp.asarray(p.detach().numpy()) for p in part] for part in start)
     images = len(data.train_x) // 64 * 64
     x = jnp.asarray(data.train_x[:images].reshape(-1, 64, sizes[0]).cpu().numpy())
     y = jnp.asarray(data.train_y[:images].reshape(-1, 64).cpu().numpy())
@@ -148,9 +148,8 @@ def jax_epoch(
         U, S, Vh = jnp.linalg.svd(W, full_matrices=False)
         return (U[..., :rank] * S[:, None, :rank]) @ Vh[:, :rank]
 
-    def low_rank(W: Any, key: Any, projection: Projection) -> Any:
-        rank = projection.ranks(1)[0]
-        if rank >= min(W.shape[1:]):
+    def low_rank(W: Any, key: Any) -> Any:
+        if projection is None or (rank := projection.ranks(1)[0]) >= min(W.shape[1:]):
             return W
         if projection.method == "truncsvd":
             return truncated(W, rank)
@@ -164,15 +163,11 @@ def jax_epoch(
         x, y, key = batch
         losses, g = jax.vmap(jax.value_and_grad(loss), in_axes=(0, None, None))(params, x, y)
         W, b = jax.tree.map(lambda p, d: p - 1e-2 * d, params, g)
-        if projection:
-            W = [low_rank(w, key, projection) for w in W]
-        return (W, b), losses
+        return ([low_rank(w, key) for w in W], b), losses
 
     @jax.jit
     def epoch(params: Any, key: Any) -> Any:
         return jax.lax.scan(step, params, (x, y, jax.random.split(key, len(x))))
-
-    params = (weights, biases)
 
     def run() -> None:
         nonlocal params
@@ -183,10 +178,8 @@ def jax_epoch(
 
 
 def product_bound(sizes: Sequence[int], data: Data) -> float:
-    """Seconds of one network's epoch if it were its matrix products at this machine's best rate.
-
-    They are the forward product and both backward ones of each layer, without that to the inputs.
-    """
+    """Seconds of one network's epoch if it were its matrix products at this machine's best rate."""
+    # The forward product and both backward ones of each layer, without that to the inputs.
     products = sum(3 * m * k for k, m in itertools.pairwise(sizes)) - sizes[0] * sizes[1]
     return 2 * products * len(data.train_x) / product_rate(data.device, repeats=1)
 
@@ -237,8 +230,7 @@ def race(entrants: Entrants, repeats: int = 5, progress: bool = True) -> pd.Data
             while number and clock.now() - start < TURN:
                 taken.append(epoch())
             if number:
-                seconds = statistics.median(taken) / networks
-                rows.append((name, way, networks, number, seconds))
+                rows.append((name, way, networks, number, statistics.median(taken) / networks))
     return pd.DataFrame(rows, columns=["projection", "way", "networks", "round", "seconds"])
 
 

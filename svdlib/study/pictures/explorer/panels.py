@@ -213,13 +213,7 @@ def _fields(full: int) -> dict[str, Field]:
 
 
 class Field(widgets.HBox):
-    """A field for a whole number or one of some words, with a message beside it if it is neither.
-
-    >>> field = Field("rank", "10", 1, 15)
-    >>> field.text.value = "16"
-    >>> field.value, field.message.value
-    (None, "<span style='color:#a33'>rank must be from 1 to 15, not 16</span>")
-    """
+    """A field for a whole number or one of some words, with a message beside it if it is neither."""
 
     def __init__(
         self, name: str, value: str, low: int, high: int, words: Sequence[str] = ()

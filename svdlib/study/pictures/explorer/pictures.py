@@ -39,13 +39,9 @@ def animated(figure: Figure, artists: Sequence[Artist]) -> Callable[[], Image.Im
             canvas.restore_region(background)
             for artist in artists:
                 artist.axes.draw_artist(artist)  # type: ignore[union-attr]
-            return _rendered(canvas)
+            return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
     return frame
-
-
-def _rendered(canvas: FigureCanvasAgg) -> Image.Image:
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def png(drawn: Image.Image) -> bytes:
@@ -140,7 +136,6 @@ def curves_picture(runs: Sequence[pd.DataFrame], epochs: int) -> bytes:
     Stock networks are drawn of the last run only; a method's first run has the method's color.
     """
     figure = Figure(figsize=(10, 3.8))
-    canvas = FigureCanvasAgg(figure)
     with DRAWING:
         panels = (("test_error", "test error (%)"), ("test_loss", "test loss"))
         for axis, (value, label) in zip(figure.subplots(1, 2), panels, strict=True):
@@ -159,8 +154,7 @@ def curves_picture(runs: Sequence[pd.DataFrame], epochs: int) -> bytes:
             plots.log_axis(axis, label)
         if runs:
             figure.axes[0].legend()
-        canvas.draw()
-        return png(_rendered(canvas))
+    return png(animated(figure, [])())
 
 
 def digits_html(x: Tensor, y: Tensor, before: Tensor, after: Tensor) -> str:
