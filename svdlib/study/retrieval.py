@@ -65,10 +65,9 @@ def encoder(device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
 
 
 def docstrings(packages: Iterable[str], number: int | None = None) -> list[tuple[str, str]]:
-    """Pairs (first sentence, the rest) of the docstrings of packages' public functions and classes.
+    """Pairs (first sentence, the rest) of packages' public docstrings, in a fixed random order.
 
-    Only sentences of four words or more whose rest has twenty or more, each once, in a fixed random
-    order.
+    Only sentences of four words or more whose rest has twenty or more, each once.
     """
     pairs: dict[str, str] = {}
     for first, rest in (_split(doc) for package in packages for doc in sorted(_docs(package))):
@@ -240,16 +239,12 @@ def paired_bootstrap(places: np.ndarray, against: np.ndarray, draws: int = 2000)
     """Change in recall@1 and MRR against another network, with 95% intervals, paired by query.
 
     Intervals are percentiles over queries drawn with replacement, the same for both networks (Efron
-    and Tibshirani 1993, section 16.4): more_recall, more_recall_low, more_recall_high, and the
-    same for mrr.
+    and Tibshirani 1993, section 16.4): more_recall, more_recall_low, more_recall_high; more_mrr, ….
     """
     drawn = np.random.default_rng(0).integers(len(places), size=(draws, len(places)))
-    differences = {
-        "more_recall": 100.0 * ((places == 1).astype(float) - (against == 1)),
-        "more_mrr": 1 / places - 1 / against,
-    }
+    recall, mrr = 100.0 * (1.0 * (places == 1) - (against == 1)), 1 / places - 1 / against
     row: dict[str, float] = {}
-    for name, difference in differences.items():
+    for name, difference in (("more_recall", recall), ("more_mrr", mrr)):
         low, high = np.percentile(difference[drawn].mean(1), [2.5, 97.5])
         row |= {name: difference.mean(), f"{name}_low": low, f"{name}_high": high}
     return pd.Series(row)

@@ -69,20 +69,18 @@ def grade(
 def regrets(
     joint: pd.DataFrame, test: pd.DataFrame, choices: Choices, budget: int | None = None
 ) -> pd.DataFrame:
-    """What rules lose against the best ranks of as many parameters, and how few would be enough.
+    """What rules' ranks lose against the best of as many parameters, and how few would be enough.
 
-    The optimum is chosen on validation images and measured on test images, so a regret may be
-    below 0.
+    The best are chosen on validation images and measured on test images: regrets may be negative.
 
     Args:
         joint, test: `joint_profile` at the same ranks, on validation and on test images.
-        choices: ranks by rule.
         budget: the parameters that the optimum may have; by default as many as each rule's.
 
     Returns:
         A row per rule: rule, the layers' ranks, parameters; loss and error (percent) on test;
-        regret and error_regret, these minus the optimum's; and needed, the parameters of the
-        smallest combination with no more validation loss.
+        regret and error_regret, these minus the optimum's; needed, the parameters of the smallest
+        combination with no more validation loss.
     """
     layers = layers_of(joint)
     validated, tested = joint.set_index(layers), test.set_index(layers)

@@ -39,9 +39,8 @@ def committed(
 ) -> pd.DataFrame | None:
     """The committed table ``results/NAME.csv`` if it was measured with these parameters, else None.
 
-    ``results/NAME.toml`` (a `Sweep`) or ``results/NAME.json`` has its parameters; those that are
-    not given may have any value. A sweep's table is reduced to the rows of the given parameters,
-    without their columns.
+    ``results/NAME.toml`` (a `Sweep`) or ``results/NAME.json`` has its parameters; those not given
+    may have any value. A sweep's table is reduced to the given parameters' rows, without them.
 
     >>> committed("08_wide_network", {"dataset": "a data set of my own"}) is None
     True

@@ -42,7 +42,7 @@ def prediction(values: ArrayLike) -> pd.Series:
 
 
 def with_interval(summary: Mapping[str, Any] | pd.Series, digits: int = 2) -> str:
-    """A mean with its interval as text, or the mean alone where there is no interval.
+    """A mean with its interval, if any, as text.
 
     >>> with_interval(interval([1.0, 2.0, 3.0])), with_interval(interval([1.0]))
     ('2.00 [-0.48, 4.48]', '1.00')

@@ -23,8 +23,7 @@ class Product:
     left: Tensor
     right: Tensor
 
-    def at(self, rank: int) -> tuple[Tensor, Tensor, None]:
-        """Those of one rank; the bias stays."""
+    def at(self, rank: int) -> tuple[Tensor, Tensor, None]:  # None: the bias stays
         return self.left[:, :rank], self.right[:rank], None
 
 

@@ -110,9 +110,9 @@ def exact_or_randomized(
     p = 10, or less where it would span everything, so that it is always a sketch.
 
     Returns:
-        A row per spectrum, shape and rank (below the shorter side): spectrum, shape, rank; full,
-        truncated, randomized, the median seconds; error, error_low, error_high, the mean and its
-        95% interval of five sketches' Frobenius errors over ‖A − A_k‖; zero, ‖A‖ / ‖A − A_k‖.
+        A row per spectrum, shape and rank (below the shorter side); full, truncated, randomized,
+        the median seconds; error, error_low, error_high, the mean and its 95% interval of five
+        sketches' Frobenius errors over ‖A − A_k‖; zero, ‖A‖ / ‖A − A_k‖.
 
     Raises:
         ValueError: no rank is below a shorter side.

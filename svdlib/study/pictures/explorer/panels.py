@@ -22,12 +22,8 @@ TABLE_STYLE = (
     ".ranks tbody th {padding-left:0; text-align:left}</style>"
 )
 
-# The fields that matter for each method.
-NEEDED = {
-    "": ["seeds"],
-    "truncsvd": ["rank", "every", "seeds"],
-    "rsvd": ["rank", "every", "oversample", "power_iters", "seeds"],
-}
+# The fields that matter for a method; all do for rSVD.
+NEEDED = {"": ["seeds"], "truncsvd": ["rank", "every", "seeds"]}
 
 
 def _slider(name: str, value: float, low: float, high: float, step: float = 1) -> widgets.Widget:
@@ -165,7 +161,8 @@ def runs_panel(session: Session) -> widgets.HBox:
             train.disabled, stop.disabled = False, True
 
     def start(_: object) -> None:
-        values: dict[str, Any] = {name: fields[name].value for name in NEEDED[method.value]}
+        needed = NEEDED.get(method.value, [*fields])
+        values: dict[str, Any] = {name: fields[name].value for name in needed}
         if None in values.values():
             state.value = _warning("correct the fields with a message beside them first")
             return
@@ -177,7 +174,7 @@ def runs_panel(session: Session) -> widgets.HBox:
 
     def show_needed(_: object) -> None:
         for name, field in fields.items():
-            field.layout.display = None if name in NEEDED[method.value] else "none"
+            field.layout.display = None if name in NEEDED.get(method.value, fields) else "none"
 
     _follow([method], show_needed)
     train.on_click(start)
@@ -215,9 +212,7 @@ def _fields(full: int) -> dict[str, Field]:
 class Field(widgets.HBox):
     """A field for a whole number or one of some words, with a message beside it if it is neither."""
 
-    def __init__(
-        self, name: str, value: str, low: int, high: int, words: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, name: str, value: str, low: int, high: int, words: Sequence[str] = ()):
         self.text = widgets.Text(value, description=name, style=WIDE, layout={"width": "14em"})
         self.message = widgets.HTML()
         super().__init__([self.text, self.message])
