@@ -95,18 +95,13 @@ def regrets(
         spent = int(validated.parameters[at])
         best = optimum(parameters=spent if budget is None else budget)
         smallest = optimum(increase=float(validated.increase[at]))
-        rows.append(
-            {
-                "rule": rule,
-                **ranks,
-                "parameters": spent,
-                "loss": tested.loss[at],
-                "error": 100 - tested.accuracy[at],
-                "regret": tested.loss[at] - tested.loss[best],
-                "error_regret": tested.accuracy[best] - tested.accuracy[at],
-                "needed": int(validated.parameters[smallest]),
-            }
-        )
+        loss, accuracy = tested.loss[at], tested.accuracy[at]
+        row = {"rule": rule, **ranks, "parameters": spent, "loss": loss, "error": 100 - accuracy}
+        row |= {
+            "regret": loss - tested.loss[best],
+            "error_regret": tested.accuracy[best] - accuracy,
+        }
+        rows.append(row | {"needed": int(validated.parameters[smallest])})
     return pd.DataFrame(rows)
 
 

@@ -76,11 +76,8 @@ def paired(table: pd.DataFrame, value: str, against: Any, column: str = "method"
     [['b', 1.25]]
     """
     wide = table.pivot(index="seed", columns=column, values=value)
-    rows = [
-        {column: group, **interval((wide[group] - wide[against]).dropna())}
-        for group in table[column].unique()
-        if group != against
-    ]
+    others = [group for group in table[column].unique() if group != against]
+    rows = [{column: group, **interval((wide[group] - wide[against]).dropna())} for group in others]
     return pd.DataFrame(rows)
 
 

@@ -107,9 +107,9 @@ def sketch_errors(
 ) -> pd.DataFrame:
     """The spectral error ‖A − Q Qᵀ A‖ / σ_{k+1} of many sketches of A (m, n), and its bounds.
 
-    By Halko, Martinsson and Tropp (2011), without power iterations, its mean is at most 1 +
-    4 √(k+p) / (p−1) · √m (equation 1.8, p ≥ 2), and it exceeds 1 + 11 √(k+p) · √m with probability
-    6 p^(−p) at most (equation 1.9, p ≥ 4; another printed version has 9 and 3 p^(−p)), m ≤ n.
+    Without power iterations its mean is at most 1 + 4 √(k+p) / (p−1) · √min(m, n), p ≥ 2, and it
+    exceeds 1 + 11 √(k+p) · √min(m, n), p ≥ 4, with probability 6 p^(−p) at most: Halko, Martinsson
+    and Tropp (2011), equations 1.8 and 1.9. Another printed version of 1.9 has 9 and 3 p^(−p).
 
     Args:
         basis: returns Q, given A, Ω and q.
@@ -124,22 +124,17 @@ def sketch_errors(
     m, n = A.shape
     check_sketches(rank, oversamples, min(m, n))
     sigma = torch.linalg.svdvals(A.double())
-    tables = []
+    tables, worst = [], (sigma[0] / sigma[rank]).item()
     for p, q in itertools.product(oversamples, power_iters):
         shape = (draws, n, rank + p)
         omega = torch.randn(shape, dtype=A.dtype, device=A.device, generator=generator)
         errors = residual_norms(A, basis(A.expand(draws, m, n), omega, q)) / sigma[rank]
-        columns = {
-            "error": errors.tolist(),
-            "oversample": p,
-            "power_iters": q,
-            "bound": 1 + 4 * (rank + p) ** 0.5 / (p - 1) * min(m, n) ** 0.5,
-            "sharp_bound": sharp_bound(sigma, rank, p, q),
-            "tail_bound": 1 + 11 * (rank + p) ** 0.5 * min(m, n) ** 0.5,
-            "tail_chance": min(1.0, 6.0 * p**-p),
-            "worst": (sigma[0] / sigma[rank]).item(),
-        }
-        tables.append(pd.DataFrame(columns))
+        draw = {"error": errors.tolist(), "oversample": p, "power_iters": q}
+        root, side = (rank + p) ** 0.5, min(m, n) ** 0.5
+        sharp = sharp_bound(sigma, rank, p, q)
+        mean = {"bound": 1 + 4 * root / (p - 1) * side, "sharp_bound": sharp}
+        tail = {"tail_bound": 1 + 11 * root * side, "tail_chance": min(1.0, 6.0 * p**-p)}
+        tables.append(pd.DataFrame(draw | mean | tail | {"worst": worst}))
     return pd.concat(tables, ignore_index=True)
 
 

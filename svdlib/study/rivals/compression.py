@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from svdlib.layers.calibrate import input_sums
 from svdlib.layers.factorize import factorized
 from svdlib.network.batches import Batch
+from svdlib.network.calls import Objective
 from svdlib.network.modes import evaluating
 from svdlib.network.opened import Network
 
@@ -63,10 +64,7 @@ def asvd(
 
 
 def fisher(
-    model: nn.Module,
-    ranks: Mapping[str, int],
-    data: Iterable[Batch],
-    loss: Callable[[nn.Module, Batch], Tensor],
+    model: nn.Module, ranks: Mapping[str, int], data: Iterable[Batch], loss: Objective
 ) -> nn.Module:
     """FWSVD (Hsu et al. 2022, section 3.2): the SVD of D W, D the roots of each row's Fisher sum.
 

@@ -194,9 +194,8 @@ def _fields(full: int) -> dict[str, Field]:
         oversample.check()
         k, p = rank.value, oversample.value
         if isinstance(k, int) and isinstance(p, int) and k + p >= full:
-            oversample.message.value = _warning(
-                f"k + p = {k + p} columns span all {full} of a layer: this is truncSVD there"
-            )
+            spanned = f"k + p = {k + p} columns span all {full} of a layer"
+            oversample.message.value = _warning(f"{spanned}: this is truncSVD there")
 
     for field in (rank, oversample):
         field.text.observe(note, "value")
