@@ -36,12 +36,11 @@ def product_rate(device: torch.device, repeats: int = 5) -> float:
 def busy_core() -> Iterator[None]:
     """Keep one core busy with another process, which ends with this one at the latest."""
     work = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): pass"
-    other = subprocess.Popen([sys.executable, "-c", work, str(os.getpid())])
-    try:
-        yield
-    finally:
-        other.kill()
-        other.wait()
+    with subprocess.Popen([sys.executable, "-c", work, str(os.getpid())]) as other:
+        try:
+            yield
+        finally:
+            other.kill()
 
 
 @contextmanager

@@ -48,7 +48,7 @@ class Session:
         """Train ``seeds`` stock networks, and as many with this projection from the same seeds.
 
         ``watch`` is called after every epoch with the history so far. The history of the complete
-        epochs, unless empty, is added to ``runs``, and returned.
+        epochs is returned, and added to ``runs`` unless it is empty.
 
         Raises:
             RuntimeError: another training is under way.
