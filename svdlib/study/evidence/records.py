@@ -41,9 +41,6 @@ def committed(
 
     ``results/NAME.toml`` (a `Sweep`) or ``results/NAME.json`` has its parameters; those not given
     may have any value. A sweep's table is reduced to the given parameters' rows, without them.
-
-    >>> committed("08_wide_network", {"dataset": "a data set of my own"}) is None
-    True
     """
     path, sweep, other = (folder / f"{name}.{kind}" for kind in ("csv", "toml", "json"))
     if not path.is_file() or not (sweep.is_file() or other.is_file()):
