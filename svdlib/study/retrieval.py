@@ -24,17 +24,13 @@ from svdlib.network.opened import find_layers
 from svdlib.study.running.inputs import refusing
 
 # The packages whose docstrings calibrate and train, and those whose docstrings test.
-LEARNED = ("numpy", "pandas", "torch")
-TESTED = ("scipy", "sklearn")
+LEARNED, TESTED = ("numpy", "pandas", "torch"), ("scipy", "sklearn")
 
 # Modules that are tests, tools, or by other authors.
 IGNORED = re.compile(r"test|\.(_|externals|setup|onnx|distributed|utils\.bench|ao|f2py|distutils)")
 
-# The encoder's longest text, in tokens.
-TOKENS = 128
-
-# What the encoder takes of a batch.
-INPUTS = ("input_ids", "attention_mask")
+TOKENS = 128  # of the encoder's longest text
+INPUTS = ("input_ids", "attention_mask")  # of a batch, for the encoder
 
 Batch = dict[str, Tensor]
 
@@ -54,7 +50,7 @@ def missing() -> str | None:
 def encoder(device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
     """MiniLM-L6 (Wang et al. 2020), as all-MiniLM-L6-v2 was trained, and its tokenizer.
 
-    22.7 million parameters, 10.6 million of them in the encoder's six layers. Nothing is fetched.
+    Its six layers have 10.6 of the 22.7 million parameters. Nothing is downloaded.
 
     Raises:
         ModuleNotFoundError: see `missing`.
@@ -73,17 +69,14 @@ def encoder(device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
 
 
 def docstrings(packages: Iterable[str], number: int | None = None) -> list[tuple[str, str]]:
-    """Pairs (first sentence, the rest) of the docstrings of packages' public functions and classes.
+    """Pairs (first sentence, the rest) of packages' public docstrings, in a fixed random order.
 
-    Only sentences with four words or more whose rest has twenty or more, and each sentence once.
-    Their order is random, but always the same.
+    Only sentences of four words or more whose rest has twenty or more, each once.
     """
     pairs: dict[str, str] = {}
-    for package in packages:
-        for doc in sorted(_docs(package)):
-            first, rest = _split(doc)
-            if len(first.split()) >= 4 and len(rest.split()) >= 20:
-                pairs.setdefault(first, rest)
+    for first, rest in (_split(doc) for package in packages for doc in sorted(_docs(package))):
+        if len(first.split()) >= 4 and len(rest.split()) >= 20:
+            pairs.setdefault(first, rest)
     shuffled = list(pairs.items())
     random.Random(0).shuffle(shuffled)
     return shuffled[:number]
@@ -164,11 +157,7 @@ def target_batches(dense: nn.Module, tokenizer: Any, texts: Sequence[str]) -> li
 
 
 def encoder_inputs(data: Iterable[Batch]) -> list[Batch]:
-    """Batches without what the encoder does not take.
-
-    >>> encoder_inputs([{name: 1 for name in ("input_ids", "attention_mask", "dense")}])
-    [{'input_ids': 1, 'attention_mask': 1}]
-    """
+    """Batches without what the encoder does not take."""
     return [{name: batch[name] for name in INPUTS} for batch in data]
 
 
@@ -184,9 +173,7 @@ def contrastive_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def even_ranks(encoder: nn.Module, share: float) -> dict[str, int]:
-    """Ranks that leave a share of an encoder's parameters, and the same share of each matrix.
-
-    The other parameters stay, and count.
+    """Ranks that leave a share of an encoder's parameters, by the same share of each matrix.
 
     >>> even_ranks(nn.Sequential(nn.Linear(30, 30, bias=False)), 0.5)
     {'0': 7}
@@ -201,7 +188,7 @@ def even_ranks(encoder: nn.Module, share: float) -> dict[str, int]:
 def train_on(
     model: nn.Module, dense: nn.Module, tokenizer: Any, texts: Sequence[str], epochs: int
 ) -> nn.Module:
-    """Train a model in place towards the dense network's embeddings; no labels are needed.
+    """Train a model in place towards the dense network's embeddings, without labels.
 
     Adam with learning rate 1e-3, batches of 128, a warm-up of 100 steps and a linear decay.
     """
@@ -225,16 +212,13 @@ def train_on(
 @torch.no_grad()
 def embeddings(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> Tensor:
     """All texts' embeddings (n, 384)."""
-    device = next(model.parameters()).device
-    parts = [
-        (order, embed(model, batch)) for order, batch in batches(tokenizer, texts, device=device)
-    ]
-    order = torch.tensor([index for indices, _ in parts for index in indices])
-    return torch.cat([rows for _, rows in parts])[order.argsort()]
+    found = batches(tokenizer, texts, device=next(model.parameters()).device)
+    orders, rows = zip(*((order, embed(model, batch)) for order, batch in found), strict=True)
+    return torch.cat(rows)[torch.tensor([at for order in orders for at in order]).argsort()]
 
 
 def places(model: nn.Module, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-    """The place at which each query finds its own document, see `document_places`."""
+    """`document_places` of the pairs' own documents, by a model's embeddings."""
     queries, documents = (embeddings(model, tokenizer, part) for part in zip(*pairs, strict=True))
     return document_places(queries, documents)
 
@@ -259,29 +243,19 @@ def paired_bootstrap(places: np.ndarray, against: np.ndarray, draws: int = 2000)
     """Change in recall@1 and MRR against another network, with 95% intervals, paired by query.
 
     Intervals are percentiles over queries drawn with replacement, the same for both networks (Efron
-    and Tibshirani 1993, section 16.4).
-
-    Returns:
-        more_recall, more_recall_low, more_recall_high, and the same for mrr.
+    and Tibshirani 1993, section 16.4): more_recall, more_recall_low, more_recall_high; more_mrr, ….
     """
     drawn = np.random.default_rng(0).integers(len(places), size=(draws, len(places)))
-    differences = {
-        "more_recall": 100.0 * ((places == 1).astype(float) - (against == 1)),
-        "more_mrr": 1 / places - 1 / against,
-    }
+    recall, mrr = 100.0 * (1.0 * (places == 1) - (against == 1)), 1 / places - 1 / against
     row: dict[str, float] = {}
-    for name, difference in differences.items():
+    for name, difference in (("more_recall", recall), ("more_mrr", mrr)):
         low, high = np.percentile(difference[drawn].mean(1), [2.5, 97.5])
         row |= {name: difference.mean(), f"{name}_low": low, f"{name}_high": high}
     return pd.Series(row)
 
 
 def recall_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Recall and MRR with their differences to the dense network, a row per share and form.
-
-    Args:
-        table: columns form, share, recall, mrr, and those of `paired_bootstrap`.
-    """
+    """Recall and MRR (columns form, share, recall, mrr) beside their `paired_bootstrap` columns."""
     out = table[["form", "share", "recall", "mrr"]].round({"recall": 1, "mrr": 3})
     for name, digits in (("recall", 1), ("mrr", 3)):
         ends = (table[f"more_{name}{end}"] for end in ("", "_low", "_high"))

@@ -15,8 +15,7 @@ def claims_table(claims: Mapping[str, tuple[object, object]]) -> pd.DataFrame:
 
     Args:
         claims: {sentence: (measured, holds)}. What was measured is a number, a text, or a mean
-            with its interval (see `svdlib.study.evidence.statistics.interval`). Where a single run
-            leaves the interval empty, it is unknown whether the claim holds.
+            with its interval; where a single run leaves that empty, holds becomes "unknown".
 
     >>> from svdlib.study.evidence.statistics import interval
     >>> lost = interval([0.5, 0.7])

@@ -31,77 +31,59 @@ def grade(
     """Every rule's ranks for one perceptron, and what they lose against the best ranks.
 
     Args:
-        validation: images and labels to choose ranks by.
-        test: those to measure the chosen ranks by.
+        validation, test: images and labels to choose ranks by, and to measure them by.
         tolerance: the loss that ranks may cost, for rules that need one.
         shares: budgets, as shares of the model's parameters.
 
     Returns:
-        The table of `regrets`, of the rules that choose their own size (share NaN) and of those
-        under each budget; and the `joint_profile` on the test images.
+        `regrets` of the rules that choose their own size (share NaN) and of those under each
+        budget; and the `joint_profile` on the test images.
     """
     x, y = validation
     joint = joint_profile(model, x, y, progress=False)  # type: ignore[arg-type]
     joint = joint[(joint[layers_of(joint)] > 0).all(axis=1)]
     tested = joint_profile(model, *test, progress=False)  # type: ignore[arg-type]
-    tables = {"budget": loss_profile(model, x, y, progress=False)}
-    tables |= {by: predicted_profile(model, x, y, by) for by in METHODS}
-    choices = _by_tolerance(model, validation, tables["budget"], joint, tolerance)
-    parts = [regrets(joint, tested, choices).assign(share=math.nan)]
-    total = sum(parameter.numel() for parameter in model.parameters())
-    for share in shares:
-        budget = int(share * total)
-        choices = _by_budget(tables, joint, budget)
-        parts.append(regrets(joint, tested, choices, budget).assign(share=share))
-    return pd.concat(parts, ignore_index=True), tested
-
-
-def _by_tolerance(
-    model: nn.Module, data: Labeled, profile: pd.DataFrame, joint: pd.DataFrame, tolerance: float
-) -> Choices:
-    """The ranks of each rule that chooses its own number of parameters."""
+    profile = loss_profile(model, x, y, progress=False)
     choices = {}
-    for name, rule in RULES.items():
-        if rule.table == "layer":
-            needed = "tolerance" in rule.takes and rule.tolerance is None
+    for name, kind in RULES.items():
+        if kind.table == "layer":
+            needed = "tolerance" in kind.takes and kind.tolerance is None
             choices[name] = reveal_ranks(profile, name, tolerance=tolerance if needed else None)
     choices["budget"] = reveal_ranks(profile, "budget", increase=tolerance)
-    choices["refined"] = refine_ranks(model, *data, choices["one-se"], tolerance=tolerance)
+    choices["refined"] = refine_ranks(model, x, y, choices["one-se"], tolerance=tolerance)
     # Rounding can leave the full network itself a little above.
     possible = max(tolerance, float(joint.increase.min()))
     choices["optimal"] = reveal_ranks(joint, "optimal", increase=possible)
-    return choices
-
-
-def _by_budget(tables: Mapping[str, pd.DataFrame], joint: pd.DataFrame, parameters: int) -> Choices:
-    """The ranks of each rule that takes a budget of parameters for the whole model."""
-    weights = parameters - int((joint.parameters - joint.multiply_adds).iloc[0])
-    choices = {
-        name: reveal_ranks(table, "budget", parameters=weights) for name, table in tables.items()
-    }
-    choices["level"] = reveal_ranks(tables["budget"], "level", parameters=weights)
-    for rule in ("removal", "gain", "optimal"):
-        choices[rule] = reveal_ranks(joint, rule, parameters=parameters)
-    return choices
+    parts = [regrets(joint, tested, choices).assign(share=math.nan)]
+    tables = {"budget": profile} | {by: predicted_profile(model, x, y, by) for by in METHODS}
+    total = sum(parameter.numel() for parameter in model.parameters())
+    biases = int((joint.parameters - joint.multiply_adds).iloc[0])
+    for share in shares:
+        budget = int(share * total)
+        limit = {"parameters": budget - biases}  # these tables count weights alone
+        choices = {by: reveal_ranks(table, "budget", **limit) for by, table in tables.items()}
+        choices["level"] = reveal_ranks(profile, "level", **limit)
+        for rule in ("removal", "gain", "optimal"):
+            choices[rule] = reveal_ranks(joint, rule, parameters=budget)
+        parts.append(regrets(joint, tested, choices, budget).assign(share=share))
+    return pd.concat(parts, ignore_index=True), tested
 
 
 def regrets(
     joint: pd.DataFrame, test: pd.DataFrame, choices: Choices, budget: int | None = None
 ) -> pd.DataFrame:
-    """What rules lose against the best ranks of as many parameters, and how few would be enough.
+    """What rules' ranks lose against the best of as many parameters, and how few would be enough.
 
-    The optimum is chosen on validation images, as the rules choose; losses are measured on test
-    images, so a regret may be below 0.
+    The best are chosen on validation images and measured on test images: regrets may be negative.
 
     Args:
         joint, test: `joint_profile` at the same ranks, on validation and on test images.
-        choices: ranks by rule.
         budget: the parameters that the optimum may have; by default as many as each rule's.
 
     Returns:
         A row per rule: rule, the layers' ranks, parameters; loss and error (percent) on test;
-        regret and error_regret, these minus the optimum's; and needed, the parameters of the
-        smallest combination with no more validation loss than the rule's.
+        regret and error_regret, these minus the optimum's; needed, the parameters of the smallest
+        combination with no more validation loss.
     """
     layers = layers_of(joint)
     validated, tested = joint.set_index(layers), test.set_index(layers)
@@ -116,38 +98,30 @@ def regrets(
         spent = int(validated.parameters[at])
         best = optimum(parameters=spent if budget is None else budget)
         smallest = optimum(increase=float(validated.increase[at]))
-        rows.append(
-            {
-                "rule": rule,
-                **ranks,
-                "parameters": spent,
-                "loss": tested.loss[at],
-                "error": 100 - tested.accuracy[at],
-                "regret": tested.loss[at] - tested.loss[best],
-                "error_regret": tested.accuracy[best] - tested.accuracy[at],
-                "needed": int(validated.parameters[smallest]),
-            }
-        )
+        loss, accuracy = tested.loss[at], tested.accuracy[at]
+        row = {"rule": rule, **ranks, "parameters": spent, "loss": loss, "error": 100 - accuracy}
+        row |= {
+            "regret": loss - tested.loss[best],
+            "error_regret": tested.accuracy[best] - accuracy,
+        }
+        rows.append(row | {"needed": int(validated.parameters[smallest])})
     return pd.DataFrame(rows)
 
 
 def summed_increases(joint: pd.DataFrame) -> pd.Series:
     """The sum of the increases that each layer's rank costs alone, for every combination.
 
-    If layers were independent, it would equal the combination's own increase.
-
-    Args:
-        joint: `joint_profile` with every layer's full rank among the ranks.
+    If layers were independent, it would equal the combination's own increase. The `joint_profile`
+    must have every layer's full rank.
 
     >>> joint = pd.DataFrame({"a": [1, 1, 2, 2], "b": [1, 2, 1, 2], "loss": [5.0, 2.0, 3.0, 1.0],
     ...                       "increase": [4.0, 1.0, 2.0, 0.0], "se": 0.1, "parameters": 9})
     >>> summed_increases(joint).tolist()
     [3.0, 1.0, 2.0, 0.0]
     """
-    layers = layers_of(joint)
-    full = joint[layers].eq(joint[layers].max())
-    total = pd.Series(0.0, joint.index)
-    for name in layers:
+    ranks = joint[layers_of(joint)]
+    full, total = ranks.eq(ranks.max()), pd.Series(0.0, joint.index)
+    for name in ranks:
         alone = joint[full.drop(columns=name).all(axis=1)].set_index(name).increase
-        total += joint[name].map(alone)
+        total += ranks[name].map(alone)
     return total

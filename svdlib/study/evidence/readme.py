@@ -17,15 +17,13 @@ ROOT = Path(__file__).parents[3]
 
 def render() -> str:
     """The README's text, from its template and the tables in ``results/``."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(ROOT / "docs"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"with_interval": with_interval, "mean": _mean}
-    numbers = _headline() | _reproduction() | _ranks_below_ten() | _rules() | _forms() | _recall()
-    return environment.get_template("README.md.j2").render(numbers)
+    options: dict[str, Any] = {"trim_blocks": True, "keep_trailing_newline": True}
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, **options)
+    environment.filters["with_interval"] = with_interval
+    environment.filters["mean"] = lambda values, *digits: with_interval(interval(values), *digits)
+    numbers = _headline() | _ranks_below_ten() | _rules() | _forms() | _recall()
+    template = (ROOT / "docs" / "README.md.j2").read_text()
+    return environment.from_string(template).render(numbers)
 
 
 def write(path: Path = ROOT / "README.md") -> None:
@@ -33,18 +31,8 @@ def write(path: Path = ROOT / "README.md") -> None:
     files.put(path, render())
 
 
-def _mean(values: pd.Series, digits: int = 2) -> str:
-    return with_interval(interval(values), digits)
-
-
 def _results(name: str) -> pd.DataFrame:
     return pd.read_csv(records.RESULTS / f"{name}.csv")
-
-
-def _runs(every: str) -> pd.DataFrame:
-    table = _results("headline").rename(columns={"every (parameter)": "every"})
-    table = table[table.every == every]
-    return table.assign(accuracy=100 - table.test_error, loss=table.test_loss)
 
 
 def _differences(table: pd.DataFrame, value: str, against: str, column: str) -> dict[Any, Any]:
@@ -52,29 +40,24 @@ def _differences(table: pd.DataFrame, value: str, against: str, column: str) -> 
 
 
 def _headline() -> dict[str, Any]:
-    """Accuracy by epoch and method, and what each method adds to the test error, by epoch."""
-    runs = _runs("epoch")
-    added = {
-        epoch: _differences(part, "test_error", "stock", "method")
-        for epoch, part in runs.groupby("epoch")
-    }
+    """What methods add to the test error, and where the paper's numbers lie among our runs."""
+    table = _results("headline").rename(columns={"every (parameter)": "every"})
+    table = table.assign(accuracy=100 - table.test_error, loss=table.test_loss)
+    runs = table[table.every == "epoch"]
+    epochs = runs.groupby("epoch")
+    added = {epoch: _differences(part, "test_error", "stock", "method") for epoch, part in epochs}
     accuracy = {key: prediction(part) for key, part in runs.groupby(["epoch", "method"]).accuracy}
     cheapest = min(added, key=lambda epoch: added[epoch]["truncsvd"]["mean"])
-    seeds = runs.seed.nunique()
-    return {"added": added, "accuracy": accuracy, "cheapest": cheapest, "headline_seeds": seeds}
-
-
-def _reproduction() -> dict[str, Any]:
-    """Where the paper's numbers lie among our runs of its text and of its code."""
-    paper = records.from_paper("keene")
+    numbers = {"added": added, "accuracy": accuracy, "cheapest": cheapest}
+    paper, values, by = records.from_paper("keene"), ["accuracy", "loss"], ["method", "epoch"]
     text, code = (
-        locate(_runs(every), paper, ["accuracy", "loss"], ["method", "epoch"])
-        for every in ("epoch", "published")
+        locate(table[table.every == every], paper, values, by) for every in ("epoch", "published")
     )
     first = (text.method == "rsvd") & (text.epoch == 1)
     edge = code.query("method == 'stock' and value == 'accuracy' and epoch == 10").iloc[0]
     start = text[first & (text.value == "accuracy")].iloc[0]
-    return {"in_text": text[~first], "in_code": code, "first": start, "edge": edge}
+    numbers |= {"headline_seeds": runs.seed.nunique(), "in_text": text[~first], "in_code": code}
+    return numbers | {"first": start, "edge": edge}
 
 
 def _ranks_below_ten() -> dict[str, Any]:
@@ -93,13 +76,9 @@ def _rules() -> dict[str, Any]:
     shares = 100 * grades[["parameters", "needed"]] / full.parameters
     grades = grades.assign(kept=shares.parameters, enough=shares.needed)
     rules = dict(list(grades[grades.share.isna()].groupby("rule")))
-    return {
-        "rules": rules,
-        "kept": interval(rules["optimal"].kept),
-        "ranks_seeds": len(rules["optimal"]),
-        "full_error": 100 - full.accuracy,
-        "knapsack": dict(list(grades[grades.rule == "budget"].groupby("share"))),
-    }
+    best, knapsack = rules["optimal"], dict(list(grades[grades.rule == "budget"].groupby("share")))
+    numbers = {"kept": interval(best.kept), "ranks_seeds": len(best)}
+    return numbers | {"rules": rules, "knapsack": knapsack, "full_error": 100 - full.accuracy}
 
 
 def _forms() -> dict[str, Any]:

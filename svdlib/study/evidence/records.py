@@ -23,9 +23,7 @@ def from_paper(name: str) -> pd.DataFrame:
     """
     path = RESULTS.with_name("notebooks") / f"published_{name}.csv"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is not there; run the notebooks from a clone of the project"
-        )
+        raise FileNotFoundError(f"{path} is missing; run the notebooks from a clone of the project")
     return pd.read_csv(path)
 
 
@@ -34,21 +32,16 @@ def committed(
 ) -> pd.DataFrame | None:
     """The committed table ``results/NAME.csv`` if it was measured with these parameters, else None.
 
-    ``results/NAME.toml`` (a sweep's, see `Sweep`) or ``results/NAME.json`` has its parameters.
-    Of a sweep's table, only the rows of the given parameters are returned, without their columns.
-    Parameters that are not given may have any value.
-
-    >>> committed("08_wide_network", {"dataset": "a data set of my own"}) is None
-    True
+    ``results/NAME.toml`` (a `Sweep`) or ``results/NAME.json`` has its parameters; those not given
+    may have any value. A sweep's table is reduced to the given parameters' rows, without them.
     """
-    sweep, other = folder / f"{name}.toml", folder / f"{name}.json"
-    path = folder / f"{name}.csv"
+    path, sweep, other = (folder / f"{name}.{kind}" for kind in ("csv", "toml", "json"))
     if not path.is_file() or not (sweep.is_file() or other.is_file()):
         return None
     about = tomllib.loads(sweep.read_text()) if sweep.is_file() else json.loads(other.read_text())
     table = pd.read_csv(path)
-    if "columns" in about and list(table) != about["columns"]:
-        return None  # of an older sweep
+    if list(table) != about.get("columns", list(table)):
+        return None  # an older sweep's
     for key, value in parameters.items():
         if key in about.get("over", {}):
             column = _column(table, key)
@@ -63,15 +56,10 @@ def larger(
 ) -> tuple[pd.DataFrame, float | None]:
     """The table that a notebook draws: the committed one if it has all that was measured live.
 
-    Args:
-        live: what was measured here.
-        committed: see `committed`.
-        keys: columns that name a measurement.
-        value: column to compare by its mean over each group ``by``.
-
     Returns:
-        The committed table and the largest difference between the two in a group's mean; or the
-        live table and None if it has as many rows, or rows that the committed one lacks.
+        The committed table and the largest difference between the two in the mean of a ``value``
+        over a group ``by``; or the live table and None if it has as many rows, or rows, named by
+        ``keys``, that the committed one lacks.
 
     >>> live = pd.DataFrame({"seed": [0], "error": [9.0], "method": "a"})
     >>> table = pd.DataFrame({"seed": [0, 1], "error": [9.5, 8.0], "method": "a"})
@@ -94,13 +82,10 @@ def _column(table: pd.DataFrame, parameter: str) -> str:
 
 
 def collect(out: str | Path, notebook: str, table: str) -> pd.DataFrame:
-    """One table of all runs of a notebook, with their parameters as columns.
+    """One table of all runs of a notebook in ``out``, with their parameters as columns.
 
-    A parameter named as a column of the table becomes the column ``NAME (parameter)``.
-
-    Args:
-        out: the folder of the runs.
-        table: the name of a CSV file that each run has, without ``.csv``.
+    ``table`` names the CSV file that each run has, without ``.csv``. A parameter named as a column
+    of that file becomes the column ``NAME (parameter)``.
 
     Raises:
         FileNotFoundError: no run of that notebook has the table.
@@ -113,10 +98,10 @@ def collect(out: str | Path, notebook: str, table: str) -> pd.DataFrame:
 def gathered(places: Sequence[Path], table: str) -> pd.DataFrame:
     """The table that `collect` makes, of these runs."""
     parts = []
-    for place in places:
-        if (place / f"{table}.csv").is_file():
-            part = pd.read_csv(place / f"{table}.csv")
-            parameters = json.loads((place / "run.json").read_text())["parameters"]
+    for path in (place / f"{table}.csv" for place in places):
+        if path.is_file():
+            part = pd.read_csv(path)
+            parameters = json.loads(path.with_name("run.json").read_text())["parameters"]
             for name, value in parameters.items():
                 column = f"{name} (parameter)" if name in part else name
                 part[column] = [value] * len(part)

@@ -14,24 +14,10 @@ from svdlib.linalg.bases import orthonormal, range_basis
 from svdlib.study.evidence.statistics import summarize
 
 
-def mean_bound(m: int, n: int, rank: int, oversample: int) -> float:
-    """Upper bound of the mean of ‖A − Q Qᵀ A‖ / σ_{k+1}, for a sketch without power iterations.
-
-    Halko, Martinsson and Tropp (2011), equation 1.8, as the paper prints it:
-
-        E ‖A − Q Qᵀ A‖ ≤ [1 + 4 √(k+p) / (p−1) · √min(m, n)] σ_{k+1} ,   p ≥ 2.
-
-    >>> round(mean_bound(100, 200, rank=10, oversample=6), 3)
-    33.0
-    """
-    return 1 + 4 * (rank + oversample) ** 0.5 / (oversample - 1) * min(m, n) ** 0.5
-
-
 def sharp_bound(sigma: Tensor, rank: int, oversample: int, power_iters: int = 0) -> float:
     """Sharper upper bound of the mean of ‖A − Q Qᵀ A‖ / σ_{k+1}, from A's singular values (m,).
 
-    Halko, Martinsson and Tropp (2011), Theorem 10.6, which gives equation 1.8 where only σ_{k+1}
-    is known; with q power iterations, Corollary 10.10:
+    Halko, Martinsson and Tropp (2011), Theorem 10.6, and 10.10 for q power iterations:
 
         E ‖A − Q Qᵀ A‖ ≤ [(1 + √(k/(p−1))) σ_{k+1}^s + e √(k+p) / p · (Σ_{j>k} σ_j^{2s})^½]^{1/s}
 
@@ -47,59 +33,30 @@ def sharp_bound(sigma: Tensor, rank: int, oversample: int, power_iters: int = 0)
     return float((first + math.e * (rank + oversample) ** 0.5 / oversample * tail) ** (1 / s))
 
 
-def tail_bound(m: int, n: int, rank: int, oversample: int) -> float:
-    """Value that ‖A − Q Qᵀ A‖ / σ_{k+1} exceeds with probability 6 p^(−p) at most, for p ≥ 4.
-
-    Halko, Martinsson and Tropp (2011), equation 1.9, from Corollary 10.9:
-    [1 + 11 √(k+p) · √min(m, n)]. Another printed version has 9 in place of 11, and 3 p^(−p).
-
-    >>> round(tail_bound(100, 200, rank=10, oversample=6), 1)
-    441.0
-    """
-    return 1 + 11 * (rank + oversample) ** 0.5 * min(m, n) ** 0.5
-
-
 def check_sketches(rank: int, oversamples: Sequence[int], side: int) -> None:
-    """Refuse sketches that the bounds don't cover, of matrices with ``side`` rows or columns.
-
-    Raises:
-        ValueError: no p, or a p under 2; a rank under 2; as many columns k + p as the side.
-
-    >>> check_sketches(10, [0, 1], side=100)
-    Traceback (most recent call last):
-    ...
-    ValueError: the bounds need oversamples of 2 or more, not [0, 1]
-    """
+    """Raise ValueError unless p ≥ 2, k ≥ 2, and k + p is below the matrices' shorter ``side``."""
+    p = max(oversamples, default=0)
     if min(oversamples, default=0) < 2:
         raise ValueError(f"the bounds need oversamples of 2 or more, not {list(oversamples)}")
-    largest = side - max(oversamples) - 1
-    if largest < 2:
+    if side - p < 3:
+        raise ValueError(f"a side of {side} takes oversamples up to {max(side - 3, 0)}, not {p}")
+    if not 2 <= rank < side - p:
         raise ValueError(
-            f"matrices with a side of {side} are sketched at ranks from 2 on with oversamples up "
-            f"to {max(side - 3, 0)}, not {max(oversamples)}"
-        )
-    if not 2 <= rank <= largest:
-        raise ValueError(
-            f"matrices with a side of {side} and up to {max(oversamples)} oversamples are sketched "
-            f"at ranks 2 to {largest}, not {rank}; lower the rank or the oversamples"
+            f"matrices with a side of {side} and up to {p} oversamples are sketched "
+            f"at ranks 2 to {side - p - 1}, not {rank}; lower the rank or the oversamples"
         )
 
 
 def random_basis(side: int, columns: int, generator: torch.Generator) -> Tensor:
-    """Random orthonormal columns (side, columns), in float64.
-
-    >>> Q = random_basis(4, 2, torch.Generator().manual_seed(0))
-    >>> torch.allclose(Q.mT @ Q, torch.eye(2).double())
-    True
-    """
+    """Random orthonormal columns (side, columns), in float64."""
     return torch.linalg.qr(torch.randn(side, columns, dtype=torch.float64, generator=generator)).Q
 
 
 def stepped(m: int, n: int, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Matrices (m, n) on which a bad sketch fails: k singular values of 10⁶, then a tail.
 
-    The tail is flat (σ_{k+i} = 1), slow (1/√i) or fast (0.8^(i−1)). A Q that ignores A has an
-    error of about 10⁶ σ_{k+1}, far above every bound.
+    The tail is flat (σ_{k+i} = 1), slow (1/√i) or fast (0.8^(i−1)). A Q that ignores A errs by
+    about 10⁶ σ_{k+1}, far above every bound.
 
     >>> A = stepped(4, 5, rank=2, generator=torch.Generator().manual_seed(0))["slow tail"]
     >>> torch.linalg.svdvals(A)[2:]
@@ -116,9 +73,9 @@ def stepped(m: int, n: int, rank: int, generator: torch.Generator) -> dict[str, 
 
 
 def blind_basis(A: Tensor, omega: Tensor, power_iters: int) -> Tensor:
-    """Orthonormal columns that ignore A (…, m, n), m ≤ n: those of a broken sketch.
+    """A broken sketch: orthonormal columns that ignore A (…, m, n), m ≤ n, for a given Ω.
 
-    A bound that they satisfy, too, says nothing about sketches. ``omega`` is as in `range_basis`.
+    A bound that they satisfy, too, says nothing about sketches.
     """
     return orthonormal(omega[..., : A.shape[-2], :])
 
@@ -126,8 +83,7 @@ def blind_basis(A: Tensor, omega: Tensor, power_iters: int) -> Tensor:
 def residual_norms(A: Tensor, Q: Tensor) -> Tensor:
     """‖A − Q Qᵀ A‖ (draws,), in float64, of A (m, n) and orthonormal bases Q (draws, m, l).
 
-    With A = L Pᵀ and orthonormal columns in P it is ‖L − Q Qᵀ L‖, the root of the largest
-    eigenvalue of this residual times its transpose.
+    With A = L Pᵀ and orthonormal columns in P it is ‖L − Q Qᵀ L‖, the root of an eigenvalue.
 
     >>> A = torch.diag(torch.tensor([3.0, 2.0]))
     >>> residual_norms(A, torch.tensor([[[1.0], [0.0]], [[0.0], [1.0]]]))
@@ -149,14 +105,18 @@ def sketch_errors(
     generator: torch.Generator,
     basis: Callable[[Tensor, Tensor, int], Tensor] = range_basis,
 ) -> pd.DataFrame:
-    """The spectral error ‖A − Q Qᵀ A‖ / σ_{k+1} of many sketches of A (m, n), m ≤ n.
+    """The spectral error ‖A − Q Qᵀ A‖ / σ_{k+1} of many sketches of A (m, n), and its bounds.
+
+    Without power iterations its mean is at most 1 + 4 √(k+p) / (p−1) · √min(m, n), p ≥ 2, and it
+    exceeds 1 + 11 √(k+p) · √min(m, n), p ≥ 4, with probability 6 p^(−p) at most: Halko, Martinsson
+    and Tropp (2011), equations 1.8 and 1.9. Another printed version of 1.9 has 9 and 3 p^(−p).
 
     Args:
-        basis: function of A, Ω and q that returns Q.
+        basis: returns Q, given A, Ω and q.
 
     Returns:
-        A row per draw: error, oversample, power_iters, bound (`mean_bound`), sharp_bound,
-        tail_bound and its tail_chance, and worst: σ_1 / σ_{k+1}, which no orthonormal Q exceeds.
+        A row per draw: error, oversample, power_iters; bound (of the mean), `sharp_bound`,
+        tail_bound, tail_chance; and worst: σ_1 / σ_{k+1}, which no orthonormal Q exceeds.
 
     Raises:
         ValueError: see `check_sketches`.
@@ -164,33 +124,25 @@ def sketch_errors(
     m, n = A.shape
     check_sketches(rank, oversamples, min(m, n))
     sigma = torch.linalg.svdvals(A.double())
-    tables = []
+    tables, worst = [], (sigma[0] / sigma[rank]).item()
     for p, q in itertools.product(oversamples, power_iters):
         shape = (draws, n, rank + p)
         omega = torch.randn(shape, dtype=A.dtype, device=A.device, generator=generator)
         errors = residual_norms(A, basis(A.expand(draws, m, n), omega, q)) / sigma[rank]
-        columns = {
-            "error": errors.tolist(),
-            "oversample": p,
-            "power_iters": q,
-            "bound": mean_bound(m, n, rank, p),
-            "sharp_bound": sharp_bound(sigma, rank, p, q),
-            "tail_bound": tail_bound(m, n, rank, p),
-            "tail_chance": min(1.0, 6.0 * p**-p),
-            "worst": (sigma[0] / sigma[rank]).item(),
-        }
-        tables.append(pd.DataFrame(columns))
+        draw = {"error": errors.tolist(), "oversample": p, "power_iters": q}
+        root, side = (rank + p) ** 0.5, min(m, n) ** 0.5
+        sharp = sharp_bound(sigma, rank, p, q)
+        mean = {"bound": 1 + 4 * root / (p - 1) * side, "sharp_bound": sharp}
+        tail = {"tail_bound": 1 + 11 * root * side, "tail_chance": min(1.0, 6.0 * p**-p)}
+        tables.append(pd.DataFrame(draw | mean | tail | {"worst": worst}))
     return pd.concat(tables, ignore_index=True)
 
 
 def against_bounds(errors: pd.DataFrame) -> pd.DataFrame:
-    """Mean errors with 95% intervals beside the bounds, and the number of draws beyond each bound.
-
-    Args:
-        errors: tables of `sketch_errors` with a column matrix.
+    """Mean errors beside the bounds, from tables of `sketch_errors` with a column matrix.
 
     Returns:
-        A row per matrix, power_iters and oversample: n, mean, low, high, the bounds, and
+        A row per matrix, power_iters and oversample: n, mean, low, high (95%), the bounds, and
         beyond_bound, beyond_sharp_bound, beyond_tail_bound: how many of the n draws exceed them.
     """
     by, bounds = ["matrix", "power_iters", "oversample"], ["bound", "sharp_bound", "tail_bound"]

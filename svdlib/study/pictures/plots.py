@@ -36,7 +36,7 @@ OTHERS = ("#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933", "#000000")
 LABELS: dict[Any, str] = {"stock": "stock", "rsvd": "rSVD", "truncsvd": "truncSVD"}
 MARKERS = "osD^vP"
 
-# SVD implementations, in colors other than those of the three methods.
+# SVD implementations, in other colors than the methods.
 SVD_STYLES: dict[Any, dict[str, Any]] = {
     "products alone": {"color": "0.3", "linestyle": ":"},
     "svdlib": {"color": "#000000", "marker": "o"},
@@ -59,13 +59,10 @@ def style() -> None:
 
 
 def save(figure: Figure | None, name: str, data: DataFrame, folder: str | Path) -> None:
-    """Write ``name``.png (if there is a figure) and ``name``.csv; nothing if ``folder`` is empty.
-
-    The PNG carries no metadata, so that equal figures are equal files.
-    """
+    """Write ``name``.png (if there is a figure) and ``name``.csv; nothing if ``folder`` is empty."""
     if not str(folder):
         return
-    if figure is not None:
+    if figure is not None:  # without metadata, so that equal figures are equal files
         figure.savefig(Path(folder) / f"{name}.png", metadata={"Software": None})
     data.to_csv(Path(folder) / f"{name}.csv", index=False, float_format="%.6g")
 
@@ -76,9 +73,15 @@ def _panels(
     """A row of panels (axes, key, rows), one per group of the table in order of appearance."""
     groups = list(table.groupby(by, sort=False))
     figsize = (size[0] * len(groups) + pad, size[1])
-    figure, axes = plt.subplots(1, len(groups), figsize=figsize, squeeze=False, **options)
+    figure, axes = _row(len(groups), title, figsize, **options)
+    return figure, [(axis, *group) for axis, group in zip(axes, groups, strict=True)]
+
+
+def _row(count: int, title: str, size: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
+    """A figure with a title at its left, and its axes, side by side."""
+    figure, axes = plt.subplots(1, count, figsize=size, squeeze=False, **options)
     figure.suptitle(title, x=0.01, ha="left")
-    return figure, [(axis, *group) for axis, group in zip(axes[0], groups, strict=True)]
+    return figure, axes[0]
 
 
 def plain_numbers(axis: Axis) -> None:
@@ -102,6 +105,13 @@ def epoch_axis(axis: Axes) -> None:
     """Only whole numbers on an x axis of epochs, even if there is a single one."""
     axis.set_xlabel("epoch")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def _label_values(axis: Axes, values: pd.Series) -> None:
+    """Only a column's own values as ticks of the x axis, and no minor ticks."""
+    ticks = sorted(values.unique())
+    axis.set_xticks(ticks, list(map(str, ticks)))
+    axis.minorticks_off()
 
 
 def _mean_lines(axis: Axes, summary: DataFrame, x: str) -> None:
@@ -132,12 +142,8 @@ def _by_epoch(axis: Axes, table: DataFrame, value: str, label: str) -> None:
 
 
 def learning_curves(history: DataFrame, title: str = "") -> Figure:
-    """Test error and test loss by epoch: mean, its 95% interval, and where 95% of runs lie.
-
-    ``history`` is what `train` returns, of one call or of several concatenated.
-    """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6))
-    figure.suptitle(title, x=0.01, ha="left")
+    """Test error and test loss by epoch (`train`): mean, its 95% interval, where 95% of runs lie."""
+    figure, (left, right) = _row(2, title, (9.5, 3.6))
     _by_epoch(left, history, "test_error", "test error (%)")
     _by_epoch(right, history, "test_loss", "test loss (cross-entropy)")
     left.legend()
@@ -145,18 +151,12 @@ def learning_curves(history: DataFrame, title: str = "") -> Figure:
 
 
 def against_stock(history: DataFrame, title: str = "") -> Figure:
-    """The error of stock networks by epoch, and what every other method adds to it.
-
-    Left as in `learning_curves`; right the mean difference, paired by seed, with its 95% interval.
-    """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.8))
-    figure.suptitle(title, x=0.01, ha="left")
+    """The error of stock networks by epoch, and what every other method adds, paired by seed."""
+    figure, (left, right) = _row(2, title, (10.5, 3.8))
     _by_epoch(left, history[history.method == "stock"], "test_error", "test error (%)")
     left.set_title("stock")
-    added = pd.concat(
-        paired(part, "test_error", against="stock").assign(epoch=epoch)
-        for epoch, part in history.groupby("epoch")
-    )
+    groups = history.groupby("epoch")
+    added = pd.concat(paired(part, "test_error", "stock").assign(epoch=n) for n, part in groups)
     _mean_lines(right, added, "epoch")
     right.axhline(0, color="0.3", linewidth=1)
     right.set_yscale("symlog", linthresh=0.1)
@@ -171,10 +171,9 @@ def against_stock(history: DataFrame, title: str = "") -> Figure:
 
 
 def reproduction(places: Mapping[str, DataFrame], title: str = "") -> Figure:
-    """Single runs (crosses) among many: bands hold 95% of the runs, dots are their means.
+    """Single runs (crosses) among many, of which bands hold 95%: `locate` by method and epoch.
 
-    ``places`` has a table of `svdlib.study.evidence.statistics.locate` for each group of runs, with
-    columns method, epoch, and value.
+    ``places`` has such a table for each group of runs.
     """
     table = pd.concat(places, names=["group"]).reset_index("group")
     methods, groups = list(table.method.unique()), list(places)
@@ -198,12 +197,9 @@ def reproduction(places: Mapping[str, DataFrame], title: str = "") -> Figure:
 
 
 def confusion(counts: DataFrame, title: str = "") -> Figure:
-    """A confusion matrix in percent: rows are true classes, columns are predicted classes.
-
-    Classes that are never predicted have their columns too.
-    """
+    """A confusion matrix in percent: rows are true classes, columns are predicted classes."""
     figure, axis = plt.subplots(figsize=(5.4, 4.4))
-    counts = counts.reindex(columns=counts.index, fill_value=0)
+    counts = counts.reindex(columns=counts.index, fill_value=0)  # with those never predicted
     share = 100 * counts.div(counts.sum(axis=1), axis=0)
     colors = {"cmap": "Blues", "vmin": 0, "vmax": 10, "cbar": False}
     sns.heatmap(share, annot=True, fmt=".0f", square=True, ax=axis, **colors)
@@ -214,11 +210,10 @@ def confusion(counts: DataFrame, title: str = "") -> Figure:
 
 def weight_pictures(weights: np.ndarray, title: str = "") -> Figure:
     """The rows (n, 784) of a first layer as 28×28 pictures: red is positive, blue negative."""
-    columns = min(len(weights), 8)
+    columns, limit = min(len(weights), 8), np.abs(weights).max()
     rows = -(-len(weights) // columns)
     figure = plt.figure(figsize=(1.1 * columns, 1.15 * rows + 0.4))
     figure.suptitle(title, x=0.01, ha="left")
-    limit = np.abs(weights).max()
     for place, row in enumerate(weights, 1):
         axis = figure.add_subplot(rows, columns, place)
         axis.imshow(row.reshape(28, 28), cmap="RdBu_r", vmin=-limit, vmax=limit)
@@ -269,10 +264,7 @@ def effects(table: DataFrame, title: str = "") -> Figure:
 
 
 def error_by_rank(table: DataFrame, reference: Sequence[float], title: str = "") -> Figure:
-    """Final test error by rank and method: mean, 95% interval; lighter, best to worst network.
-
-    Columns method, rank, test_error; ``reference`` has the errors of stock networks.
-    """
+    """Test error by rank and method: mean, 95% interval, and range; ``reference``: stock errors."""
     figure, axis = plt.subplots(figsize=(7.5, 4.0))
     for method, part in table.groupby("method", sort=False):
         ends = part.groupby("rank").test_error.agg(["min", "max"])
@@ -289,10 +281,7 @@ def error_by_rank(table: DataFrame, reference: Sequence[float], title: str = "")
 
 
 def speed(table: DataFrame, bound: float, title: str = "") -> Figure:
-    """Seconds per network and epoch by the number of networks: median, minimum, and maximum.
-
-    Columns way, networks, seconds; ``bound`` is the time of the matrix products alone.
-    """
+    """Seconds by way and number of networks: median, minimum, maximum; dotted, the ``bound``."""
     figure, axis = plt.subplots(figsize=(7.5, 4.0))
     for way, part in table[table.way != "the products alone"].groupby("way", sort=False):
         seconds = part.groupby("networks").seconds
@@ -301,9 +290,7 @@ def speed(table: DataFrame, bound: float, title: str = "") -> Figure:
     axis.axhline(bound, color="0.3", linestyle=":", label="matrix products alone")
     axis.set(xlabel="networks trained at once", ylabel="seconds per network and epoch")
     axis.set(xscale="log", yscale="log", title=title)
-    counts = sorted(table.networks.unique())
-    axis.set_xticks(counts, list(map(str, counts)))
-    axis.minorticks_off()
+    _label_values(axis, table.networks)
     axis.legend()
     return figure
 
@@ -327,16 +314,12 @@ def loss_profiles(profile: DataFrame, title: str = "") -> Figure:
 
 
 def front(grades: DataFrame, full: tuple[int, float], title: str = "") -> Figure:
-    """Rules for ranks against the best ranks of the same size, with means and 95% intervals.
+    """Rules for ranks against the best ranks of the same size: `grade` of several networks.
 
-    Left the test error of rules that choose their own size, beside the front of the best ranks;
-    right, for rules that take a budget, the test loss above that of the best ranks within it.
-
-    ``grades`` is what `svdlib.study.evidence.grading.grade` returns, of several networks;
-    ``full`` has the parameters and the test error of the full network.
+    Left the test error of rules that choose their own size; right, for rules that take a budget,
+    the test loss above the best's. ``full`` has the full network's parameters and test error.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), width_ratios=(3, 2))
-    figure.suptitle(title, x=0.01, ha="left")
+    figure, (left, right) = _row(2, title, (12, 4.6), width_ratios=(3, 2))
     colors, markers = cycle(sns.color_palette("colorblind")), cycle(MARKERS + "*X<>p")
     looks = {rule: (next(colors), next(markers)) for rule in grades.rule.unique()}
     by = ["rule", "share"]
@@ -365,10 +348,7 @@ def front(grades: DataFrame, full: tuple[int, float], title: str = "") -> Figure
 
 
 def joint_map(joint: DataFrame, layers: Sequence[str], title: str = "") -> Figure:
-    """The test error of every pair of ranks of the first two layers, the others full.
-
-    ``joint`` is a `joint_profile`, or a mean of several; ``layers`` are its columns of ranks.
-    """
+    """The test error at every pair of ranks of the first two layers of a `joint_profile`."""
     rest = joint[list(layers[2:])]
     pairs = joint[rest.eq(rest.max()).all(axis=1)]
     error = (100 - pairs.pivot(index=layers[1], columns=layers[0], values="accuracy"))[::-1]
@@ -381,10 +361,7 @@ def joint_map(joint: DataFrame, layers: Sequence[str], title: str = "") -> Figur
 
 
 def joint_cloud(joint: DataFrame, best: DataFrame, points: DataFrame, title: str = "") -> Figure:
-    """The loss of every combination of ranks (`joint_profile`) by its parameters.
-
-    ``best`` is its `front`; the named ``points`` have columns rule, parameters, loss.
-    """
+    """The loss of every combination in a `joint_profile`, its `front`, and each rule's ``points``."""
     figure, axis = plt.subplots(figsize=(7.5, 4.2))
     axis.plot(joint.parameters, joint.loss, ".", color="0.75", markersize=3, label="combinations")
     best = best[best.excess == 0]
@@ -411,12 +388,7 @@ def profile_times(times: DataFrame, title: str = "") -> Figure:
 
 
 def sketch_errors(table: DataFrame, title: str = "") -> Figure:
-    """Spectral error by oversampling: one panel per matrix, a line per number of power iterations.
-
-    One row per draw, with columns matrix, oversample, power_iters, and in units of σ_{k+1} error,
-    bound (of the mean without power iterations), sharp_bound (with the row's power iterations), and
-    worst (the largest error that any Q can have). Bands hold 95% of the draws.
-    """
+    """`svdlib.study.evidence.theory.sketch_errors` by matrix: means, bands of 95% of draws, bounds."""
     figure, panels = _panels(table, "matrix", title, (3.1, 4.0), sharey=True)
     counts = sorted(table.power_iters.unique())
     colors = sns.light_palette(COLORS["rsvd"], len(counts) + 1)[:0:-1]
@@ -440,11 +412,7 @@ def sketch_errors(table: DataFrame, title: str = "") -> Figure:
 
 
 def exact_or_randomized(table: DataFrame, title: str = "") -> Figure:
-    """How many times faster a randomized SVD is than the fastest exact one, and its error.
-
-    Columns spectrum, shape, rank; full, truncated, randomized (seconds); error (of the randomized
-    SVD over the best possible).
-    """
+    """How many times faster a randomized SVD is than the fastest exact one, and its error."""
     table = table.assign(ratio=table[["full", "truncated"]].min(axis=1) / table.randomized)
     shapes, limit = table["shape"].unique(), np.abs(np.log2(table.ratio)).max()
     colors = {"cmap": "vlag_r", "vmin": -limit, "vmax": limit, "cbar": False, "linewidths": 1}
@@ -467,10 +435,8 @@ def svd_race(table: DataFrame, title: str = "") -> Figure:
     for axis, shape, part in panels:
         for way, rows in part.groupby("way", sort=False):
             axis.plot(rows["rank"], rows.seconds, label=way, **SVD_STYLES.get(way, {}))
-        ranks = sorted(table["rank"].unique())
         axis.set(xscale="log", yscale="log", xlabel="rank", title=shape)
-        axis.set_xticks(ranks, list(map(str, ranks)))
-        axis.minorticks_off()
+        _label_values(axis, table["rank"])
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axis.yaxis.set_major_formatter("{x:g}")
     figure.axes[0].set_ylabel("seconds")
@@ -484,8 +450,7 @@ def compression(
 ) -> Figure:
     """Test error by size, "parameters" or "weights" (without biases): mean and 95% interval.
 
-    ``table`` has columns form ("dense" is a star), the size, and mean, low, high of the accuracy;
-    ``published`` has the size and accuracy.
+    Both tables have the size; ``table`` also form and mean, low, high of the accuracy.
     """
     figure, axis = plt.subplots(figsize=(7.5, 4.4))
     markers = cycle(MARKERS)
@@ -493,9 +458,8 @@ def compression(
     for form, part in errors.groupby("form", sort=False):
         rows = part.sort_values(size)
         line = "" if form == "factors from the start" else "-"
-        shape = "k*" if form == "dense" else next(markers) + line
-        points = _error_bars(axis, rows[size], rows, shape, label=str(form))
-        points.set_markersize(12 if form == "dense" else 6)
+        shape, marker_size = ("k*", 12) if form == "dense" else (next(markers) + line, 6)
+        _error_bars(axis, rows[size], rows, shape, label=str(form), markersize=marker_size)
     if published is not None:
         named = "published: dynamical low-rank training"
         axis.plot(published[size], 100 - published.accuracy, "x", color="0.35", label=named)
@@ -509,10 +473,7 @@ def compression(
 
 
 def payoff(table: DataFrame, side: int, title: str = "") -> Figure:
-    """Seconds and parameters of a factorized square layer over those of the dense layer, by rank.
-
-    Columns batch, rank, ratio (of the seconds); the layer has ``side`` inputs and outputs.
-    """
+    """Seconds (columns batch, rank, ratio) and parameters of a factorized square layer over dense."""
     figure, axis = plt.subplots(figsize=(7.5, 3.8))
     ratios = table.pivot(index="rank", columns="batch", values="ratio")
     axis.plot(ratios, "o-", label=[f"seconds, batch {batch}" for batch in ratios])
@@ -520,18 +481,14 @@ def payoff(table: DataFrame, side: int, title: str = "") -> Figure:
     axis.plot(ratios.index, parameters, ":", color="0.3", label="parameters and multiply-adds")
     axis.axhline(1, color="0.3", linewidth=1)
     axis.set(xscale="log", yscale="log", xlabel="rank", ylabel="factorized / dense", title=title)
-    axis.set_xticks(ratios.index, list(map(str, ratios.index)))
+    _label_values(axis, table["rank"])
     axis.yaxis.set_major_formatter("{x:g}")
-    axis.minorticks_off()
     axis.legend()
     return figure
 
 
 def share_kept(reports: DataFrame, title: str = "") -> Figure:
-    """The share of its weights that each layer of a transformer keeps, one panel per network.
-
-    Columns share, layer, parameters, dense_parameters; only layers named "….NUMBER.KIND" are shown.
-    """
+    """The share of its weights that each layer named "….NUMBER.KIND" keeps, a panel per network."""
     reports = reports.sort_values("share", ascending=False, kind="stable", ignore_index=True)
     names = reports.layer.str.extract(r"\.(?P<number>\d+)\.(?P<kind>.+)$")
     table = reports.join(names).dropna(subset="number")
@@ -548,10 +505,7 @@ def share_kept(reports: DataFrame, title: str = "") -> Figure:
 
 
 def retrieval(table: DataFrame, title: str = "") -> Figure:
-    """Change of recall@1 from the dense network, with 95% intervals, by share and form.
-
-    Columns form, share, more_recall, more_recall_low, more_recall_high.
-    """
+    """Change of recall@1 (`paired_bootstrap`) from the dense network, by share and form."""
     figure, axis = plt.subplots(figsize=(8, 4.6))
     table = table[table.form != "dense"]
     forms = table.groupby("form").more_recall.mean().sort_values(ascending=False).index

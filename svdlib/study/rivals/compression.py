@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from svdlib.layers.calibrate import Calibration, input_sums
 from svdlib.layers.factorize import factorized
 from svdlib.network.batches import Batch
-from svdlib.network.calls import run
+from svdlib.network.calls import Objective, run
 from svdlib.network.modes import evaluating
 from svdlib.network.opened import Network
 from svdlib.study.running import inputs
@@ -26,8 +26,7 @@ class Product:
     left: Tensor
     right: Tensor
 
-    def at(self, rank: int) -> tuple[Tensor, Tensor, None]:
-        """Those of one rank; the bias stays."""
+    def at(self, rank: int) -> tuple[Tensor, Tensor, None]:  # None: the bias stays
         return self.left[:, :rank], self.right[:rank], None
 
 
@@ -69,18 +68,9 @@ def asvd(
 
 
 def fisher(
-    model: nn.Module,
-    ranks: Mapping[str, int],
-    data: Iterable[Batch],
-    loss: Callable[[nn.Module, Batch], Tensor],
+    model: nn.Module, ranks: Mapping[str, int], data: Iterable[Batch], loss: Objective
 ) -> nn.Module:
-    """FWSVD (Hsu et al. 2022, section 3.2): the SVD of D W, D the roots of each row's Fisher sum.
-
-    >>> _ = torch.manual_seed(0)
-    >>> model, x = nn.Sequential(nn.Linear(30, 20)), torch.rand(64, 30)
-    >>> fisher(model, {"0": 2}, [x], lambda model, x: model(x).square().mean())[0].rank
-    2
-    """
+    """FWSVD (Hsu et al. 2022, section 3.2): the SVD of D W, D the roots of each row's Fisher sum."""
     net = Network.copy_of(model)
     weights = {name: net.layers[name].weight for name in ranks}
     sums = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in weights.items()}
@@ -91,8 +81,8 @@ def fisher(
                 sums[name] += gradient.double().square()
 
     def factors(name: str, W: Tensor) -> Product:
-        D = sums[name].sum(1).sqrt()
-        D = (D / D.mean()).clamp(min=1e-6).unsqueeze(1)
+        D = sums[name].sum(1, keepdim=True).sqrt()
+        D = (D / D.mean()).clamp(min=1e-6)
         U, s, Vh = torch.linalg.svd(D * W, full_matrices=False)
         return Product(U * s / D, Vh)
 

@@ -27,9 +27,9 @@ def profile_race(
 
     Returns:
         ``paper``: an SVD and a forward pass for every layer and rank; ``one SVD``: an SVD per layer
-        and a forward pass for every rank, both timed at ``sample`` ranks of each layer and scaled
-        to all; ``nested``: `loss_profile`; ``search``: `search_ranks` by one standard error;
-        ``bound``: the products behind each layer alone, at this machine's best rate.
+        and a pass for every rank, both timed at ``sample`` ranks per layer and scaled to all;
+        ``nested``: `loss_profile`; ``search``: `search_ranks` by one standard error; ``bound``:
+        the products behind each layer alone, at this machine's best rate.
     """
     torch.manual_seed(0)
     model = perceptron(sizes).to(x.device)
@@ -49,11 +49,10 @@ def profile_race(
     search = partial(search_ranks, model, x, y, lambda rows: rows.increase <= rows.se)
     times["nested"] = clock.median(nested, repeats, warmup=0)
     times["search"] = clock.median(search, repeats, warmup=0)
-    shapes = list(pairwise(sizes))
-    work = sum(
-        (min(shape) + 1) * sum(2 * m * n for m, n in shapes[number + 1 :])
-        for number, shape in enumerate(shapes)
-    )
+    work = behind = 0  # operations per image, of the layers behind the current one and by rank
+    for m, n in reversed(list(pairwise(sizes))):
+        work += (min(m, n) + 1) * behind
+        behind += 2 * m * n
     times["bound"] = work * len(x) / product_rate(x.device)
     return times
 

@@ -20,10 +20,8 @@ from svdlib.study.evidence import theory
 from svdlib.study.evidence.statistics import interval
 from svdlib.study.running import inputs
 
-# From so many m·n·k on, SciPy's two take seconds to minutes.
-LIMIT = 2**27
-# How many sketches' errors are averaged.
-SKETCHES = 5
+LIMIT = 2**27  # from so many m·n·k on, SciPy's two take seconds to minutes
+SKETCHES = 5  # whose errors are averaged
 
 
 def slow_decay(m: int, n: int, generator: torch.Generator) -> Tensor:
@@ -37,10 +35,7 @@ def slow_decay(m: int, n: int, generator: torch.Generator) -> Tensor:
 
 
 def ways(A: Tensor, rank: int, generator: torch.Generator) -> dict[str, Callable[[], Any]]:
-    """Calls for U, S and Vh of a float32 matrix, by way.
-
-    Sketch size and power iterations are the same for all ways that have them.
-    """
+    """Calls for U, S and Vh of a float32 matrix, by way, with equal sketches and iterations."""
     import fbpca
     from scipy.linalg import interpolative
     from scipy.sparse.linalg import svds
@@ -84,11 +79,10 @@ def svd_race(
 
     Returns:
         Columns shape, rank, way, seconds (the median; ways that take over 0.3 s run once), and
-        error: Frobenius, as a multiple of the smallest of that shape and rank.
+        error: Frobenius, over the smallest of that shape and rank.
     """
-    rows = []
-    generator = torch.Generator().manual_seed(0)
-    cases = [(shape, rank) for shape in shapes for rank in ranks]
+    rows, generator = [], torch.Generator().manual_seed(0)
+    cases = list(itertools.product(shapes, ranks))
     for (m, n), rank in bar(cases, progress=progress, unit="case", desc="race"):
         A = slow_decay(m, n, generator)
         case = {"shape": f"{m}×{n}", "rank": rank}
@@ -114,16 +108,14 @@ def exact_or_randomized(
 ) -> pd.DataFrame:
     """Seconds of LAPACK's (or cuSOLVER's) SVD, `truncated_svd` and `randomized_svd`, with errors.
 
-    Each shape has a matrix of a decaying spectrum (`slow_decay`) and a Gaussian one, whose spectrum
-    is nearly flat. The exact ways find all terms whatever the rank: they are timed once per matrix,
-    at the smallest rank. The sketch has p = 10, or less where it would span everything, so that it
-    is always a sketch.
+    Each shape has a `slow_decay` matrix and a Gaussian one, whose spectrum is nearly flat. The
+    exact ways find all terms whatever the rank: they are timed once per matrix. The sketch has
+    p = 10, or less where it would span everything, so that it is always a sketch.
 
     Returns:
-        A row per spectrum, shape and rank (below the shorter side): spectrum, shape, rank; full,
-        truncated, randomized, the median seconds; error, error_low, error_high, the mean with its
-        95% interval of five sketches' Frobenius errors over the best possible, ‖A − A_k‖; and
-        zero, that of the zero matrix, ‖A‖ / ‖A − A_k‖.
+        A row per spectrum, shape and rank (below the shorter side); full, truncated, randomized,
+        the median seconds; error, error_low, error_high, the mean and its 95% interval of five
+        sketches' Frobenius errors over ‖A − A_k‖; zero, ‖A‖ / ‖A − A_k‖.
 
     Raises:
         ValueError: no rank is below a shorter side.
@@ -132,8 +124,7 @@ def exact_or_randomized(
         raise ValueError(f"none of the ranks {list(ranks)} is below the shorter side of a shape")
     timed = partial(clock.median, repeats=repeats, device=device)
     norm = partial(torch.linalg.vector_norm, dtype=torch.float64)
-    rows = []
-    generator = torch.Generator().manual_seed(0)
+    rows, generator = [], torch.Generator().manual_seed(0)
     for spectrum, (m, n) in itertools.product(("decaying", "flat"), shapes):
         flat = spectrum == "flat"
         A = torch.randn(m, n, generator=generator) if flat else slow_decay(m, n, generator)
@@ -159,11 +150,10 @@ def exact_or_randomized(
 def call_times(
     shapes: Sequence[Sequence[int]], rank: int, device: torch.device, repeats: int, rounds: int = 5
 ) -> pd.DataFrame:
-    """Seconds of an SVD's calls on Gaussian matrices, or stacks of them, all in turn.
+    """Seconds (medians) of three SVDs on Gaussian matrices, or stacks of them, all in turn.
 
     Returns:
-        A row per round and shape: round, shape, svd (`torch.linalg.svd`), svd_lowrank
-        (`torch.svd_lowrank`), truncated_svd; medians of the repeats.
+        A row per round and shape: round, shape, svd and svd_lowrank (torch's), truncated_svd.
     """
     timed = partial(clock.median, repeats=repeats, device=device)
     generator = torch.Generator(device).manual_seed(0)

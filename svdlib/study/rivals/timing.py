@@ -18,45 +18,32 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from svdlib import clock
 
+QUIET = 0.15  # of a core, which an idle JupyterLab and its browser take
+
 
 def product_rate(device: torch.device, repeats: int = 5) -> float:
-    """Operations a second of a 1024³ matrix product in float32.
-
-    >>> product_rate(torch.device("cpu"), repeats=1) > 1e6
-    True
-    """
-    n = 1024
-    A = torch.rand(n, n, device=device, generator=torch.Generator(device).manual_seed(0))
-
-    def products() -> None:
-        for _ in range(4):
-            A @ A
-
-    return 4 * 2 * n**3 / clock.median(products, repeats, device=device)
+    """Operations per second of a 1024³ matrix product in float32."""
+    n, generator = 1024, torch.Generator(device).manual_seed(0)
+    A = torch.rand(n, n, device=device, generator=generator)
+    return 4 * 2 * n**3 / clock.median(lambda: A @ A @ A @ A @ A, repeats, device=device)
 
 
 @contextmanager
 def busy_core() -> Iterator[None]:
-    """Keep one core busy with another process, as long as this one lives."""
+    """Keep one core busy with another process, which ends with this one at the latest."""
     work = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): pass"
-    other = subprocess.Popen([sys.executable, "-c", work, str(os.getpid())])
-    try:
-        yield
-    finally:
-        other.kill()
-        other.wait()
-
-
-# What other processes may take of a core: an idle JupyterLab and its browser do.
-QUIET = 0.15
+    with subprocess.Popen([sys.executable, "-c", work, str(os.getpid())]) as other:
+        try:
+            yield
+        finally:
+            other.kill()
 
 
 @contextmanager
 def watched() -> Iterator[None]:
     """Print, on leaving, whether other processes were at work meanwhile: then times are no results.
 
-    What others took, in cores: the processor time of all processes less that of this one and its
-    children, over the seconds that went by.
+    Others' share in cores is all processor time less this process's and its children's, per second.
     """
     before = _spent()
     yield
@@ -96,10 +83,7 @@ class _Stopwatch(TorchDispatchMode):
 
 
 def operations(run: Callable[[], object], steps: int) -> pd.DataFrame:
-    """The operations of torch in ``run``, which takes ``steps`` steps, and what each takes.
-
-    Returns:
-        A row per operation, the slowest first: operation, calls and microseconds (both per step).
+    """Torch's operations in ``run``, which takes ``steps`` steps, with calls and microseconds per step.
 
     >>> A = torch.ones(9, 9)
     >>> operations(lambda: A @ A, steps=1)[["operation", "calls"]].values.tolist()
@@ -108,9 +92,7 @@ def operations(run: Callable[[], object], steps: int) -> pd.DataFrame:
     run()
     with _Stopwatch() as watch:
         run()
-    rows = [
-        (name, len(times) / steps, 1e6 * sum(times) / steps)
-        for name, times in watch.seconds.items()
-    ]
+    seconds = watch.seconds.items()
+    rows = [(name, len(times) / steps, 1e6 * sum(times) / steps) for name, times in seconds]
     table = pd.DataFrame(rows, columns=["operation", "calls", "microseconds"])
     return table.sort_values("microseconds", ascending=False, ignore_index=True)

@@ -30,9 +30,7 @@ from svdlib.study.rivals.timing import operations, product_rate
 from svdlib.study.running import inputs
 
 Epoch = Callable[[], float]
-
-# The shortest turn of the race, in seconds.
-TURN = 0.2
+TURN = 0.2  # the shortest turn of the race, in seconds
 
 
 def svdlib_epoch(
@@ -41,12 +39,8 @@ def svdlib_epoch(
     """`train` itself: the history's own seconds of an epoch, testing not included."""
     nets = MLPEnsemble(sizes, seeds=range(networks), device=data.device)
     few = data.head(len(data.train_x), 100)
-
-    def epoch() -> float:
-        history = train(nets, few, epochs=1, projection=projection, progress=False)
-        return float(history.seconds.iloc[0])
-
-    return epoch
+    run = partial(train, nets, few, epochs=1, projection=projection, progress=False)
+    return lambda: float(run().seconds.iloc[0])
 
 
 class _Images(Dataset):
@@ -68,9 +62,7 @@ class _Images(Dataset):
 
 
 def paper_epoch(sizes: Sequence[int], data: Data, projection: Projection | None = None) -> Epoch:
-    """The paper's way, one network: DataLoader, ToTensor, autograd, and a state dict that is
-    taken, projected by `torch.linalg.svd` or `torch.svd_lowrank` and loaded again.
-    """
+    """The paper's way, one network: DataLoader, ToTensor, autograd, and a projected state dict."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), *perceptron(sizes)).to(data.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
@@ -134,15 +126,14 @@ def jax_epoch(
 ) -> Epoch:
     """JAX: value_and_grad under vmap, the epoch one compiled `scan`; batched `jnp.linalg.svd`.
 
-    The randomized method draws its sketch in JAX: Q from QR of W Ω, with k + p columns and q
-    power iterations, then the SVD of Qᵀ W, as `torch.svd_lowrank` has it.
+    The randomized method is that of `torch.svd_lowrank`, its sketch drawn in JAX.
     """
     import jax
     import jax.numpy as jnp
 
     nets = MLPEnsemble(sizes, seeds=range(networks), device="cpu")
-    weights = [jnp.asarray(w.detach().numpy()) for w in nets.weights]
-    biases = [jnp.asarray(b.detach().numpy()) for b in nets.biases]
+    start = nets.weights, nets.biases
+    params = tuple([jnp.asarray(p.detach().numpy()) for p in part] for part in start)
     images = len(data.train_x) // 64 * 64
     x = jnp.asarray(data.train_x[:images].reshape(-1, 64, sizes[0]).cpu().numpy())
     y = jnp.asarray(data.train_y[:images].reshape(-1, 64).cpu().numpy())
@@ -158,9 +149,8 @@ def jax_epoch(
         U, S, Vh = jnp.linalg.svd(W, full_matrices=False)
         return (U[..., :rank] * S[:, None, :rank]) @ Vh[:, :rank]
 
-    def low_rank(W: Any, key: Any, projection: Projection) -> Any:
-        rank = projection.ranks(1)[0]
-        if rank >= min(W.shape[1:]):
+    def low_rank(W: Any, key: Any) -> Any:
+        if projection is None or (rank := projection.ranks(1)[0]) >= min(W.shape[1:]):
             return W
         if projection.method == "truncsvd":
             return truncated(W, rank)
@@ -174,15 +164,11 @@ def jax_epoch(
         x, y, key = batch
         losses, g = jax.vmap(jax.value_and_grad(loss), in_axes=(0, None, None))(params, x, y)
         W, b = jax.tree.map(lambda p, d: p - 1e-2 * d, params, g)
-        if projection:
-            W = [low_rank(w, key, projection) for w in W]
-        return (W, b), losses
+        return ([low_rank(w, key) for w in W], b), losses
 
     @jax.jit
     def epoch(params: Any, key: Any) -> Any:
         return jax.lax.scan(step, params, (x, y, jax.random.split(key, len(x))))
-
-    params = (weights, biases)
 
     def run() -> None:
         nonlocal params
@@ -193,10 +179,8 @@ def jax_epoch(
 
 
 def product_bound(sizes: Sequence[int], data: Data) -> float:
-    """Seconds that the matrix products of one network's epoch take at this machine's best rate.
-
-    They are the forward product and both backward ones of each layer, without that to the inputs.
-    """
+    """Seconds of one network's epoch if it were its matrix products at this machine's best rate."""
+    # The forward product and both backward ones of each layer, without that to the inputs.
     products = sum(3 * m * k for k, m in itertools.pairwise(sizes)) - sizes[0] * sizes[1]
     return 2 * products * len(data.train_x) / product_rate(data.device, repeats=1)
 
@@ -213,11 +197,7 @@ def entrants(
 ) -> Entrants:
     """An epoch of every way, for every number of networks; the paper's way trains one at a time.
 
-    `product_bound` takes part as "the products alone".
-
-    Args:
-        projection: follows every step.
-        name: what to call it in the race's table.
+    `product_bound` takes part as "the products alone"; ``name`` is the projection's in the table.
 
     Raises:
         ValueError: a projection that does not follow every step, which the other ways require.
@@ -238,12 +218,10 @@ def race(entrants: Entrants, repeats: int = 5, progress: bool = True) -> pd.Data
     """Each entrant in turn, again and again, after a round that compiles and is not counted.
 
     Whatever disturbs the machine then disturbs all, and a ratio can be taken within a round. A
-    turn lasts a fifth of a second or an epoch, whichever is longer: threads of the one before may
-    wait actively for some milliseconds.
+    turn lasts `TURN` or an epoch: threads of the one before may wait actively for milliseconds.
 
     Returns:
-        Columns projection, way, networks, round, seconds (per network and epoch, the median of
-        the turn's epochs).
+        Columns projection, way, networks, round, seconds (per network and epoch, turn's median).
     """
     rows = []
     for number in bar(range(1 + repeats), progress=progress, unit="round", desc="race"):
@@ -253,8 +231,7 @@ def race(entrants: Entrants, repeats: int = 5, progress: bool = True) -> pd.Data
             while number and clock.now() - start < TURN:
                 taken.append(epoch())
             if number:
-                seconds = statistics.median(taken) / networks
-                rows.append((name, way, networks, number, seconds))
+                rows.append((name, way, networks, number, statistics.median(taken) / networks))
     return pd.DataFrame(rows, columns=["projection", "way", "networks", "round", "seconds"])
 
 
@@ -264,8 +241,8 @@ def ratios(table: pd.DataFrame) -> pd.DataFrame:
     Those that train one network at a time are compared per network.
 
     Returns:
-        A row per other way and number of networks: the median ratio over the rounds, its least
-        and most, and which of the two is faster; "none", where the rounds disagree.
+        A row per other way and number of networks: the ratio's median, least and most over the
+        rounds, and which of the two is faster; "none", where the rounds disagree.
 
     >>> table = pd.DataFrame({"projection": "stock", "way": ["svdlib", "JAX"] * 2, "networks": 8,
     ...                       "round": [1, 1, 2, 2], "seconds": [1.0, 2.0, 1.0, 3.0]})

@@ -1,8 +1,4 @@
-"""The explorer: panels to move by hand.
-
-`cuts` and `sketches` answer questions about one network and one matrix in milliseconds; `runs`
-trains networks and keeps them; `pictures` draws frames; `panels` binds them to widgets.
-"""
+"""The explorer: panels to move by hand, and what answers them in milliseconds."""
 
 from svdlib.study.pictures.explorer.cuts import Cuts, check
 from svdlib.study.pictures.explorer.panels import (

@@ -22,13 +22,10 @@ class Cuts:
     pass at ranks (r_1, r_2, …) starts from their first r_1, so that little is left to do.
 
     Attributes:
-        layers: names of the layers.
-        full: full rank of each layer.
-        factors: singular value decomposition (U, σ, Vᵀ) of each layer.
-        biases: bias of each layer, 0 without one.
+        layers, full: names of the layers, and their full ranks.
+        factors, biases: (U, σ, Vᵀ) of each layer, and its bias, 0 without one.
         x, y: images (n, features) and labels (n,).
-        joint: the loss at every combination of ranks (`joint_profile`).
-        best: the front of the best combinations, by number of parameters.
+        joint, best: the `joint_profile`, and the best combinations of its `front`.
 
     >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(9, 4), nn.ReLU(), nn.Linear(4, 3))
@@ -41,8 +38,7 @@ class Cuts:
     def __init__(self, model: nn.Sequential, x: Tensor, y: Tensor) -> None:
         self.joint = joint_profile(model, x, y, progress=False)
         self.layers = layers_of(self.joint)
-        best = front(self.joint)
-        self.best = best[best.excess == 0].reset_index(drop=True)
+        self.best = front(self.joint).query("excess == 0").reset_index(drop=True)
         linear = find_layers(model).values()
         matrices = [layer.weight.double().cpu() for layer in linear]
         self.factors = [torch.linalg.svd(matrix, full_matrices=False) for matrix in matrices]
@@ -81,8 +77,7 @@ class Cuts:
     def misread(self, ranks: Sequence[int], count: int = 12) -> tuple[Tensor, Tensor, Tensor]:
         """Images that the full network reads correctly and this cut most clearly misreads.
 
-        They are sorted by the margin after the cut: the logit of the correct class minus the
-        largest other one. Below zero the image is misread.
+        The margin sorts them: the correct class's logit minus the largest other, below 0 if misread.
 
         Returns:
             their indices (count,), and the logits (count, classes) before and after the cut.

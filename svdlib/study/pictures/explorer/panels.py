@@ -22,12 +22,8 @@ TABLE_STYLE = (
     ".ranks tbody th {padding-left:0; text-align:left}</style>"
 )
 
-# The fields that matter for each method.
-NEEDED = {
-    "": ["seeds"],
-    "truncsvd": ["rank", "every", "seeds"],
-    "rsvd": ["rank", "every", "oversample", "power_iters", "seeds"],
-}
+# The fields that matter for a method; all do for rSVD.
+NEEDED = {"": ["seeds"], "truncsvd": ["rank", "every", "seeds"]}
 
 
 def _slider(name: str, value: float, low: float, high: float, step: float = 1) -> widgets.Widget:
@@ -53,8 +49,7 @@ def _follow(sliders: Sequence[widgets.Widget], update: Callable[[object], None])
 def ranks_panel(cuts: Cuts, start: Sequence[int]) -> tuple[widgets.VBox, list[widgets.IntSlider]]:
     """One slider per layer: the cost of these ranks, the best of that size, and what is left.
 
-    Returns:
-        the panel, and its sliders, which another panel can follow.
+    The sliders are returned as well: another panel can follow them.
     """
     sliders = [
         _slider(f"layer {name}", rank, 0, full)
@@ -166,7 +161,8 @@ def runs_panel(session: Session) -> widgets.HBox:
             train.disabled, stop.disabled = False, True
 
     def start(_: object) -> None:
-        values: dict[str, Any] = {name: fields[name].value for name in NEEDED[method.value]}
+        needed = NEEDED.get(method.value, [*fields])
+        values: dict[str, Any] = {name: fields[name].value for name in needed}
         if None in values.values():
             state.value = _warning("correct the fields with a message beside them first")
             return
@@ -178,7 +174,7 @@ def runs_panel(session: Session) -> widgets.HBox:
 
     def show_needed(_: object) -> None:
         for name, field in fields.items():
-            field.layout.display = None if name in NEEDED[method.value] else "none"
+            field.layout.display = None if name in NEEDED.get(method.value, fields) else "none"
 
     _follow([method], show_needed)
     train.on_click(start)
@@ -198,9 +194,8 @@ def _fields(full: int) -> dict[str, Field]:
         oversample.check()
         k, p = rank.value, oversample.value
         if isinstance(k, int) and isinstance(p, int) and k + p >= full:
-            oversample.message.value = _warning(
-                f"k + p = {k + p} columns span all {full} of a layer: this is truncSVD there"
-            )
+            spanned = f"k + p = {k + p} columns span all {full} of a layer"
+            oversample.message.value = _warning(f"{spanned}: this is truncSVD there")
 
     for field in (rank, oversample):
         field.text.observe(note, "value")
@@ -214,17 +209,9 @@ def _fields(full: int) -> dict[str, Field]:
 
 
 class Field(widgets.HBox):
-    """A field for a whole number or one of some words, with a message beside it if it is neither.
+    """A field for a whole number or one of some words, with a message beside it if it is neither."""
 
-    >>> field = Field("rank", "10", 1, 15)
-    >>> field.text.value = "16"
-    >>> field.value, field.message.value
-    (None, "<span style='color:#a33'>rank must be from 1 to 15, not 16</span>")
-    """
-
-    def __init__(
-        self, name: str, value: str, low: int, high: int, words: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, name: str, value: str, low: int, high: int, words: Sequence[str] = ()):
         self.text = widgets.Text(value, description=name, style=WIDE, layout={"width": "14em"})
         self.message = widgets.HTML()
         super().__init__([self.text, self.message])
@@ -236,8 +223,6 @@ class Field(widgets.HBox):
         text = self.text.value.strip()
         number = text.removeprefix("-").isdecimal() and self.low <= int(text) <= self.high
         self.value = int(text) if number else text if text in self.words else None
-        words = "".join(f"{word}, or " for word in self.words)
-        error = (
-            f"{self.name} must be {words}from {self.low} to {self.high}, not {text or 'nothing'}"
-        )
+        allowed = ", or ".join([*self.words, f"from {self.low} to {self.high}"])
+        error = f"{self.name} must be {allowed}, not {text or 'nothing'}"
         self.message.value = _warning(error if self.value is None else "")

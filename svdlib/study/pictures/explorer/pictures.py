@@ -21,21 +21,12 @@ from svdlib.study.pictures import plots
 from svdlib.study.pictures.explorer.cuts import Cuts
 from svdlib.study.pictures.explorer.sketches import Sketch
 
-# Colors of the current choice and of the best one, other than the methods' colors.
-HERE, BEST = "#882255", "#000000"
-
-# A training draws from its own thread, and matplotlib is not thread-safe.
-DRAWING = threading.Lock()
+HERE, BEST = "#882255", "#000000"  # the current choice and the best one, unlike any method
+DRAWING = threading.Lock()  # a training draws from its own thread; matplotlib is not thread-safe
 
 
 def animated(figure: Figure, artists: Sequence[Artist]) -> Callable[[], Image.Image]:
-    """A function that draws a figure's frames, redrawing only these artists.
-
-    >>> figure = Figure(figsize=(2, 1))
-    >>> (point,) = figure.add_subplot().plot([0.5], [0.5], "o")
-    >>> animated(figure, [point])().size
-    (200, 100)
-    """
+    """A function that draws a figure's frames, redrawing only these artists."""
     canvas = FigureCanvasAgg(figure)
     with DRAWING:
         for artist in artists:
@@ -48,13 +39,9 @@ def animated(figure: Figure, artists: Sequence[Artist]) -> Callable[[], Image.Im
             canvas.restore_region(background)
             for artist in artists:
                 artist.axes.draw_artist(artist)  # type: ignore[union-attr]
-            return _rendered(canvas)
+            return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
     return frame
-
-
-def _rendered(canvas: FigureCanvasAgg) -> Image.Image:
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def png(drawn: Image.Image) -> bytes:
@@ -70,14 +57,11 @@ def ranks_picture(cuts: Cuts) -> Callable[[Sequence[int]], bytes]:
     count = len(cuts.layers)
     figure = Figure(figsize=(11, 3.5), dpi=100)
     cloud, *axes = figure.subplots(1, 1 + count, width_ratios=[3, *[1.25] * count])
-    joint = cuts.joint
-    cloud.plot(
-        joint.parameters, joint.loss, ".", color="0.82", markersize=3,
-        label=f"all {len(joint):,} combinations",
-    )  # fmt: skip
+    joint, everything = cuts.joint, f"all {len(cuts.joint):,} combinations"
+    cloud.plot(joint.parameters, joint.loss, ".", color="0.82", markersize=3, label=everything)
     cloud.step(cuts.best.parameters, cuts.best.loss, where="post", color=BEST, label="the best")
-    (best,) = cloud.plot([], [], "o", color=BEST, fillstyle="none", markersize=13,
-                         markeredgewidth=2, label="the best with no more parameters")  # fmt: skip
+    ring = {"color": BEST, "fillstyle": "none", "markersize": 13, "markeredgewidth": 2}
+    (best,) = cloud.plot([], [], "o", **ring, label="the best with no more parameters")
     (here,) = cloud.plot([], [], "o", color=HERE, markersize=9, label="these ranks")
     cloud.set(xlabel="parameters", yscale="log")
     cloud.set_ylim(joint.loss.min() * 0.9, joint.loss.quantile(0.99) * 1.1)
@@ -147,14 +131,11 @@ def sketch_picture(max_side: int) -> Callable[[Sketch], bytes]:
 
 
 def curves_picture(runs: Sequence[pd.DataFrame], epochs: int) -> bytes:
-    """Test error and loss by epoch of every run's networks: means and ranges.
+    """Test error and loss by epoch of every run's networks (`Session`): means and ranges.
 
-    Args:
-        runs: histories with a column ``run``, the projection in words. Stock networks are drawn of
-            the last run only; a method's first run has the method's color.
+    Stock networks are drawn of the last run only; a method's first run has the method's color.
     """
     figure = Figure(figsize=(10, 3.8))
-    canvas = FigureCanvasAgg(figure)
     with DRAWING:
         panels = (("test_error", "test error (%)"), ("test_loss", "test loss"))
         for axis, (value, label) in zip(figure.subplots(1, 2), panels, strict=True):
@@ -173,8 +154,7 @@ def curves_picture(runs: Sequence[pd.DataFrame], epochs: int) -> bytes:
             plots.log_axis(axis, label)
         if runs:
             figure.axes[0].legend()
-        canvas.draw()
-        return png(_rendered(canvas))
+    return png(animated(figure, [])())
 
 
 def digits_html(x: Tensor, y: Tensor, before: Tensor, after: Tensor) -> str:
@@ -187,9 +167,9 @@ def digits_html(x: Tensor, y: Tensor, before: Tensor, after: Tensor) -> str:
 
 
 def _digit(uri: str, label: int, before: list[float], after: list[float], scale: float) -> str:
-    read = after.index(max(after))
-    wrong = read != label
-    verdict = f"a {label}, now read as {read}" if wrong else f"a {label}, still read"
+    verdict, weight = f"a {label}, still read", "normal"
+    if (read := after.index(max(after))) != label:
+        verdict, weight = f"a {label}, now read as {read}", "bold"
     width, half = 14, 32
     bars = f'<line x1="0" x2="{10 * width}" y1="{half}" y2="{half}" stroke="#bbb"/>'
     for digit, pair in enumerate(zip(before, after, strict=True)):
@@ -202,7 +182,6 @@ def _digit(uri: str, label: int, before: list[float], after: list[float], scale:
             )
         place = f'x="{digit * width + 6}" y="{2 * half + 11}"'
         bars += f'<text {place} text-anchor="middle">{digit}</text>'
-    weight = "bold" if wrong else "normal"
     return (
         f'<figure style="margin:0;line-height:1.3"><img src="{uri}" width="56" height="56" '
         f'alt="{verdict}" style="image-rendering:pixelated">'

@@ -47,11 +47,8 @@ class Session:
     ) -> pd.DataFrame:
         """Train ``seeds`` stock networks, and as many with this projection from the same seeds.
 
-        ``watch`` is called after every epoch with the history so far.
-
-        Returns:
-            the history, which is also added to ``runs``. If the training was stopped it has the
-            complete epochs; without any it is not added.
+        ``watch`` is called after every epoch with the history so far. The history of the complete
+        epochs is returned, and added to ``runs`` unless it is empty.
 
         Raises:
             RuntimeError: another training is under way.
@@ -66,9 +63,8 @@ class Session:
             raise RuntimeError("a training is under way; stop it, or wait for its end")
         try:
             self._stop.clear()
-            choices = [None, choice] if choice else [None]
-            repeated = [c for c in choices for _ in range(seeds)]
-            numbers = list(range(seeds)) * len(choices)
+            projections = [None] * seeds + [choice] * seeds if choice else [None] * seeds
+            numbers = [number % seeds for number in range(len(projections))]
             nets = self.nets = MLPEnsemble(self.sizes, seeds=numbers, device=self.data.device)
             history = pd.DataFrame()
 
@@ -83,9 +79,9 @@ class Session:
                     if watch:
                         watch(history)
 
-            options: dict[str, Any] = {"projection": repeated, "watch": look, "progress": progress}
+            options: dict[str, Any] = {"watch": look, "progress": progress}
             with contextlib.suppress(Stopped):
-                train(nets, self.data, epochs=self.epochs, **options)
+                train(nets, self.data, epochs=self.epochs, projection=projections, **options)
             if len(history):
                 self.runs.append(history)
             return history
@@ -97,26 +93,20 @@ class Session:
         self._stop.set()
 
     def table(self) -> pd.DataFrame:
-        """One row per run: networks, epochs, test error, and what its projection adds to it.
+        """One row per run: networks, epochs, test error after them, and what its projection adds.
 
-        Errors are those after the run's last epoch; differences are paired by seed, with 95%
-        intervals.
+        Differences are paired by seed, with 95% intervals.
         """
         rows = []
         for history in self.runs:
             last = history[history.epoch == history.epoch.max()]
             added = paired(last, "test_error", against="stock")
             shown = last[last.method != "stock"] if len(added) else last
-            rows.append(
-                {
-                    "run": shown.run.iloc[0],
-                    "networks": len(shown),
-                    "epochs": int(shown.epoch.iloc[0]),
-                    "test error (%)": round(shown.test_error.mean(), 2),
-                    "points added to stock": with_interval(added.iloc[0]) if len(added) else "",
-                }
-            )
-        return pd.DataFrame(rows)
+            numbers = len(shown), int(last.epoch.iloc[0]), round(shown.test_error.mean(), 2)
+            difference = with_interval(added.iloc[0]) if len(added) else ""
+            rows.append((shown.run.iloc[0], *numbers, difference))
+        columns = ["run", "networks", "epochs", "test error (%)", "points added to stock"]
+        return pd.DataFrame(rows, columns=columns)
 
 
 def describe(choice: Projection | None) -> str:

@@ -36,11 +36,8 @@ def sketch(
     >>> drawn = sketch(60, 40, decay=1.0, rank=5, oversample=5, power_iters=1)
     >>> drawn.sigma[10] <= drawn.error <= drawn.bound
     True
-    >>> sketch(60, 40, 1.0, rank=10, oversample=30, power_iters=0).note
-    'k + p = 40 columns span all 40: nothing is random any more, the SVD is exact.'
     """
-    side = min(m, n)
-    note = ""
+    side, note = min(m, n), ""
     if rank >= side:
         note = f"A {m} × {n} matrix has no rank above {side}; k = {side - 1} is shown."
         rank = side - 1
@@ -48,13 +45,9 @@ def sketch(
     left, right = _bases(m, n)
     A = (left * sigma) @ right.mT
     generator = torch.Generator().manual_seed(seed)
-    options: dict[str, Any] = {
-        "oversample": oversample,
-        "power_iters": power_iters,
-        "generator": generator,
-    }
+    options: dict[str, Any] = {"power_iters": power_iters, "generator": generator}
     start = clock.now()
-    found = randomized_svd(A, rank, **options).S
+    found = randomized_svd(A, rank, oversample=oversample, **options).S
     seconds = clock.now() - start
     columns, error, bound = rank + oversample, 0.0, None
     if columns >= side:

@@ -22,11 +22,7 @@ def show(panel: widgets.Widget) -> None:
 
 
 def static_html(panel: widgets.Widget) -> str:
-    """A panel's words and pictures as they are now, as HTML.
-
-    >>> static_html(widgets.VBox([widgets.HTML("rank 3"), widgets.IntSlider(3)]))
-    '<div>rank 3</div>'
-    """
+    """A panel's words and pictures as they are now, as HTML."""
     parts = []
     for widget in _leaves(panel):
         if isinstance(widget, widgets.HTML) and widget.value:
