@@ -276,7 +276,7 @@ class Network:
         old = self.layers[name].module
         self.model = replace_module(self.model, old, module)
         found = layer_of(module)
-        self.layers[name] = Factorized(module) if found is None else found
+        self.layers[name] = found or Factorized(cast(LowRank, module))
 
     @contextmanager
     def with_modules(self, modules: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
