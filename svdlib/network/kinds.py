@@ -53,8 +53,7 @@ class Layer:
     @property
     def weight(self) -> Tensor:
         """The weight, in the layer's own shape."""
-        weight: Tensor = self.module.weight
-        return weight
+        return self.module.weight
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
@@ -68,16 +67,14 @@ class Layer:
         return getattr(self.module, "bias", None)
 
     @property
-    def sides(self) -> tuple[int, int]:
+    def sides(self) -> tuple[int, ...]:
         """The numbers of input and output features or channels."""
-        ins, outs = (getattr(self.module, name) for name in self.side_names)
-        return ins, outs
+        return tuple(getattr(self.module, name) for name in self.side_names)
 
     @cached_property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
         """(m, n) of its matrix."""
-        m, n = self.to_matrix(self.weight.detach()).shape[-2:]
-        return m, n
+        return tuple(self.to_matrix(self.weight.detach()).shape[-2:])
 
     @property
     def full_rank(self) -> int:
@@ -154,9 +151,16 @@ class Layer:
         more = {name: getattr(self.module, name) for name in self.settings}
         return self.new(type(self.module), ins, outs, bias=bias, **more)
 
-    def thin(self, ins: int, outs: int, width: int, bias: bool) -> tuple[nn.Module, nn.Module]:
-        """Two factors that ``width`` features pass between, not yet filled."""
-        return self.resized(ins, width, False), self.new(nn.Linear, width, outs, bias=bias)
+    def mixing(self, ins: int, outs: int, bias: bool) -> nn.Module:
+        """The factor that mixes features or channels alone, not yet filled."""
+        return self.new(nn.Linear, ins, outs, bias=bias)
+
+    def thin(self, rank: int) -> tuple[nn.Module, nn.Module]:
+        """Two factors of that rank, in each group, not yet filled."""
+        (ins, outs), width, bias = self.sides, self.groups * rank, self.bias is not None
+        if self.own_factor == 0:
+            return self.resized(ins, width, False), self.mixing(width, outs, bias)
+        return self.mixing(ins, width, False), self.resized(width, outs, bias)
 
     # What it is applied to.
 
@@ -246,15 +250,13 @@ class Conv1D(Layer):
     @classmethod
     def includes(cls, module: nn.Module) -> bool:
         """By name and shape, without importing that library."""
-        weight, outs = module._parameters.get("weight"), getattr(module, "nf", None)
-        named = type(module).__name__ == "Conv1D"
-        return named and weight is not None and weight.shape[1:] == (outs,)
+        weight, named = module._parameters.get("weight"), type(module).__name__ == "Conv1D"
+        return named and weight is not None and weight.shape[1:] == (getattr(module, "nf", None),)
 
     @property
-    def sides(self) -> tuple[int, int]:
+    def sides(self) -> tuple[int, ...]:
         """As `Layer`; an older Conv1D has no nx."""
-        ins, outs = self.weight.shape
-        return ins, outs
+        return tuple(self.weight.shape)
 
     def resized(self, ins: int, outs: int, bias: bool) -> nn.Module:
         """As `Layer`: a deep copy knows how to make one."""
@@ -262,9 +264,6 @@ class Conv1D(Layer):
         resized = copy.deepcopy(self.module, {id(self.weight): weight})
         vars(resized).update(nx=ins, nf=outs)
         return resized
-
-    def thin(self, ins: int, outs: int, width: int, bias: bool) -> tuple[nn.Module, nn.Module]:
-        return self.new(nn.Linear, ins, width, bias=False), self.resized(width, outs, True)
 
 
 class Embedding(Layer):
@@ -308,13 +307,9 @@ class Convolution(Layer):
     settings: tuple[str, ...] = WINDOWS
     feature_dim = 1
 
-    def pointwise(self, ins: int, outs: int, bias: bool) -> nn.Module:
-        """A convolution with windows of one place, in as many dimensions."""
-        kind = Convolution.types[self.weight.ndim - 3]
+    def mixing(self, ins: int, outs: int, bias: bool) -> nn.Module:
+        kind = Convolution.types[self.weight.ndim - 3]  # with windows of one place
         return self.new(kind, ins, outs, kernel_size=1, groups=self.groups, bias=bias)
-
-    def thin(self, ins: int, outs: int, width: int, bias: bool) -> tuple[nn.Module, nn.Module]:
-        return self.resized(ins, width, False), self.pointwise(width, outs, bias)
 
     def vectors(self, x: Tensor) -> Tensor:
         module, x = self.module, self._batch(x)
@@ -336,8 +331,7 @@ class Convolution(Layer):
 
     def apply(self, x: Tensor, V: Tensor) -> Tensor:
         weight = V.view(-1, *self.weight.shape[1:])
-        found: Tensor = self.module._conv_forward(x.to(V.dtype), weight, None)
-        return found
+        return self.module._conv_forward(x.to(V.dtype), weight, None)
 
     def blocks(self, x: Tensor, keep: Tensor | None) -> Iterator[Tensor]:
         x = self._batch(x)
@@ -353,9 +347,6 @@ class TransposedConvolution(Convolution):
     transposed = True
     overlaps = True
     own_factor = 1
-
-    def thin(self, ins: int, outs: int, width: int, bias: bool) -> tuple[nn.Module, nn.Module]:
-        return self.pointwise(ins, width, False), self.resized(width, outs, bias)
 
     def vectors(self, x: Tensor) -> Tensor:
         return self._by_group(self._batch(x))

@@ -123,8 +123,7 @@ class Factorized(Layer):
 
     @property
     def max_rank(self) -> int:
-        rank: int = self.module.rank
-        return rank
+        return self.module.rank
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         return self.main.to_matrix(weight)
@@ -145,8 +144,7 @@ class Factorized(Layer):
 
 def thin_twin(layer: Layer, rank: int) -> LowRank:
     """Two thin layers of that rank in place of one, their tensors not yet filled."""
-    factors = layer.thin(*layer.sides, layer.groups * rank, layer.bias is not None)
-    return LowRank(*factors).train(layer.module.training)
+    return LowRank(*layer.thin(rank)).train(layer.module.training)
 
 
 def thin_twins(layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> dict[str, LowRank]:
@@ -154,13 +152,11 @@ def thin_twins(layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> dict[st
 
     Of one weight W = P Qᵀ (V × d, P V × r), an Embedding looks up rows of P and multiplies them by
     Qᵀ, a Linear multiplies by Qᵀ and then by P.
-
     """
     twins = {name: thin_twin(layer, ranks[name]) for name, layer in layers.items()}
     for names in tied(layers):
-        shared, *others = (
-            twins[name] for name in sorted(names, key=lambda n: layers[n].multiplies)
-        )
+        names = sorted(names, key=lambda name: layers[name].multiplies)
+        shared, *others = (twins[name] for name in names)
         left, right = shared[0].weight, shared[1].weight
         for twin in others:
             if type(shared[0]) is type(twin[0]):

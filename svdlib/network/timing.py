@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from svdlib import clock
 from svdlib.network.batches import Batch, copied_to, tensors
@@ -20,10 +20,10 @@ def seconds_of(net: Network, model: nn.Module, x: Batch, call: Call | None) -> d
     started: dict[str, float] = {}
     device = next((part.device for part in tensors(copied_to(model, x))), torch.device("cpu"))
 
-    def start(name: str, inputs: tuple[Tensor, ...]) -> None:
+    def start(name: str, inputs: object) -> None:
         started[name] = clock.now(device)
 
-    def stop(name: str, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def stop(name: str, inputs: object, output: object) -> None:
         taken[name] += clock.now(device) - started[name]
 
     with evaluating(model):
