@@ -74,9 +74,7 @@ class Attention(nn.MultiheadAttention):
         if self.add_zero_attn:
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
         mask = None
-        if (
-            masks and not is_causal
-        ):  # torch knows a causal mask; keys that were added are seen by all
+        if masks and not is_causal:  # all see the keys that were added
             mask = F.pad(reduce(torch.add, masks), (0, k.shape[1] - keys))
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
         dropout = self.dropout if self.training else 0.0

@@ -92,11 +92,7 @@ def copied_to(model: nn.Module, batch: Batch) -> Batch:
 
 
 def rebuilt(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
-    """The batch with each of its tensors changed; other entries stay.
-
-    >>> rebuilt({"a": torch.ones(2), "b": "text"}, torch.sum)
-    {'a': tensor(2.), 'b': 'text'}
-    """
+    """The batch with each of its tensors changed; other entries stay."""
     if isinstance(batch, Tensor):
         return change(batch)
     if isinstance(batch, tuple | list):
@@ -112,11 +108,7 @@ def rebuilt(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
 
 
 def described(batch: Batch) -> str:
-    """A batch in words.
-
-    >>> described({"ids": torch.arange(6).view(2, 3), "more": [torch.ones(1), "text"]})
-    '{ids: int64 (2, 3), more: (float32 (1,), str)}'
-    """
+    """A batch in words, such as "{ids: int64 (2, 3), more: (float32 (1,), str)}"."""
     if isinstance(batch, Tensor):
         return f"{str(batch.dtype).removeprefix('torch.')} {tuple(batch.shape)}"
     if isinstance(batch, tuple | list):

@@ -129,9 +129,8 @@ def next_token_losses(model: nn.Module, batch: Batch) -> Tensor:
         y = y.masked_fill(mask == 0, IGNORED)
     z = _logits(_bound(model, batch)())
     if z.ndim != 3 or z.shape[:2] != ids.shape:
-        raise ValueError(
-            f"scores of next tokens are {(*ids.shape, 'tokens')}, not {tuple(z.shape)}"
-        )
+        expected = (*ids.shape, "tokens")
+        raise ValueError(f"scores of next tokens must be {expected}, not {tuple(z.shape)}")
     return cross_entropy(z[:, :-1].movedim(-1, 1), y[:, 1:])[0]
 
 
@@ -186,20 +185,16 @@ def cross_entropy(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     check_labels(y, z.shape[1])
     z = z if z.element_size() >= 4 else z.float()
     losses = F.cross_entropy(z, y, reduction="none", ignore_index=IGNORED)
-    counted = y != IGNORED
-    right = (z.argmax(1) == y) & counted
-    losses, right, places = (t.reshape(len(y), -1).sum(1) for t in (losses, right, counted))
-    some = places > 0
-    return (losses / places)[some], (right / places)[some]
+    parts = (losses, z.argmax(1) == y, y != IGNORED)
+    losses, right, places = (part.reshape(len(y), -1).sum(1) for part in parts)
+    return (losses / places)[places > 0], (right / places)[places > 0]
 
 
 def check_labels(y: Tensor, classes: int | None = None) -> None:
-    """Refuse what are no class numbers from 0; or, below the number of classes, nor `IGNORED`."""
+    """Refuse labels that are no class numbers; with ``classes``, `IGNORED` is allowed."""
     if y.dtype != torch.int64:
-        raise ValueError(
-            f"labels must be class numbers of type torch.int64, not {y.dtype}; for other targets "
-            f"{ADVICE}"
-        )
+        message = f"labels must be class numbers of type torch.int64, not {y.dtype}"
+        raise ValueError(f"{message}; for other targets {ADVICE}")
     negative, exception = y < 0, ""
     if classes is not None:
         negative, exception = negative & (y != IGNORED), f" (or {IGNORED})"
@@ -226,7 +221,7 @@ def judged(
         if len(right) != len(losses):
             raise ValueError(
                 f"accuracy gives {len(right)} numbers where the objective gives {len(losses)}; "
-                "both must give one an input"
+                "both must give one per input"
             )
     return losses.detach(), right.detach()
 
@@ -235,12 +230,8 @@ def _checked(found: Any, what: str, of: str) -> Tensor:
     """What a caller's function gives, if that is one number per input."""
     if not torch.is_tensor(found):
         raise ValueError(f"{what} must give {of}, a tensor (n,), not {type(found).__name__}")
-    if found.ndim == 0:
-        raise ValueError(
-            f"{what} gives one number, a mean perhaps; it must give {of} of shape (n,), one an "
-            "input, as with reduction='none'"
-        )
     if found.ndim != 1:
-        shape = tuple(found.shape)
-        raise ValueError(f"{what} must give {of} of shape (n,), one an input, not {shape}")
+        hint = "" if found.ndim else "; it gives one number, a mean perhaps; use reduction='none'"
+        shape = f"(n,), one per input, not {tuple(found.shape)}{hint}"
+        raise ValueError(f"{what} must give {of} of shape {shape}")
     return found

@@ -76,13 +76,6 @@ def chain_of(model: nn.Module) -> dict[str, nn.Module] | None:
     return steps if len(set(map(id, steps.values()))) == len(steps) else None
 
 
-def through(steps: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """The output of the last of these steps."""
-    for step in steps:
-        x = step(x)
-    return x
-
-
 class Chain(Task):
     """A chain of layers with class scores for images x (n, …) and labels y (n,)."""
 
@@ -134,7 +127,7 @@ class ChainSweep(Sweep):
         U, S, self.Vh = self.factors[self.name]
         self.US = U * S.unsqueeze(-2)
         steps, place = list(task.steps.values()), list(task.steps).index(self.name)
-        self.before, self.behind = steps[:place], steps[place + 1 :]
+        self.before, self.behind = nn.Sequential(*steps[:place]), nn.Sequential(*steps[place + 1 :])
         x = task.data[0]
         numbers = max(task.widths[place:])
         # Four arrays of that width live at once: the sum, the stack, and two behind it.
@@ -159,7 +152,7 @@ class ChainSweep(Sweep):
     def logits(self, x: Tensor, start: int, ranks: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
         """The logits (R, b, classes) of images x at blocks of ranks: nested sums, run on together."""
         if start not in self.codes:
-            code = self.layer.apply(through(self.before, x), self.Vh)
+            code = self.layer.apply(self.before(x), self.Vh)
             self.codes = {**(self.codes if self.keep else {}), start: code}
         code = self.codes[start]
         sums = self._sums(code, ranks)
@@ -169,21 +162,18 @@ class ChainSweep(Sweep):
             stack = z.expand(at.stop - at.start, *z.shape).clone()
             for row in stack[1:]:
                 row.copy_(next(sums))
-            logits = through(self.behind, stack.flatten(0, 1))
+            logits = self.behind(stack.flatten(0, 1))
             yield at, logits.view(len(stack), len(code), -1)
 
     def _sums(self, code: Tensor, ranks: Sequence[int]) -> Iterator[Tensor]:
         """The layer's output at each of the ranks: one tensor that grows in place."""
-        dim = self.layer.feature_dim
-        places = list(code.shape)
-        places[dim] = len(self.US)
-        z = code.new_zeros(places)
+        sizes, dim = list(code.shape), self.layer.feature_dim
+        sizes[dim] = len(self.US)
+        z = code.new_zeros(sizes)
         if self.layer.bias is not None:
             z.movedim(dim, -1).add_(self.layer.bias.detach())
-        done = 0
-        for rank in ranks:
-            self._add_terms(z, code, slice(done, rank))
-            done = rank
+        for low, rank in pairwise((0, *ranks)):
+            self._add_terms(z, code, slice(low, rank))
             yield z
 
     def _add_terms(self, z: Tensor, code: Tensor, terms: slice) -> None:

@@ -23,12 +23,7 @@ WINDOWS = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mo
 
 
 class Layer:
-    """A layer that multiplies by a matrix W, out × in, and adds a bias; (g, m, n) of g groups.
-
-    >>> linear = Linear(nn.Linear(3, 2))
-    >>> linear.matrix().shape, linear.stored(rank=1)
-    (torch.Size([2, 3]), 5)
-    """
+    """A layer that multiplies by a matrix W, out × in, and adds a bias; (g, m, n) of g groups."""
 
     types: tuple[type[nn.Module], ...] = ()  # only these, not their subclasses, are replaced
     side_names = ("in_features", "out_features")
@@ -220,9 +215,6 @@ class TransposedLinear(nn.Linear):
 
     The output layer of a tied model h ↦ P (Qᵀ h), factorized, shares both its factors with the
     embedding's rows i ↦ Q P_i, and Q, (in, rank), is its first.
-
-    >>> TransposedLinear(3, 2).weight.shape
-    torch.Size([3, 2])
     """
 
     def __init__(self, ins: int, outs: int, device: Any = None, dtype: Any = None) -> None:
@@ -360,18 +352,10 @@ ATTRIBUTES = {name for kind in KINDS for name in (*kind.side_names, *kind.settin
 
 
 def layer_of(module: nn.Module) -> Layer | None:
-    """A module as a layer that holds a matrix; None if it is of no such kind.
-
-    >>> layer_of(nn.Conv1d(6, 8, 5, groups=2)).matrix().shape
-    torch.Size([2, 4, 15])
-    """
+    """A module as a layer that holds a matrix; None if it is of no such kind."""
     return next((kind(module) for kind in KINDS if kind.includes(module)), None)
 
 
 def stored(rank: int, m: int, n: int) -> int:
-    """Numbers in an m × n matrix of that rank: as two factors, r (m + n), or whole if that is less.
-
-    >>> stored(2, 10, 10), stored(6, 10, 10)
-    (40, 100)
-    """
+    """Numbers in an m × n matrix of that rank: as two factors, r (m + n), or whole if that is less."""
     return min(rank * (m + n), m * n)

@@ -77,8 +77,8 @@ def _marks(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
     return [(part, mark, getattr(part, mark)) for part, mark in parts]
 
 
-def avoid_fused_(model: nn.Module) -> None:
-    """Keep encoders with factorized layers, or attention whose projections are layers, unfused.
+def avoid_fused_(model: nn.Module) -> nn.Module:
+    """The model; its encoders with factorized layers, or opened attention, are never fused.
 
     Torch's fused operation for evaluation needs dense matrices, and would multiply the factors at
     every call.
@@ -86,6 +86,7 @@ def avoid_fused_(model: nn.Module) -> None:
     for part, mark, value in _marks(model):
         if any(isinstance(inner, LowRank | Attention) for inner in part.modules()):
             setattr(part, mark, type(value)(0))
+    return model
 
 
 @contextmanager

@@ -71,9 +71,7 @@ class Network:
 
     def closed(self) -> nn.Module:
         """The model, to be given away: attention whose projections are dense is packed again."""
-        model = pack_(self.model)
-        modes.avoid_fused_(model)
-        return model
+        return modes.avoid_fused_(pack_(self.model))
 
     # What can be changed, and what can't.
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, fields
-from functools import partial
+from dataclasses import dataclass
 from itertools import islice
 
 import pandas as pd
@@ -32,17 +31,14 @@ Variants = Callable[[], Iterable[AbstractContextManager[nn.Module | None]]]
 
 @dataclass
 class Moments:
-    """Per variant, summed over images: loss, correct answers, paired difference and its square."""
+    """Sums over images (4, variants): loss, right answers, paired difference and its square."""
 
-    loss: Tensor
-    correct: Tensor
-    difference: Tensor
-    square: Tensor
+    sums: Tensor
 
     @classmethod
     def zeros(cls, variants: int, device: torch.device) -> Moments:
         """Nothing seen yet."""
-        return cls(*torch.zeros(4, variants, dtype=torch.float64, device=device))
+        return cls(torch.zeros(4, variants, dtype=torch.float64, device=device))
 
     def add_logits(self, at: slice, z: Tensor, y: Tensor, full: Tensor) -> None:
         """Take in logits (R, b, classes) of variants; of b images labels y and losses ``full``."""
@@ -61,22 +57,20 @@ class Moments:
     def add(self, at: slice, losses: Tensor, right: Tensor, full: Tensor) -> None:
         """Take in losses (R, b) of variants, and whether answers are right, (R, b)."""
         difference = (losses - full).double()
-        self.loss[at] += losses.double().sum(1)
-        self.correct[at] += right.double().sum(1)
-        self.difference[at] += difference.sum(1)
-        self.square[at] += difference.square().sum(1)
+        parts = (losses.double(), right.double(), difference, difference.square())
+        self.sums[:, at].add_(torch.stack([part.sum(1) for part in parts]))
 
     def __add__(self, other: Moments) -> Moments:
         """Of both sets of images."""
-        return Moments(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        return Moments(self.sums + other.sums)
 
     def means(self, n: int) -> dict[str, list[float]]:
         """Over n images: loss, accuracy (percent), increase of the loss, and its standard error."""
-        increase = self.difference / n
-        variance = (self.square - n * increase.square()).clamp(min=0) / max(n - 1, 1)
-        accuracy, se = 100 * self.correct / n, (variance / n).sqrt()
-        found = {"loss": self.loss / n, "accuracy": accuracy, "increase": increase, "se": se}
-        return {name: values.tolist() for name, values in found.items()}
+        loss, right, difference, square = self.sums
+        increase = difference / n
+        variance = (square - n * increase.square()).clamp(min=0) / max(n - 1, 1)
+        means = torch.stack([loss / n, 100 * right / n, increase, (variance / n).sqrt()])
+        return dict(zip(("loss", "accuracy", "increase", "se"), means.tolist(), strict=True))
 
 
 class Task:
@@ -144,7 +138,7 @@ class Task:
             losses, seen = losses + full.double().sum().item(), seen + len(full)
             yield batch, full, right
         if seen == 0:
-            raise ValueError("the data are empty: not one loss is given for them")
+            raise ValueError("the data are empty: they give no loss")
         self.loss = losses / seen
 
     def measure(self) -> float:
@@ -205,15 +199,15 @@ class Sweep:
 
     def means(self, ranks: Mapping[str, Sequence[int]], progress: bool) -> dict[str, list[float]]:
         """`Moments.means` of each layer at each of its ranks."""
-        number = sum(map(len, ranks.values()))
-        means = self.task.means(partial(self._cut, ranks), number, progress)
-        return {name: values[1:] for name, values in means.items()}
 
-    def _cut(self, ranks: Mapping[str, Sequence[int]]) -> Iterator[AbstractContextManager[None]]:
-        for name, layer in self.layers.items():
-            U, S, Vh = self.factors[name]
-            for rank in ranks[name]:
-                yield replaced({layer.weight: layer.at_rank(U * S.unsqueeze(-2), Vh, rank)})
+        def variants() -> Iterator[AbstractContextManager[None]]:
+            for name, layer in self.layers.items():
+                U, S, Vh = self.factors[name]
+                for rank in ranks[name]:
+                    yield replaced({layer.weight: layer.at_rank(U * S.unsqueeze(-2), Vh, rank)})
+
+        means = self.task.means(variants, sum(map(len, ranks.values())), progress)
+        return {name: values[1:] for name, values in means.items()}
 
     def _rows(
         self, name: str, ranks: Sequence[int], means: Mapping[str, list[float]]
