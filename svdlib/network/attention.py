@@ -14,7 +14,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 SEPARATE = tuple(f"{name}_weight" for name in PROJECTIONS)
-HELD = ("in_proj_weight", *SEPARATE, "in_proj_bias")
+JOINED = ("in_proj_weight", "in_proj_bias")
+HELD = (*JOINED, *SEPARATE)
 
 
 class Attention(nn.MultiheadAttention):
@@ -26,11 +27,6 @@ class Attention(nn.MultiheadAttention):
         softmax(q kᵀ / √(d/h) + mask) v,
 
     whose columns side by side go through out_proj. `unpack_` makes one, `pack_` undoes it.
-
-    >>> model, x = nn.MultiheadAttention(8, 2), torch.rand(5, 3, 8)
-    >>> expected, _ = model(x, x, x)
-    >>> torch.allclose(unpack_(model)(x, x, x)[0], expected, atol=1e-6)
-    True
     """
 
     q_proj: nn.Module
@@ -118,14 +114,11 @@ def projections(attention: nn.MultiheadAttention, made: Made) -> dict[str, nn.Li
     packed, layers = attention.in_proj_weight is not None, {}
     for place, name in enumerate(PROJECTIONS):
         layer = nn.Linear(1, 1, attention.in_proj_bias is not None, device="meta")
-        sources = {"weight": "in_proj_weight" if packed else f"{name}_weight"}
-        if layer.bias is not None:
-            sources["bias"] = "in_proj_bias"
-        for what, source in sources.items():
+        weight = "in_proj_weight" if packed else f"{name}_weight"
+        for what, _ in list(layer.named_parameters()):
+            source = weight if what == "weight" else "in_proj_bias"
             held = getattr(attention, source)
-            part = held.detach()
-            if source.startswith("in_proj"):
-                part = part.chunk(3)[place]
+            part = held.detach().chunk(3)[place] if source in JOINED else held.detach()
             if is_open(attention):
                 part = nn.Parameter(part, held.requires_grad)
             else:

@@ -64,10 +64,8 @@ def count_inputs(data: Batch) -> int:
     if not lengths or lengths == [0]:
         raise ValueError("the data are empty; one input at least is needed")
     if len(lengths) > 1:
-        raise ValueError(
-            f"the tensors given together have lengths {', '.join(map(str, lengths))}; give all "
-            "as (n, …), or batches in a list"
-        )
+        given = ", ".join(map(str, lengths))
+        raise ValueError(f"tensors of lengths {given}; give all as (n, …), or batches in a list")
     return lengths[0]
 
 

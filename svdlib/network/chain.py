@@ -104,10 +104,8 @@ class Chain(Task):
     def judge(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         x, y = batch
         z = model(self.given(x))
-        if z.shape[:-1] != (len(x),):
-            raise ValueError(
-                f"the model must give class scores ({len(x)}, classes), not {tuple(z.shape)}"
-            )
+        if (shape := tuple(z.shape))[:-1] != (len(x),):
+            raise ValueError(f"the model must give class scores ({len(x)}, classes), not {shape}")
         return cross_entropy(z, y)
 
     def sweeps(self, layers: Mapping[str, Layer]) -> Iterator[Sweep]:

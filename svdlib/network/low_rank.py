@@ -54,8 +54,7 @@ class LowRank(nn.Sequential):
     @property
     def factors(self) -> tuple[Any, Any]:
         """The two thin layers, in the order in which they are applied."""
-        first, second = self
-        return first, second
+        return self[0], self[1]
 
     @property
     def main(self) -> nn.Module:

@@ -54,27 +54,22 @@ def hooked(
 
 
 def uncompiled(model: nn.Module) -> AbstractContextManager[None]:
-    """Compiled parts run as they are written: compiled code ignores hooks."""
-    eager = any(map(is_compiled, model.modules()))
-    return torch.compiler.set_stance("force_eager") if eager else nullcontext()
+    """Compiled parts run as they are written, from this call on: compiled code ignores hooks."""
+    compiled = any(map(is_compiled, model.modules()))
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
-# How torch marks an encoder that it may compute by one fused operation.
-FUSED = {
-    nn.TransformerEncoderLayer: "activation_relu_or_gelu",
-    nn.TransformerEncoder: "use_nested_tensor",
-}
+# Attributes by which torch marks encoders that it may compute by one fused operation.
+FUSED = {"activation_relu_or_gelu", "use_nested_tensor"}
 
 
 def _marks(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
     """The encoders in a model, with the name and the value of their mark."""
-    parts = [
-        (part, mark)
-        for part in model.modules()
-        for kind, mark in FUSED.items()
-        if isinstance(part, kind)
+    kinds = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
+    encoders = [part for part in model.modules() if isinstance(part, kinds)]
+    return [
+        (part, mark, vars(part)[mark]) for part in encoders for mark in FUSED & vars(part).keys()
     ]
-    return [(part, mark, getattr(part, mark)) for part, mark in parts]
 
 
 def avoid_fused_(model: nn.Module) -> nn.Module:

@@ -41,9 +41,6 @@ class Network:
         model: what is called.
         layers: by name, a factorized one without its factors; named parameters join them.
         left: why others are left as they are, for `warn`.
-
-    >>> list(Network(nn.Sequential(nn.Linear(9, 9), nn.MultiheadAttention(8, 2))).layers)
-    ['0', '1.q_proj', '1.k_proj', '1.v_proj', '1.out_proj']
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -193,9 +190,7 @@ class Network:
         for pattern in (*wanted, *barred) if self.layers else ():
             if not isinstance(pattern, str) or not filter_names(self.layers, pattern):
                 known = ", ".join(self.layers)
-                raise ValueError(
-                    f"include and exclude name layers; {pattern!r} fits none of {known}"
-                )
+                raise ValueError(f"include or exclude: {pattern!r} fits none of {known}")
         fits = lambda name, patterns: any(fnmatch(name, pattern) for pattern in patterns)
         return [name for name in self.layers if fits(name, wanted) and not fits(name, barred)]
 
@@ -240,8 +235,7 @@ class Network:
 
     def untied(self, names: Iterable[str]) -> list[str]:
         """Those of the layers that share no weight."""
-        shared = {name for group in self.ties for name in group}
-        return [name for name in names if name not in shared]
+        return [name for name in names if not any(name in group for group in self.ties)]
 
     # Changing it.
 

@@ -214,9 +214,7 @@ class Sweep:
     ) -> pd.DataFrame:
         for rank, loss in zip(ranks, means["loss"], strict=True):
             if not math.isfinite(loss):
-                raise ValueError(
-                    f"layer {name!r} at rank {rank} gives NaN or infinite losses on these data"
-                )
+                raise ValueError(f"layer {name!r} at rank {rank} gives NaN or infinite losses")
         layer, (_, S, _) = self.layers[name], self.factors[name]
         # Over groups the root mean square.
         sigma = [math.nan, *S.double().view(-1, S.shape[-1]).square().mean(0).sqrt().tolist()]
