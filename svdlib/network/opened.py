@@ -132,11 +132,7 @@ class Network:
                 return shared
             if reason := kind.obstacle(replace=True):
                 return f"{shared}, which can't be replaced: {reason}"
-        if part := self._compiled.get(id(layer.module)):
-            return f"{part!r} is compiled with it; factorize first, then compile"
-        if holder := self._held.get(id(layer.module)):
-            return f"{holder!r} holds it besides, where a factorized one would not be seen"
-        return None
+        return self._fixed.get(id(layer.module))
 
     @cached_property
     def _owners(self) -> dict[int, list[tuple[str, nn.Module]]]:
@@ -153,20 +149,21 @@ class Network:
         return [(name, module) for name, module in owners if module is not layer.module]
 
     @cached_property
-    def _compiled(self) -> dict[int, str]:
-        """The name of the compiled part that each module is in, by its id."""
-        parts = {n: part for n, part in self.model.named_modules() if modes.is_compiled(part)}
-        return {id(m): name or "the model" for name, part in parts.items() for m in part.modules()}
-
-    @cached_property
-    def _held(self) -> dict[int, str]:
-        """Attributes outside torch's registries that hold modules, by the modules' ids."""
+    def _fixed(self) -> dict[int, str]:
+        """Why modules can't be replaced, by their ids: they are compiled, or attributes of others."""
         found: dict[int, str] = {}
         for name, part in self.model.named_modules():
+            if modes.is_compiled(part):
+                place = name or "the model"
+                reason = f"{place!r} is compiled with it; factorize first, then compile"
+                found |= dict.fromkeys(map(id, part.modules()), reason)
+        for name, part in self.model.named_modules():
             for attribute, value in vars(part).items():
+                place = f"{name}.{attribute}".lstrip(".")
+                reason = f"{place!r} holds it besides, where a factorized one would not be seen"
                 for inner in _inside(value) if attribute not in REGISTERED else ():
                     if isinstance(inner, nn.Module):
-                        found.setdefault(id(inner), f"{name}.{attribute}".lstrip("."))
+                        found.setdefault(id(inner), reason)
         return found
 
     @cached_property

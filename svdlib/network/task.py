@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from itertools import islice
 
 import pandas as pd
 import torch
@@ -190,11 +189,18 @@ class Sweep:
         full = {name: layer.full_rank for name, layer in self.layers.items()}
         asked = range(max(full.values()) + 1) if ranks is None else list(ranks)
         at = {name: sorted({min(rank, full[name]) for rank in asked}) for name in full}
-        means = {key: iter(values) for key, values in self.means(at, progress).items()}
+        rows = [(name, rank) for name in at for rank in at[name]]
+        losses = pd.DataFrame(rows, columns=["layer", "rank"]).assign(**self.means(at, progress))
+        for row in losses[~losses.loss.map(math.isfinite)].itertuples():
+            raise ValueError(f"layer {row.layer!r} at rank {row.rank} gives NaN or infinite losses")
         tables = []
-        for name, wanted in at.items():
-            part = {key: list(islice(values, len(wanted))) for key, values in means.items()}
-            tables.append(self._rows(name, wanted, part))
+        for name, layer in self.layers.items():
+            table, S = losses[losses.layer == name].copy(), self.factors[name][1].double()
+            # Over groups the root mean square.
+            sigma = [math.nan, *S.view(-1, S.shape[-1]).square().mean(0).sqrt().tolist()]
+            table["rows"], table["columns"] = layer.shape
+            table["sigma"] = [sigma[rank] for rank in at[name]]
+            tables.append(table if layer.groups == 1 else table.assign(matrices=layer.groups))
         return pd.concat(tables, ignore_index=True)
 
     def means(self, ranks: Mapping[str, Sequence[int]], progress: bool) -> dict[str, list[float]]:
@@ -208,20 +214,6 @@ class Sweep:
 
         means = self.task.means(variants, sum(map(len, ranks.values())), progress)
         return {name: values[1:] for name, values in means.items()}
-
-    def _rows(
-        self, name: str, ranks: Sequence[int], means: Mapping[str, list[float]]
-    ) -> pd.DataFrame:
-        for rank, loss in zip(ranks, means["loss"], strict=True):
-            if not math.isfinite(loss):
-                raise ValueError(f"layer {name!r} at rank {rank} gives NaN or infinite losses")
-        layer, (_, S, _) = self.layers[name], self.factors[name]
-        # Over groups the root mean square.
-        sigma = [math.nan, *S.double().view(-1, S.shape[-1]).square().mean(0).sqrt().tolist()]
-        table = pd.DataFrame({"layer": name, "rank": list(ranks), **means})
-        table["rows"], table["columns"] = layer.shape
-        table["sigma"] = [sigma[rank] for rank in ranks]
-        return table if layer.groups == 1 else table.assign(matrices=layer.groups)
 
 
 @contextmanager
