@@ -231,7 +231,9 @@ def _checked(found: Any, what: str, of: str) -> Tensor:
     if not torch.is_tensor(found):
         raise ValueError(f"{what} must give {of}, a tensor (n,), not {type(found).__name__}")
     if found.ndim != 1:
-        hint = "" if found.ndim else "; it gives one number, a mean perhaps; use reduction='none'"
-        shape = f"(n,), one per input, not {tuple(found.shape)}{hint}"
-        raise ValueError(f"{what} must give {of} of shape {shape}")
+        hint = (
+            "" if found.ndim else "gives one number, a mean perhaps; use reduction='none', as it "
+        )
+        rule = f"must give {of} of shape (n,), one per input, not {tuple(found.shape)}"
+        raise ValueError(f"{what} {hint}{rule}")
     return found
