@@ -19,6 +19,8 @@ Objective = Callable[[nn.Module, Batch], Tensor]
 # A target that counts for nothing, as in torch's cross-entropy.
 IGNORED = -100
 
+ADVICE = "give objective=(model, batch) -> losses (n,)"
+
 
 def prepared(model: nn.Module, batch: Batch, call: Call | None) -> partial[Any]:
     """A call of the model on a batch, of which only the inputs matter.
@@ -26,27 +28,19 @@ def prepared(model: nn.Module, batch: Batch, call: Call | None) -> partial[Any]:
     By default a tensor is the model's input, the values of a mapping, but for "labels", its
     keyword arguments, and the parts of a tuple its arguments: all, or all but the targets at the
     end, as ``model.forward`` takes so many and not the others.
-
-    Raises:
-        ValueError: a tuple that may be either, or a batch of another kind.
-
-    >>> model = nn.Linear(3, 2)
-    >>> prepared(model, (torch.rand(5, 3), torch.arange(5)), None)().shape
-    torch.Size([5, 2])
     """
     if call is not None:
         return partial(call, model, batch)
     if isinstance(batch, tuple | list) and len(batch) > 1:
-        may = [batch] if isinstance(batch[0], Tensor) else []
-        may += [batch[:-1]] if isinstance(batch[-1], Tensor) else []
-        fits = [inputs for inputs in may if _accepts(model, inputs)]
-        if len(fits) != 1:
-            number = "both" if fits else "neither"
+        candidates = [batch] if isinstance(batch[0], Tensor) else []
+        candidates += [batch[:-1]] if isinstance(batch[-1], Tensor) else []
+        accepted = [inputs for inputs in candidates if _accepts(model, inputs)]
+        if len(accepted) != 1:
             raise ValueError(
-                f"the model takes {number} all of {described(batch)} and all but the last, a "
-                "target; give call=(model, batch)"
+                f"the model takes {'both' if accepted else 'neither'} all of {described(batch)} "
+                "and all but the last, a target; give call=(model, batch)"
             )
-        batch = fits[0]
+        (batch,) = accepted
     return _bound(model, batch)
 
 
@@ -83,25 +77,15 @@ def _bound(model: nn.Module, inputs: Batch) -> partial[Any]:
 
 
 def called(model: nn.Module, *inputs: Any, **named: Any) -> Any:
-    """The model's output.
-
-    Raises:
-        ValueError: the model does not take such inputs.
-
-    >>> called(nn.Tanh(), torch.rand(5, 4), torch.rand(5))
-    Traceback (most recent call last):
-    ValueError: the model does not take (float32 (5, 4), float32 (5,)): Tanh.forward() takes 2 positional arguments but 3 were given
-    """
+    """The model's output, or a ValueError that says which inputs it does not take, and why."""
     try:
         return model(*inputs, **named)
     except torch.OutOfMemoryError:
         raise
     except (TypeError, RuntimeError, IndexError) as error:
         given = described((inputs[0] if len(inputs) == 1 else inputs) if inputs else named)
-        reason = str(error).strip().splitlines()
-        raise ValueError(
-            f"the model does not take {given}: {reason[0] if reason else type(error).__name__}"
-        ) from error
+        reason, *_ = [*str(error).strip().splitlines(), type(error).__name__]
+        raise ValueError(f"the model does not take {given}: {reason}") from error
 
 
 def class_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -109,18 +93,8 @@ def class_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
     The batch is (inputs …, targets), or a mapping whose "labels" are the targets. The model's
     output, its ``logits`` or its entry of that name, holds class scores (n, classes, …) for
-    targets (n, …), or, as for tokens, (n, …, classes). Places whose target is −100 count for
-    nothing. The result is the mean over the places of each input, (n,), without inputs that have
-    no target.
-
-    Raises:
-        ValueError: a batch without targets, outputs that do not fit them, a target that is no
-            class.
-
-    >>> model = nn.Linear(3, 4)  # at every token
-    >>> losses, right = class_losses(model, (torch.rand(2, 5, 3), torch.zeros(2, 5).long()))
-    >>> losses.shape, right.shape
-    (torch.Size([2]), torch.Size([2]))
+    targets (n, …), or, as for tokens, (n, …, classes). The result is the mean over the places of
+    each input, (n,), without places whose target is −100 and without inputs that have no target.
     """
     inputs, y = _parted(batch)
     return cross_entropy(_class_second(_logits(_bound(model, inputs)()), y), y)
@@ -146,19 +120,17 @@ def next_token_losses(model: nn.Module, batch: Batch) -> Tensor:
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] < 2:
         raise ValueError(
-            f"next tokens are of texts (n, T), T at least 2, or a mapping with such input_ids; "
-            f"not of {described(batch)}"
+            "next tokens are of texts (n, T), T at least 2, or a mapping with such input_ids; not "
+            f"of {described(batch)}"
         )
-    y = ids
-    if isinstance(batch, Mapping):
-        y = batch.get("labels", ids)
-        if isinstance(mask := batch.get("attention_mask"), Tensor) and mask.shape == y.shape:
-            y = y.masked_fill(mask == 0, IGNORED)
+    named = batch if isinstance(batch, Mapping) else {}
+    y, mask = named.get("labels", ids), named.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == y.shape:
+        y = y.masked_fill(mask == 0, IGNORED)
     z = _logits(_bound(model, batch)())
     if z.ndim != 3 or z.shape[:2] != ids.shape:
-        raise ValueError(
-            f"scores of next tokens are {(*ids.shape, 'tokens')}, not {tuple(z.shape)}"
-        )
+        expected = (*ids.shape, "tokens")
+        raise ValueError(f"scores of next tokens must be {expected}, not {tuple(z.shape)}")
     return cross_entropy(z[:, :-1].movedim(-1, 1), y[:, 1:])[0]
 
 
@@ -177,66 +149,57 @@ def _parted(batch: Batch) -> tuple[Batch, Tensor]:
     if isinstance(batch, tuple | list) and len(batch) > 1 and isinstance(batch[-1], Tensor):
         return batch[:-1], batch[-1]
     raise ValueError(
-        f"without an objective a batch is (inputs …, targets) or a mapping with 'labels', not "
-        f"{described(batch)}; give objective=(model, batch) -> losses (n,)"
+        "without an objective a batch is (inputs …, targets) or a mapping with 'labels', not "
+        f"{described(batch)}; {ADVICE}"
     )
 
 
 def _logits(output: Any) -> Tensor:
     """Class scores in what a model puts out."""
-    found = output["logits"] if isinstance(output, Mapping) and "logits" in output else output
+    found = output.get("logits", output) if isinstance(output, Mapping) else output
     found = getattr(found, "logits", found)
     if not torch.is_tensor(found):
         raise ValueError(
-            f"the model must give class scores, or an output with logits, not "
-            f"{type(found).__name__}; give objective=(model, batch) -> losses (n,)"
+            "the model must give class scores, or an output with logits, not "
+            f"{type(found).__name__}; {ADVICE}"
         )
-    return found if found.element_size() >= 4 else found.float()
+    return found
 
 
 def _class_second(z: Tensor, y: Tensor) -> Tensor:
     """Class scores (n, classes, …) for targets (n, …)."""
     second, last = z.shape[:1] + z.shape[2:] == y.shape, z.shape[:-1] == y.shape
+    shapes = f"{tuple(z.shape)} for {tuple(y.shape)}"
     if z.ndim < 2 or not (second or last):
         raise ValueError(
-            f"the model must give class scores (n, classes, …), or (n, …, classes), for targets "
-            f"(n, …); here {tuple(z.shape)} for {tuple(y.shape)}; else give objective=(model, "
-            "batch) -> losses (n,)"
+            "the model must give class scores (n, classes, …), or (n, …, classes), for targets "
+            f"(n, …); here {shapes}; else {ADVICE}"
         )
     if second and last and z.ndim > 2:
-        raise ValueError(
-            f"in scores of shape {tuple(z.shape)} for targets {tuple(y.shape)} the classes may "
-            "be second or last; give objective=(model, batch) -> losses (n,)"
-        )
+        raise ValueError(f"in class scores {shapes} the classes may be second or last; {ADVICE}")
     return z if second else z.movedim(-1, 1)
 
 
 def cross_entropy(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Of scores (n, classes, …) and targets (n, …): losses and shares of right answers, (n,)."""
-    check_labels(y, z.shape[1], ignored=IGNORED)
-    counted = y != IGNORED
-    each = F.cross_entropy(z, y, reduction="none", ignore_index=IGNORED).reshape(len(y), -1)
-    right = ((z.argmax(1) == y) & counted).reshape(len(y), -1)
-    places = counted.reshape(len(y), -1).sum(1)
-    some = places > 0
-    return (each.sum(1) / places)[some], (right.sum(1) / places)[some]
+    check_labels(y, z.shape[1])
+    z = z if z.element_size() >= 4 else z.float()
+    losses = F.cross_entropy(z, y, reduction="none", ignore_index=IGNORED)
+    parts = (losses, z.argmax(1) == y, y != IGNORED)
+    losses, right, places = (part.reshape(len(y), -1).sum(1) for part in parts)
+    return (losses / places)[places > 0], (right / places)[places > 0]
 
 
-def check_labels(y: Tensor, classes: int | None = None, ignored: int | None = None) -> None:
-    """Refuse what are no class numbers from 0, or not of a model with so many outputs.
-
-    >>> check_labels(torch.tensor([0, 3]), classes=3)
-    Traceback (most recent call last):
-    ValueError: labels run to 3 but the model has 3 outputs
-    """
+def check_labels(y: Tensor, classes: int | None = None) -> None:
+    """Refuse labels that are no class numbers; with ``classes``, `IGNORED` is allowed."""
     if y.dtype != torch.int64:
-        raise ValueError(
-            f"labels must be class numbers of type torch.int64, not {y.dtype}; for other targets "
-            "give objective=(model, batch) -> losses (n,)"
-        )
-    if bool(((y < 0) & (y != ignored) if ignored is not None else y < 0).any()):
-        more = "" if ignored is None else f" (or {ignored})"
-        raise ValueError(f"labels must be at least 0{more}, not {int(y.min())}")
+        message = f"labels must be class numbers of type torch.int64, not {y.dtype}"
+        raise ValueError(f"{message}; for other targets {ADVICE}")
+    negative, exception = y < 0, ""
+    if classes is not None:
+        negative, exception = negative & (y != IGNORED), f" (or {IGNORED})"
+    if bool(negative.any()):
+        raise ValueError(f"labels must be at least 0{exception}, not {int(y.min())}")
     if classes is not None and y.numel() and int(y.max()) >= classes:
         raise ValueError(f"labels run to {int(y.max())} but the model has {classes} outputs")
 
@@ -246,16 +209,7 @@ def judged(
 ) -> tuple[Tensor, Tensor]:
     """Losses (n,) of a batch, and whether each answer is right, NaN where nothing tells it.
 
-    Args:
-        objective, accuracy: by default both of `class_losses`; an objective alone has no accuracy.
-
-    Raises:
-        ValueError: an objective or accuracy that does not give a tensor of shape (n,).
-
-    >>> model, x, y = nn.Linear(3, 1), torch.rand(5, 3), torch.rand(5, 1)
-    >>> judged(model, (x, y), lambda model, batch: (model(batch[0]) - batch[1]).square(), None)
-    Traceback (most recent call last):
-    ValueError: objective must give losses of shape (n,), one an input, not (5, 1)
+    By default both of `class_losses`; an objective alone has no accuracy.
     """
     if objective is None:
         losses, right = class_losses(model, copied_to(model, batch))
@@ -267,21 +221,19 @@ def judged(
         if len(right) != len(losses):
             raise ValueError(
                 f"accuracy gives {len(right)} numbers where the objective gives {len(losses)}; "
-                "both must give one an input"
+                "both must give one per input"
             )
     return losses.detach(), right.detach()
 
 
 def _checked(found: Any, what: str, of: str) -> Tensor:
+    """What a caller's function gives, if that is one number per input."""
     if not torch.is_tensor(found):
         raise ValueError(f"{what} must give {of}, a tensor (n,), not {type(found).__name__}")
-    if found.ndim == 0:
-        raise ValueError(
-            f"{what} gives one number, a mean perhaps; it must give {of} of shape (n,), one an "
-            "input, as with reduction='none'"
-        )
     if found.ndim != 1:
-        raise ValueError(
-            f"{what} must give {of} of shape (n,), one an input, not {tuple(found.shape)}"
+        hint = (
+            "" if found.ndim else "gives one number, a mean perhaps; use reduction='none', as it "
         )
+        rule = f"must give {of} of shape (n,), one per input, not {tuple(found.shape)}"
+        raise ValueError(f"{what} {hint}{rule}")
     return found

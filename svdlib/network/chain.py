@@ -15,6 +15,7 @@ from svdlib.network.batches import Batch, Batches, refuse_generator, tensors
 from svdlib.network.calls import Objective, called, cross_entropy
 from svdlib.network.kinds import KINDS, Layer
 from svdlib.network.low_rank import LowRank
+from svdlib.network.modes import hooked
 from svdlib.network.opened import Network
 from svdlib.network.task import MEMORY, Moments, Sweep, Task, check_data
 
@@ -30,26 +31,21 @@ ELEMENTWISE = (
 
 # Modules that work on each input of a call alone.
 INPUTWISE = (
-    *ELEMENTWISE, *(kind for each in KINDS for kind in each.types), nn.LayerNorm, nn.GroupNorm,
+    *ELEMENTWISE, *(type_ for kind in KINDS for type_ in kind.types), nn.LayerNorm, nn.GroupNorm,
     nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d,
     nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
     nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
     nn.Upsample, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d,
 )  # fmt: skip
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def is_inputwise(step: nn.Module) -> bool:
-    """Whether a module's result for an input does not depend on the others of its call.
-
-    >>> is_inputwise(nn.Flatten()), is_inputwise(nn.Flatten(0))
-    (True, False)
-    """
+    """Whether a module's result for an input does not depend on the others of its call."""
     if type(step) is nn.Flatten:
         return step.start_dim > 0
     if type(step) is nn.Unflatten:
         return isinstance(step.dim, int) and step.dim > 0
-    if type(step) in NORMS:
+    if type(step) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
         return step.running_mean is not None
     return type(step) in INPUTWISE
 
@@ -59,28 +55,20 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
-def is_sequential(model: nn.Module) -> bool:
-    """Whether a model calls its children one after the other, and nothing else."""
-    runs = isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward
-    return runs and not has_hooks(model) and model._compiled_call_impl is None
-
-
 def chain_of(model: nn.Module) -> dict[str, nn.Module] | None:
     """The steps of a chain by name, those of nested ``nn.Sequential`` too; None if it is no chain.
 
     In a chain every step is called once, and works on each input by itself.
-
-    >>> list(chain_of(nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(9, 4), nn.ReLU()))))
-    ['0', '1.0', '1.1']
     """
-    if not is_sequential(model):
+    plain = isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward
+    if not plain or has_hooks(model) or model._compiled_call_impl is not None:
         return None
     steps: dict[str, nn.Module] = {}
     for name, child in model._modules.items():
         assert child is not None
         inner = chain_of(child)
         if inner is not None:
-            steps |= {f"{name}.{each}": step for each, step in inner.items()}
+            steps |= {f"{name}.{place}": step for place, step in inner.items()}
         elif is_inputwise(child) and not has_hooks(child):
             steps[name] = child
         else:
@@ -88,34 +76,24 @@ def chain_of(model: nn.Module) -> dict[str, nn.Module] | None:
     return steps if len(set(map(id, steps.values()))) == len(steps) else None
 
 
-def through(steps: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """What comes of x after these steps."""
-    for step in steps:
-        x = step(x)
-    return x
-
-
 class Chain(Task):
     """A chain of layers with class scores for images x (n, …) and labels y (n,)."""
 
-    def __init__(self, net: Network, data: tuple[Tensor, Tensor], memory: int) -> None:
-        chain = chain_of(net.model)
-        assert chain is not None
-        self.steps = chain
-        self.in_place = any(getattr(step, "inplace", False) for step in chain.values())
+    def __init__(
+        self, net: Network, steps: dict[str, nn.Module], data: tuple[Tensor, Tensor], memory: int
+    ) -> None:
+        self.steps = steps
+        self.in_place = any(getattr(step, "inplace", False) for step in steps.values())
         super().__init__(net, data, memory=memory)
 
     def _fitting_size(self) -> int:
-        """How many images fit memory."""
         self.widths: list[int] = []
 
-        def measure(z: Tensor) -> Tensor:
-            for step in self.steps.values():
-                z = step(z)
-                self.widths.append(-(-z.numel() // len(z)))
-            return z
+        def note(name: str, inputs: object, z: Tensor) -> None:
+            self.widths.append(-(-z.numel() // len(z)))
 
-        z = called(cast(nn.Module, measure), self.given(self.data[0][:2]))
+        with hooked(self.steps, after=note):
+            z = called(self.net.model, self.given(self.data[0][:2]))
         self.width = max(self.widths)
         return max(1, self.memory // (8 * self.width * z.element_size()))
 
@@ -124,18 +102,14 @@ class Chain(Task):
         return x.clone() if self.in_place else x
 
     def judge(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """As `Task`."""
         x, y = batch
         z = model(self.given(x))
-        if z.shape[:-1] != (len(x),):
-            raise ValueError(
-                f"the model must give class scores (n, classes), here ({len(x)}, classes), not "
-                f"{tuple(z.shape)}"
-            )
-        return cross_entropy(z if z.element_size() >= 4 else z.float(), y)
+        if (shape := tuple(z.shape))[:-1] != (len(x),):
+            raise ValueError(f"the model must give class scores ({len(x)}, classes), not {shape}")
+        return cross_entropy(z, y)
 
     def sweeps(self, layers: Mapping[str, Layer]) -> Iterator[Sweep]:
-        """As `Task`; where the layer holds one matrix of its own, from its code."""
+        """As `Task`, with a `ChainSweep` where the layer has one matrix of its own."""
         for name, layer in layers.items():
             plain = layer.has_code() and layer.weight.element_size() >= 4 and name in self.steps
             alone = not self.net.is_shared(layer) and self.net.obstacle(name, True) is None
@@ -150,9 +124,8 @@ class ChainSweep(Sweep):
         ((self.name, self.layer),) = layers.items()
         U, S, self.Vh = self.factors[self.name]
         self.US = U * S.unsqueeze(-2)
-        steps = list(task.steps.values())
-        place = list(task.steps).index(self.name)
-        self.before, self.behind = steps[:place], steps[place + 1 :]
+        steps, place = list(task.steps.values()), list(task.steps).index(self.name)
+        self.before, self.behind = nn.Sequential(*steps[:place]), nn.Sequential(*steps[place + 1 :])
         x = task.data[0]
         numbers = max(task.widths[place:])
         # Four arrays of that width live at once: the sum, the stack, and two behind it.
@@ -163,7 +136,6 @@ class ChainSweep(Sweep):
         self.codes: dict[int, Tensor] = {}
 
     def means(self, ranks: Mapping[str, Sequence[int]], progress: bool) -> dict[str, list[float]]:
-        """As `Sweep`."""
         wanted, task = ranks[self.name], cast(Chain, self.task)
         x, y = task.data
         full = torch.cat([losses for _, losses, _ in task.batches()])
@@ -178,7 +150,7 @@ class ChainSweep(Sweep):
     def logits(self, x: Tensor, start: int, ranks: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
         """The logits (R, b, classes) of images x at blocks of ranks: nested sums, run on together."""
         if start not in self.codes:
-            code = self.layer.apply(through(self.before, x), self.Vh)
+            code = self.layer.apply(self.before(x), self.Vh)
             self.codes = {**(self.codes if self.keep else {}), start: code}
         code = self.codes[start]
         sums = self._sums(code, ranks)
@@ -188,21 +160,18 @@ class ChainSweep(Sweep):
             stack = z.expand(at.stop - at.start, *z.shape).clone()
             for row in stack[1:]:
                 row.copy_(next(sums))
-            logits = through(self.behind, stack.flatten(0, 1))
+            logits = self.behind(stack.flatten(0, 1))
             yield at, logits.view(len(stack), len(code), -1)
 
     def _sums(self, code: Tensor, ranks: Sequence[int]) -> Iterator[Tensor]:
         """The layer's output at each of the ranks: one tensor that grows in place."""
-        dim = self.layer.feature_dim
-        places = list(code.shape)
-        places[dim] = len(self.US)
-        z = code.new_zeros(places)
+        sizes, dim = list(code.shape), self.layer.feature_dim
+        sizes[dim] = len(self.US)
+        z = code.new_zeros(sizes)
         if self.layer.bias is not None:
             z.movedim(dim, -1).add_(self.layer.bias.detach())
-        done = 0
-        for rank in ranks:
-            self._add_terms(z, code, slice(done, rank))
-            done = rank
+        for low, rank in pairwise((0, *ranks)):
+            self._add_terms(z, code, slice(low, rank))
             yield z
 
     def _add_terms(self, z: Tensor, code: Tensor, terms: slice) -> None:
@@ -226,10 +195,7 @@ def task_of(
 
     Args:
         y: labels of the inputs ``data``, where these are not in it.
-        why: who reads the data several times, if anybody does.
-
-    Raises:
-        ValueError: data or functions of another kind; data that can't be read so often.
+        why: the name of a function that reads the data several times, if any does.
     """
     checks.positive_int(memory, "memory")
     for function, what in ((objective, "objective"), (accuracy, "accuracy")):
@@ -240,20 +206,16 @@ def task_of(
     data = data if y is None else (data, y)
     if isinstance(data, tuple) and len(data) == 2 and not objective and not accuracy:
         x, y = data
-        several = isinstance(y, Tensor) and (y.ndim > 1 or (not _is_tensor(x) and bool(tensors(x))))
-        if not several:
+        nested = not isinstance(x, Tensor) and bool(tensors(x))
+        if not isinstance(y, Tensor) or (y.ndim <= 1 and not nested):
             check_data(x, cast(Tensor, y))
-            if chain_of(net.model) is not None:
-                return Chain(net, data, memory)
+            if (steps := chain_of(net.model)) is not None:
+                return Chain(net, steps, data, memory)
     return Task(net, data, objective, accuracy, memory)
 
 
-def _is_tensor(x: object) -> bool:
-    return isinstance(x, Tensor)
-
-
 class Link:
-    """A Linear layer of a perceptron and the activations before it, which work on each number alone."""
+    """A Linear layer of a perceptron and the activations before it."""
 
     def __init__(self, name: str, layer: Layer, before: Sequence[nn.Module]) -> None:
         self.name, self.layer, self.before = name, layer, before
@@ -279,54 +241,44 @@ class Link:
 
 
 def is_relu_perceptron(model: nn.Sequential) -> bool:
-    """Whether a model is Linear, ReLU, …, Linear, each Linear dense or factorized.
-
-    >>> is_relu_perceptron(nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1)))
-    True
-    """
+    """Whether a model is Linear, ReLU, …, Linear, each Linear dense or factorized."""
     linear = all(type(layer) in (nn.Linear, LowRank) for layer in model[::2])
     return linear and len(model) % 2 == 1 and all(type(step) is nn.ReLU for step in model[1::2])
 
 
 def perceptron_of(net: Network) -> list[Link]:
-    """The layers of a perceptron in their order: Linear ones, with activations between.
-
-    Raises:
-        ValueError: a model of another kind, or weights that are shared or computed.
-    """
-    model, told = (
-        net.model,
-        (
-            "joint_profile takes a perceptron, an nn.Sequential of Linear layers with activations "
-            "between; loss_profile takes any module"
-        ),
-    )
-    kind = type(model).__name__
-    if type(model).forward is not nn.Sequential.forward:
-        raise ValueError(f"{told}; this {kind} has a forward of its own")
-    if has_hooks(model):
-        raise ValueError(f"{told}; this {kind} has hooks")
+    """The layers of a perceptron in their order: Linear ones, with activations between."""
+    model, kind = net.model, type(net.model).__name__
     links: list[Link] = []
     before: list[nn.Module] = []
+
+    def refused(reason: str) -> ValueError:
+        return ValueError(
+            "joint_profile takes a perceptron, an nn.Sequential of Linear layers with activations "
+            f"between; loss_profile takes any module; {reason}"
+        )
+
+    if type(model).forward is not nn.Sequential.forward:
+        raise refused(f"this {kind} has a forward of its own")
+    if has_hooks(model):
+        raise refused(f"this {kind} has hooks")
     for name, step in model.named_children():
         if isinstance(step, nn.Linear):
             layer = net.layers[name]
-            reason = net.obstacle(name, replace=True)
-            if reason or net.is_shared(layer):
-                reason = reason or "its weight is shared with another layer"
-                raise ValueError(f"{told}; layer {name!r}: {reason}")
+            if reason := net.obstacle(name, replace=True):
+                raise refused(f"layer {name!r}: {reason}")
+            if net.is_shared(layer):
+                raise refused(f"layer {name!r}: its weight is shared with another layer")
+            checks.finite(layer.weight, f"the weight of layer {name!r}")
             links.append(Link(name, layer, before))
             before = []
         elif type(step) in ELEMENTWISE:
             before.append(step)
-        elif type(step) is nn.Flatten and not links and (step.start_dim, step.end_dim) == (1, -1):
-            pass  # inputs are flattened anyway
-        else:
-            raise ValueError(f"{told}; step {name!r} is a {type(step).__name__}")
+        # Inputs are flattened anyway.
+        elif links or type(step) is not nn.Flatten or (step.start_dim, step.end_dim) != (1, -1):
+            raise refused(f"step {name!r} is a {type(step).__name__}")
     if not links or before:
-        raise ValueError(f"{told}; the last step must be a Linear layer")
+        raise refused("the last step must be a Linear layer")
     if len(list(model.children())) < len(model._modules):
-        raise ValueError(f"{told}; a step is used twice")
-    for link in links:
-        checks.finite(link.layer.weight, f"the weight of layer {link.name!r}")
+        raise refused("a step is used twice")
     return links

@@ -18,29 +18,27 @@ from svdlib.linalg.svd import SVD
 BLOCK = 4096
 
 
+# The settings of a convolution.
+WINDOWS = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+
+
 class Layer:
-    """A layer that multiplies by a matrix W, out × in, and adds a bias; (g, m, n) of g groups.
-
-    Args:
-        module: the layer itself.
-
-    >>> linear = Linear(nn.Linear(3, 2))
-    >>> linear.matrix().shape, linear.stored(rank=1)
-    (torch.Size([2, 3]), 5)
-    """
+    """A layer that multiplies by a matrix W, out × in, and adds a bias; (g, m, n) of g groups."""
 
     types: tuple[type[nn.Module], ...] = ()  # only these, not their subclasses, are replaced
     side_names = ("in_features", "out_features")
-    settings: tuple[str, ...] = ()  # what else makes such a layer
+    settings: tuple[str, ...] = ()  # the other arguments that make such a layer
     transposed = False  # whether its weight holds the matrix as (in, out)
-    feature_dim = -1  # where its output has the features
+    feature_dim = -1  # the dimension of its output that has the features
     can_share = False  # whether a layer that shares its weight can be replaced along with it
     multiplies = True  # an Embedding looks its rows up
+    overlaps = False  # whether outputs of several vectors are added up
     is_factorized = False
     own_factor = 0  # which of its two thin factors is of its own kind
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
+        self.groups: int = vars(module)["groups"] if "groups" in self.settings else 1
 
     @classmethod
     def includes(cls, module: nn.Module) -> bool:
@@ -50,8 +48,7 @@ class Layer:
     @property
     def weight(self) -> Tensor:
         """The weight, in the layer's own shape."""
-        weight: Tensor = self.module.weight
-        return weight
+        return self.module.weight
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
@@ -65,21 +62,14 @@ class Layer:
         return getattr(self.module, "bias", None)
 
     @property
-    def groups(self) -> int:
-        """The number of matrices."""
-        return 1
-
-    @property
-    def sides(self) -> tuple[int, int]:
-        """How many features or channels go in, and how many come out."""
-        ins, outs = (getattr(self.module, name) for name in self.side_names)
-        return ins, outs
+    def sides(self) -> tuple[int, ...]:
+        """The numbers of input and output features or channels."""
+        return tuple(getattr(self.module, name) for name in self.side_names)
 
     @cached_property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
         """(m, n) of its matrix."""
-        m, n = self.to_matrix(self.weight.detach()).shape[-2:]
-        return m, n
+        return tuple(self.to_matrix(self.weight.detach()).shape[-2:])
 
     @property
     def full_rank(self) -> int:
@@ -103,13 +93,13 @@ class Layer:
         return self.to_matrix(weight if weight.element_size() >= 4 else weight.float())
 
     def to_matrix(self, weight: Tensor) -> Tensor:
-        """A weight of such a layer as its matrix."""
+        """The matrix that a weight of such a layer holds."""
         A = weight.unflatten(0, (self.groups, -1)).flatten(2)
         A = A.mT if self.transposed else A
         return A[0] if self.groups == 1 else A
 
     def to_weight(self, A: Tensor) -> Tensor:
-        """A matrix in the shape of a weight of such a layer: `to_matrix` undone."""
+        """The inverse of `to_matrix`."""
         A = A.mT if self.transposed else A
         return A.reshape(A[..., 0].numel(), -1, *self.weight.shape[2:])
 
@@ -122,11 +112,11 @@ class Layer:
         return {self.weight: self.to_weight(svd.matrix())}
 
     def stored(self, rank: int) -> int:
-        """Numbers at a rank: two factors', r (m + n), or the matrix's where these are no fewer."""
+        """Numbers at a rank, see `stored`, of all groups."""
         return self.groups * stored(rank, *self.shape)
 
     def obstacle(self, replace: bool) -> str | None:
-        """What in the layer itself stands in the way of another weight, or of being replaced."""
+        """What in the layer itself prevents another weight or, with ``replace``, two factors."""
         if "weight" not in self.module._parameters:
             return "its weight is computed from other parameters; remove the parametrization first"
         weight = self.weight
@@ -136,21 +126,13 @@ class Layer:
             return f"its type is {weight.dtype}"
         if weight.is_meta or weight.layout != torch.strided:
             return f"its weight has no numbers here (device {weight.device}, {weight.layout})"
-        return self.replacement_obstacle() if replace else None
-
-    def replacement_obstacle(self) -> str | None:
-        """What it does that two factors would not."""
-        if not self.is_plain():
+        if replace and self.types and type(self.module) not in self.types:
             kind = type(self.module).__name__
             return f"a {kind} may do other things with its weight than a plain layer"
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        if any(getattr(self.module, name) for name in hooks):
+        if replace and any(getattr(self.module, name) for name in hooks):
             return "its hooks would be lost; remove them first"
         return None
-
-    def is_plain(self) -> bool:
-        """Whether it is of such a class itself, not of a subclass."""
-        return type(self.module) in self.types
 
     # Making others like it. No random number is drawn for them.
 
@@ -164,41 +146,52 @@ class Layer:
         more = {name: getattr(self.module, name) for name in self.settings}
         return self.new(type(self.module), ins, outs, bias=bias, **more)
 
-    def thin(self, ins: int, outs: int, width: int, bias: bool) -> tuple[nn.Module, nn.Module]:
-        """Two factors that ``width`` features pass between, not yet filled."""
-        return self.resized(ins, width, False), self.new(nn.Linear, width, outs, bias=bias)
+    def mixing(self, ins: int, outs: int, bias: bool) -> nn.Module:
+        """The factor that mixes features or channels alone, not yet filled."""
+        return self.new(nn.Linear, ins, outs, bias=bias)
+
+    def thin(self, rank: int) -> tuple[nn.Module, nn.Module]:
+        """Two factors of that rank, in each group, not yet filled."""
+        (ins, outs), width, bias = self.sides, self.groups * rank, self.bias is not None
+        if self.own_factor == 0:
+            return self.resized(ins, width, False), self.mixing(width, outs, bias)
+        return self.mixing(ins, width, False), self.resized(width, outs, bias)
 
     # What it is applied to.
 
     def has_code(self) -> bool:
         """Whether one matrix is applied to vectors of the input, so that `apply` knows them."""
-        return True
+        return self.groups == 1 and not self.overlaps
 
     def vectors(self, x: Tensor) -> Tensor:
         """The vectors (N, n) that W is applied to, or (N, g, n) of g groups, from the input x."""
-        return x.flatten(0, -2)
+        return x.reshape(-1, x.shape[-1])
 
     def apply(self, x: Tensor, V: Tensor) -> Tensor:
-        """V (k, n) times what W is applied to: k in the features' place."""
+        """V (k, n) times the vectors of x, with the k products where the output has features."""
         return x.to(V.dtype) @ V.mT
 
     def is_centered(self) -> bool:
         """Whether a change of the bias can make up for a change of W at the mean input."""
-        return self.bias is not None
+        return self.bias is not None and not self.overlaps
 
     def vector_kind(self) -> tuple[object, ...]:
         """Layers for which this is equal have the same vectors of the same input."""
-        return type(self.module), self.groups, *(getattr(self.module, n) for n in self.settings)
+        settings = (getattr(self.module, name) for name in self.settings)
+        return type(self.module), self.sides[0], *settings
 
     def is_masked(self, x: Tensor, keep: Tensor | None) -> bool:
-        """Whether the places (n, T) to keep are those of the input x."""
-        return keep is not None and x.shape[:-1][: keep.ndim] == keep.shape
+        """Whether the places (n, T) to keep, of texts, are those of the input x."""
+        if keep is None or self.feature_dim != -1:
+            return False
+        places = x.shape[:-1] if self.multiplies else x.shape
+        return places[: keep.ndim] == keep.shape
 
     def blocks(self, x: Tensor, keep: Tensor | None) -> Iterator[Tensor]:
         """The vectors, in float64, some thousand at a time."""
         x = x[keep.to(x.device)] if keep is not None and self.is_masked(x, keep) else x
-        for some in x.reshape(-1, x.shape[-1]).split(BLOCK):
-            yield some.double()
+        for block in self.vectors(x).split(BLOCK):
+            yield block.double()
 
     def sums(self, block: Tensor, other: Tensor | None = None) -> tuple[Tensor, ...]:
         """Σ x and Σ x xᵀ of a block of vectors; with other vectors y in turn, Σ y and Σ y xᵀ too."""
@@ -214,7 +207,6 @@ class Linear(Layer):
     can_share = True
 
     def resized(self, ins: int, outs: int, bias: bool) -> nn.Module:
-        """As `Layer`."""
         return self.new(nn.Linear, ins, outs, bias=bias)
 
 
@@ -223,30 +215,20 @@ class TransposedLinear(nn.Linear):
 
     The output layer of a tied model h ↦ P (Qᵀ h), factorized, shares both its factors with the
     embedding's rows i ↦ Q P_i, and Q, (in, rank), is its first.
-
-    >>> TransposedLinear(3, 2).weight.shape
-    torch.Size([3, 2])
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, False, device, dtype)
+    def __init__(self, ins: int, outs: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(ins, outs, False, device, dtype)
         self.weight = nn.Parameter(self.weight.detach().mT.contiguous())
 
     def forward(self, input: Tensor) -> Tensor:
-        """The input times the weight."""
         return input @ self.weight
 
 
 class OfTransposedLinear(Linear):
     """`TransposedLinear`."""
 
-    types: tuple[type[nn.Module], ...] = (TransposedLinear,)
+    types = (TransposedLinear,)
     transposed = True
 
 
@@ -260,50 +242,39 @@ class Conv1D(Layer):
     @classmethod
     def includes(cls, module: nn.Module) -> bool:
         """By name and shape, without importing that library."""
-        weight, outs = module._parameters.get("weight"), getattr(module, "nf", None)
-        named = type(module).__name__ == "Conv1D"
-        return named and weight is not None and weight.shape[1:] == (outs,)
+        weight, named = module._parameters.get("weight"), type(module).__name__ == "Conv1D"
+        return named and weight is not None and weight.shape[1:] == (getattr(module, "nf", None),)
 
     @property
-    def sides(self) -> tuple[int, int]:
+    def sides(self) -> tuple[int, ...]:
         """As `Layer`; an older Conv1D has no nx."""
-        ins, outs = self.weight.shape
-        return ins, outs
-
-    def is_plain(self) -> bool:
-        """As `Layer`."""
-        return True
+        return tuple(self.weight.shape)
 
     def resized(self, ins: int, outs: int, bias: bool) -> nn.Module:
         """As `Layer`: a deep copy knows how to make one."""
         weight = nn.Parameter(self.weight.new_empty(ins, outs))
-        copied = copy.deepcopy(self.module, {id(self.weight): weight})
-        vars(copied).update(nx=ins, nf=outs)
-        return copied
-
-    def thin(self, ins: int, outs: int, width: int, bias: bool) -> tuple[nn.Module, nn.Module]:
-        """As `Layer`."""
-        return self.new(nn.Linear, ins, width, bias=False), self.resized(width, outs, True)
+        resized = copy.deepcopy(self.module, {id(self.weight): weight})
+        vars(resized).update(nx=ins, nf=outs)
+        return resized
 
 
 class Embedding(Layer):
     """nn.Embedding of V rows: W is (features × V), applied to vectors with a single one each."""
 
-    types: tuple[type[nn.Module], ...] = (nn.Embedding,)
+    types = (nn.Embedding,)
     side_names = ("num_embeddings", "embedding_dim")
-    settings: tuple[str, ...] = ("padding_idx", "scale_grad_by_freq", "sparse")
+    settings = ("padding_idx", "scale_grad_by_freq", "sparse")
     transposed = True
     can_share = True
     multiplies = False
 
-    def replacement_obstacle(self) -> str | None:
-        """As `Layer`."""
-        if self.is_plain() and self.module.max_norm is not None:
+    def obstacle(self, replace: bool) -> str | None:
+        reason = super().obstacle(replace)
+        if reason is None and replace and self.module.max_norm is not None:
             return "factors cannot reproduce max_norm"
-        return super().replacement_obstacle()
+        return reason
 
     def resized(self, ins: int, outs: int, bias: bool) -> nn.Module:
-        """As `Layer`; it has no bias."""
         more = {name: getattr(self.module, name) for name in self.settings}
         return self.new(nn.Embedding, ins, outs, **more)
 
@@ -312,22 +283,7 @@ class Embedding(Layer):
         return x.flatten()
 
     def apply(self, x: Tensor, V: Tensor) -> Tensor:
-        """As `Layer`."""
         return F.embedding(x, V.mT)
-
-    def vector_kind(self) -> tuple[object, ...]:
-        """As `Layer`."""
-        return type(self.module), self.module.num_embeddings
-
-    def is_masked(self, x: Tensor, keep: Tensor | None) -> bool:
-        """As `Layer`; its input has no features."""
-        return keep is not None and x.shape[: keep.ndim] == keep.shape
-
-    def blocks(self, x: Tensor, keep: Tensor | None) -> Iterator[Tensor]:
-        """All places of the ones."""
-        yield (
-            x[keep.to(x.device)] if keep is not None and self.is_masked(x, keep) else x
-        ).flatten()
 
     def sums(self, block: Tensor, other: Tensor | None = None) -> tuple[Tensor, ...]:
         """As `Layer`; Σ x xᵀ is diagonal, (V,). What is looked up does not change with the network."""
@@ -340,43 +296,20 @@ class Convolution(Layer):
 
     types: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     side_names = ("in_channels", "out_channels")
-    settings: tuple[str, ...] = (
-        "kernel_size",
-        "stride",
-        "padding",
-        "dilation",
-        "groups",
-        "padding_mode",
-    )
+    settings: tuple[str, ...] = WINDOWS
     feature_dim = 1
 
-    def has_code(self) -> bool:
-        """As `Layer`."""
-        return self.groups == 1
-
-    @property
-    def groups(self) -> int:
-        """As `Layer`."""
-        groups: int = self.module.groups
-        return groups
-
-    def pointwise(self, ins: int, outs: int, bias: bool) -> nn.Module:
-        """A convolution with windows of one place, in as many dimensions."""
-        kind = Convolution.types[self.weight.ndim - 3]
+    def mixing(self, ins: int, outs: int, bias: bool) -> nn.Module:
+        kind = Convolution.types[self.weight.ndim - 3]  # with windows of one place
         return self.new(kind, ins, outs, kernel_size=1, groups=self.groups, bias=bias)
 
-    def thin(self, ins: int, outs: int, width: int, bias: bool) -> tuple[nn.Module, nn.Module]:
-        """As `Layer`."""
-        return self.resized(ins, width, False), self.pointwise(width, outs, bias)
-
     def vectors(self, x: Tensor) -> Tensor:
-        """As `Layer`."""
-        module, sizes = self.module, self.module.kernel_size
+        module, x = self.module, self._batch(x)
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x = F.pad(self._batch(x), module._reversed_padding_repeated_twice, mode=mode)
-        windows = zip(sizes, module.stride, module.dilation, strict=True)
-        for i, (size, step, dilation) in enumerate(windows):
-            x = x.unfold(2 + i, dilation * (size - 1) + 1, step)[..., ::dilation]
+        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+        windows = zip(module.kernel_size, module.stride, module.dilation, strict=True)
+        for dim, (size, step, dilation) in enumerate(windows, 2):
+            x = x.unfold(dim, dilation * (size - 1) + 1, step)[..., ::dilation]
         return self._by_group(x)
 
     def _batch(self, x: Tensor) -> Tensor:
@@ -385,85 +318,44 @@ class Convolution(Layer):
     def _by_group(self, x: Tensor) -> Tensor:
         """Places (n, channels, *places, *window) as vectors."""
         dims = len(self.module.kernel_size)
-        x = x.movedim(1, 1 + dims).flatten(0, dims)
-        x = x.unflatten(1, (self.groups, -1)).flatten(2)
+        x = x.movedim(1, 1 + dims).flatten(0, dims).unflatten(1, (self.groups, -1)).flatten(2)
         return x[:, 0] if self.groups == 1 else x
 
     def apply(self, x: Tensor, V: Tensor) -> Tensor:
-        """As `Layer`."""
         weight = V.view(-1, *self.weight.shape[1:])
-        found: Tensor = self.module._conv_forward(x.to(V.dtype), weight, None)
-        return found
-
-    def is_masked(self, x: Tensor, keep: Tensor | None) -> bool:
-        """As `Layer`: padding of texts is not of pictures."""
-        return False
+        return self.module._conv_forward(x.to(V.dtype), weight, None)
 
     def blocks(self, x: Tensor, keep: Tensor | None) -> Iterator[Tensor]:
-        """As `Layer`."""
         x = self._batch(x)
-        count = len(self.vectors(x[:1]))
-        for some in x.split(max(1, BLOCK // max(count, 1))):
-            yield self.vectors(some).double()
+        for block in x.split(max(1, BLOCK // max(len(self.vectors(x[:1])), 1))):
+            yield self.vectors(block).double()
 
 
 class TransposedConvolution(Convolution):
     """nn.ConvTranspose1d, 2d, 3d: W is (out·window × in) of each group, applied to places."""
 
-    types: tuple[type[nn.Module], ...] = (
-        nn.ConvTranspose1d,
-        nn.ConvTranspose2d,
-        nn.ConvTranspose3d,
-    )
-    settings: tuple[str, ...] = (*Convolution.settings, "output_padding")
+    types = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    settings = (*Convolution.settings, "output_padding")
     transposed = True
+    overlaps = True
     own_factor = 1
 
-    def has_code(self) -> bool:
-        """As `Layer`."""
-        return False
-
-    def thin(self, ins: int, outs: int, width: int, bias: bool) -> tuple[nn.Module, nn.Module]:
-        """As `Layer`."""
-        return self.pointwise(ins, width, False), self.resized(width, outs, bias)
-
     def vectors(self, x: Tensor) -> Tensor:
-        """As `Layer`."""
         return self._by_group(self._batch(x))
-
-    def is_centered(self) -> bool:
-        """As `Layer`: its windows overlap."""
-        return False
 
 
 # The first that includes a module is its kind.
-KINDS: tuple[type[Layer], ...] = (
-    OfTransposedLinear,
-    Linear,
-    Embedding,
-    Convolution,
-    TransposedConvolution,
-    Conv1D,
-)
+KINDS = (OfTransposedLinear, Linear, Embedding, Convolution, TransposedConvolution, Conv1D)
 
 # What layers call their sides and settings.
 ATTRIBUTES = {name for kind in KINDS for name in (*kind.side_names, *kind.settings)}
 
 
 def layer_of(module: nn.Module) -> Layer | None:
-    """A module as a layer that holds a matrix; None if it is of no such kind.
-
-    >>> layer_of(nn.Conv1d(6, 8, 5, groups=2)).matrix().shape
-    torch.Size([2, 4, 15])
-    >>> layer_of(nn.BatchNorm1d(3))
-    """
+    """A module as a layer that holds a matrix; None if it is of no such kind."""
     return next((kind(module) for kind in KINDS if kind.includes(module)), None)
 
 
 def stored(rank: int, m: int, n: int) -> int:
-    """Numbers in an m × n matrix of that rank: as two factors, r (m + n), or whole if that is less.
-
-    >>> stored(2, 10, 10), stored(6, 10, 10)
-    (40, 100)
-    """
+    """Numbers in an m × n matrix of that rank: as two factors, r (m + n), or whole if that is less."""
     return min(rank * (m + n), m * n)

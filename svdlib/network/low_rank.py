@@ -13,7 +13,7 @@ from svdlib.network.kinds import ATTRIBUTES, Layer, TransposedLinear, layer_of
 
 
 class Approximations(Protocol):
-    """Factors of any rank of a layer's matrix, and what its bias changes by, see `svdlib.layers.calibrate.Fit`."""
+    """Factors of any rank of a layer's matrix, and a change of its bias, see `layers.calibrate`."""
 
     def at(self, rank: int) -> tuple[Tensor, Tensor, Tensor | None]: ...
 
@@ -38,16 +38,14 @@ class LowRank(nn.Sequential):
 
     def __getattr__(self, name: str) -> Any:
         """Sides and settings of the layer replaced, from the factor that knows them."""
-        if name in ATTRIBUTES and hasattr(self.main, name):
-            names = kind(self.main).side_names
-            if name not in names:
-                return getattr(self.main, name)
-            first, second = map(kind, self.factors)
-            return (first.sides[0], second.sides[1])[names.index(name)]
-        return super().__getattr__(name)
+        if name not in ATTRIBUTES or not hasattr(self.main, name):
+            return super().__getattr__(name)
+        first, second = map(kind, self.factors)
+        sides = zip(kind(self.main).side_names, (first.sides[0], second.sides[1]), strict=True)
+        return dict(sides).get(name, getattr(self.main, name))
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """As `Sequential`; ``output_size`` is the transposed convolution's."""
+        """The second factor of the first; ``output_size`` is the transposed convolution's."""
         code = self[0](input)
         if torch.jit.is_scripting():
             return self[1](code)
@@ -56,8 +54,7 @@ class LowRank(nn.Sequential):
     @property
     def factors(self) -> tuple[Any, Any]:
         """The two thin layers, in the order in which they are applied."""
-        first, second = self
-        return first, second
+        return self[0], self[1]
 
     @property
     def main(self) -> nn.Module:
@@ -103,70 +100,50 @@ class LowRank(nn.Sequential):
 
 
 def kind(factor: nn.Module) -> Layer:
-    """A factor, which is of a known kind, as a layer.
-
-    >>> kind(nn.Linear(3, 2)).sides
-    (3, 2)
-    """
+    """A factor, which is of a known kind, as a layer."""
     return cast(Layer, layer_of(factor))
 
 
 class Factorized(Layer):
     """A `LowRank` layer as one that holds the product of its factors."""
 
-    types: tuple[type[nn.Module], ...] = (LowRank,)
+    types = (LowRank,)
     is_factorized = True
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: LowRank) -> None:
         super().__init__(module)
-        self.main = kind(self.module.main)
+        self.main = kind(module.main)
+        self.groups = self.main.groups
+        self.factors = [kind(factor) for factor in module]
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
-        """As `Layer`: its factors'."""
-        return tuple(weight for factor in self.module for weight in kind(factor).weights)
-
-    @property
-    def groups(self) -> int:
-        """As `Layer`."""
-        return self.main.groups
-
-    def to_matrix(self, weight: Tensor) -> Tensor:
-        """As `Layer`."""
-        return self.main.to_matrix(weight)
-
-    def obstacle(self, replace: bool) -> str | None:
-        """As `Layer`: its factors'."""
-        return next(filter(None, (kind(f).obstacle(replace) for f in self.module.factors)), None)
+        return tuple(weight for factor in self.factors for weight in factor.weights)
 
     @property
     def max_rank(self) -> int:
-        """As `Layer`."""
-        rank: int = self.module.rank
-        return rank
+        return self.module.rank
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        return self.main.to_matrix(weight)
+
+    def obstacle(self, replace: bool) -> str | None:
+        return self.factors[0].obstacle(replace) or self.factors[1].obstacle(replace)
 
     def projected(self, svd: SVD) -> dict[Tensor, Tensor]:
         """As `Layer`: of W = B A, U Uᵀ W = (U Uᵀ B) A."""
-        second = kind(self.module.factors[1])
+        second = self.factors[1]
         return {second.weight: second.to_weight(svd.U @ (svd.U.mT @ second.matrix()))}
 
     def dense(self) -> Any:
         """One layer in place of two thin ones, its tensors not yet filled."""
-        first, second = map(kind, self.module.factors)
+        first, second = self.factors
         return self.main.resized(first.sides[0], second.sides[1], self.bias is not None)
 
 
 def thin_twin(layer: Layer, rank: int) -> LowRank:
-    """Two thin layers of that rank in place of one, their tensors not yet filled.
-
-    >>> thin_twin(layer_of(nn.Conv2d(3, 8, 5, stride=2, padding=2)), 4)
-    LowRank(
-      (0): Conv2d(3, 4, kernel_size=(5, 5), stride=(2, 2), padding=(2, 2), bias=False)
-      (1): Conv2d(4, 8, kernel_size=(1, 1), stride=(1, 1))
-    )
-    """
-    factors = layer.thin(*layer.sides, layer.groups * rank, layer.bias is not None)
-    return LowRank(*factors).train(layer.module.training)
+    """Two thin layers of that rank in place of one, their tensors not yet filled."""
+    return LowRank(*layer.thin(rank)).train(layer.module.training)
 
 
 def thin_twins(layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> dict[str, LowRank]:
@@ -174,34 +151,24 @@ def thin_twins(layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> dict[st
 
     Of one weight W = P Qᵀ (V × d, P V × r), an Embedding looks up rows of P and multiplies them by
     Qᵀ, a Linear multiplies by Qᵀ and then by P.
-
-    >>> model = nn.Sequential(nn.Embedding(30, 20), nn.Linear(20, 30))
-    >>> model[1].weight = model[0].weight
-    >>> layers = {name: layer_of(part) for name, part in model.named_children()}
-    >>> twins = thin_twins(layers, {"0": 2, "1": 2})
-    >>> twins["0"][0].weight is twins["1"][1].weight, twins["0"][1].weight is twins["1"][0].weight
-    (True, True)
     """
     twins = {name: thin_twin(layer, ranks[name]) for name, layer in layers.items()}
     for names in tied(layers):
-        first, *others = sorted(names, key=lambda name: layers[name].multiplies)
-        shared = twins[first]
-        for twin in (twins[name] for name in others):
-            if type(shared[0]) is not type(twin[0]):
+        names = sorted(names, key=lambda name: layers[name].multiplies)
+        shared, *others = (twins[name] for name in names)
+        left, right = shared[0].weight, shared[1].weight
+        for twin in others:
+            if type(shared[0]) is type(twin[0]):
+                twin[0].weight, twin[1].weight = left, right
+            else:
                 factor = kind(twin[0])
                 twin[0] = factor.new(TransposedLinear, *factor.sides)
-                twin[0].weight, twin[1].weight = shared[1].weight, shared[0].weight
-            else:
-                twin[0].weight, twin[1].weight = shared[0].weight, shared[1].weight
+                twin[0].weight, twin[1].weight = right, left
     return twins
 
 
 def tied(layers: Mapping[str, Layer]) -> list[list[str]]:
-    """The names of those layers that share one weight, or both its factors.
-
-    >>> tied({"a": Layer(nn.Linear(3, 3)), "b": Layer(nn.Linear(3, 3))})
-    []
-    """
+    """The names of those layers that share one weight, or both its factors."""
     owners: dict[frozenset[int], list[str]] = {}
     for name, layer in layers.items():
         if layer.weights:

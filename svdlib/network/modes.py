@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,15 +23,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and each module's own mode again afterwards, whatever happens.
-
-    >>> model = nn.Dropout()
-    >>> with evaluating(model):
-    ...     model.training
-    False
-    >>> model.training
-    True
-    """
+    """Evaluation mode, and each module's own mode again afterwards."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
@@ -49,72 +41,57 @@ def hooked(
     """``before(name, inputs)`` and ``after(name, inputs, output)`` at every call of these modules.
 
     Keyword arguments follow the others. What ``after`` returns, if anything, replaces the output.
-
-    >>> model = nn.Sequential(nn.Linear(3, 2))
-    >>> with hooked({"0": model[0]}, after=lambda name, inputs, output: output.new_zeros(1, 2)):
-    ...     model(torch.rand(1, 3)).tolist()
-    [[0.0, 0.0]]
     """
-    handles = []
-    try:
+    with ExitStack() as handles:
         for name, module in modules.items():
             if before:
                 note = lambda _, x, more, name=name: before(name, (*x, *more.values()))
-                handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
+                handles.enter_context(module.register_forward_pre_hook(note, with_kwargs=True))
             if after:
                 change = lambda _, x, more, z, name=name: after(name, (*x, *more.values()), z)
-                handles.append(module.register_forward_hook(change, with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Compiled parts run as they are written: compiled code ignores hooks."""
-    if not any(map(is_compiled, model.modules())):
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
+                handles.enter_context(module.register_forward_hook(change, with_kwargs=True))
         yield
 
 
-# How torch marks an encoder that it may compute by one fused operation.
-FUSED = {
-    nn.TransformerEncoderLayer: "activation_relu_or_gelu",
-    nn.TransformerEncoder: "use_nested_tensor",
-}
+def uncompiled(model: nn.Module) -> AbstractContextManager[None]:
+    """Compiled parts run as they are written, from this call on: compiled code ignores hooks."""
+    compiled = any(map(is_compiled, model.modules()))
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
-def avoid_fused_(model: nn.Module) -> None:
-    """Keep ``nn.TransformerEncoderLayer`` from reading the weights of its factorized layers.
+# Attributes by which torch marks encoders that it may compute by one fused operation.
+FUSED = {"activation_relu_or_gelu", "use_nested_tensor"}
 
-    Its fused operation for evaluation needs dense matrices, and would multiply the factors at
-    every call; without it, the layers are called. The same where its attention's projections are
-    layers.
+
+def _marks(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """The encoders in a model, with the name and the value of their mark."""
+    kinds = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
+    encoders = [part for part in model.modules() if isinstance(part, kinds)]
+    return [
+        (part, mark, vars(part)[mark]) for part in encoders for mark in FUSED & vars(part).keys()
+    ]
+
+
+def avoid_fused_(model: nn.Module) -> nn.Module:
+    """The model; its encoders with factorized layers, or opened attention, are never fused.
+
+    Torch's fused operation for evaluation needs dense matrices, and would multiply the factors at
+    every call.
     """
-    for part in model.modules():
+    for part, mark, value in _marks(model):
         if any(isinstance(inner, LowRank | Attention) for inner in part.modules()):
-            for kind, mark in FUSED.items():
-                if isinstance(part, kind):
-                    setattr(part, mark, type(getattr(part, mark))(0))
+            setattr(part, mark, type(value)(0))
+    return model
 
 
 @contextmanager
 def unfused(model: nn.Module) -> Iterator[None]:
     """No encoder is computed by a fused operation, for a while."""
-    parts = [
-        (part, mark)
-        for part in model.modules()
-        for kind, mark in FUSED.items()
-        if isinstance(part, kind)
-    ]
-    before = [getattr(part, mark) for part, mark in parts]
+    marks = _marks(model)
     try:
-        for part, mark in parts:
+        for part, mark, _ in marks:
             setattr(part, mark, 0)
         yield
     finally:
-        for (part, mark), value in zip(parts, before, strict=True):
+        for part, mark, value in marks:
             setattr(part, mark, value)

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import filter as filter_names
+from fnmatch import fnmatch
 from functools import cached_property
 from typing import Any, cast
 
@@ -13,21 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from svdlib import checks, threads
+from svdlib.network import modes
 from svdlib.network.attention import HELD, Made, pack_, projections, unpack_
 from svdlib.network.batches import Batch
 from svdlib.network.calls import Call, run
 from svdlib.network.kinds import Layer, Linear, layer_of
 from svdlib.network.low_rank import Factorized, LowRank, low_rank_layers, tied
-from svdlib.network.modes import (
-    After,
-    Before,
-    avoid_fused_,
-    evaluating,
-    hooked,
-    is_compiled,
-    uncompiled,
-    unfused,
-)
+from svdlib.network.modes import After, Before
 
 # Where a module keeps its parts: what it holds elsewhere, it does not know as its own.
 REGISTERED = ("_modules", "_parameters", "_buffers")
@@ -48,9 +41,6 @@ class Network:
         model: what is called.
         layers: by name, a factorized one without its factors; named parameters join them.
         left: why others are left as they are, for `warn`.
-
-    >>> list(Network(nn.Sequential(nn.Linear(9, 9), nn.MultiheadAttention(8, 2))).layers)
-    ['0', '1.q_proj', '1.k_proj', '1.v_proj', '1.out_proj']
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -61,10 +51,9 @@ class Network:
     @classmethod
     @threads.making()
     @torch.no_grad()
-    def copy_of(cls, model: nn.Module, *, merge: bool = True) -> Network:
+    def copy_of(cls, model: nn.Module) -> Network:
         """A deep copy, without factorized layers, to be changed and given away by `closed`."""
-        model = unpack_(duplicate(model))
-        return cls(merge_(model) if merge else model)
+        return cls(merge_(unpack_(duplicate(model))))
 
     @classmethod
     @threads.making()
@@ -79,9 +68,7 @@ class Network:
 
     def closed(self) -> nn.Module:
         """The model, to be given away: attention whose projections are dense is packed again."""
-        model = pack_(self.model)
-        avoid_fused_(model)
-        return model
+        return modes.avoid_fused_(pack_(self.model))
 
     # What can be changed, and what can't.
 
@@ -90,35 +77,28 @@ class Network:
     ) -> dict[str, Layer]:
         """The layers of these names, or all that can be changed; why others can't is in ``left``.
 
-        Args:
-            replace: whether they are to be replaced. If not, parameters can be named, too.
-
-        Raises:
-            ValueError: a model without matrices, an unknown name, a named layer with an obstacle.
+        Unless they are to be replaced, parameters can be named, too.
         """
         known, chosen = self.layers, list(self.layers if names is None else names)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        named = parameters.keys() & set(chosen) - known.keys()
-        if not known and not named:
+        for name in chosen:
+            if name in parameters and name not in known:
+                known[name] = self._parameter(parameters[name], name, verb, replace)
+        if not known:
             raise ValueError(f"the model has no nn.Linear, convolution or nn.Embedding to {verb}")
         if not chosen:
             raise ValueError(f"no layers are named to {verb}; known: {', '.join(known)}")
         for name in chosen:
-            if name in named:
-                known[name] = self._parameter(parameters[name], name, verb, replace)
             checks.one_of(name, tuple(known), "layer")
-        found = {name: self.obstacle(name, replace) for name in chosen}
-        left = {name: reason for name, reason in found.items() if reason}
+        reasons = {name: self.obstacle(name, replace) for name in chosen}
+        left = {name: reason for name, reason in reasons.items() if reason}
         for name, reason in left.items() if names is not None else ():
             raise ValueError(f"can't {verb} layer {name!r}: {reason}")
         self.left |= left
         return {name: known[name] for name in chosen if name not in left}
 
     def _parameter(self, parameter: nn.Parameter, name: str, verb: str, replace: bool) -> Layer:
-        """A parameter that a module reads itself as a layer's weight: its rows by all the rest.
-
-        Such as an LSTM's ``weight_hh_l0``, its gates' matrices under one another.
-        """
+        """A parameter that a module reads itself, such as an LSTM's, as a layer's weight."""
         place, _, own = name.rpartition(".")
         refused = f"can't {verb} parameter {name!r}"
         if replace:
@@ -129,7 +109,7 @@ class Network:
             )
         for other, layer in self.layers.items():
             packed = own in HELD and other == f"{place}.q_proj".lstrip(".")
-            if packed or any(parameter is each for each in layer.module.parameters()):
+            if packed or id(parameter) in map(id, layer.module.parameters()):
                 raise ValueError(f"{refused}: it is in layer {other!r}; name that")
         if parameter.ndim < 2:
             raise ValueError(f"{refused}: a vector has no rank to lower")
@@ -138,28 +118,21 @@ class Network:
         return Linear(module)
 
     def obstacle(self, name: str, replace: bool) -> str | None:
-        """What stands in the way of giving a layer another weight, if anything does.
+        """What prevents giving a layer another weight or, with ``replace``, replacing the layer.
 
-        With ``replace``, of putting another layer in its place too: then it must be its matrix
-        and bias, and nothing else, and so must the layers that share its weight.
+        To be replaced, it and the layers that share its weight must be matrix and bias alone.
         """
         layer = self.layers[name]
         reason = layer.obstacle(replace)
         if reason or not replace or isinstance(layer, Factorized):
             return reason
-        for place, module in self._owners.get(id(layer.weight), ()):
-            other = layer_of(module)
-            if module is layer.module:
-                continue
-            if other is None or not (layer.can_share and other.can_share):
-                return f"its weight is shared with {place!r}"
-            if reason := other.obstacle(replace=True):
-                return f"its weight is shared with {place!r}, which can't be replaced: {reason}"
-        if part := self._compiled.get(id(layer.module)):
-            return f"{part!r} is compiled with it; factorize first, then compile"
-        if holder := self._held.get(id(layer.module)):
-            return f"{holder!r} holds it besides, where a factorized one would not be seen"
-        return None
+        for place, other in self._others(layer):
+            shared, kind = f"its weight is shared with {place!r}", layer_of(other)
+            if kind is None or not (layer.can_share and kind.can_share):
+                return shared
+            if reason := kind.obstacle(replace=True):
+                return f"{shared}, which can't be replaced: {reason}"
+        return self._fixed.get(id(layer.module))
 
     @cached_property
     def _owners(self) -> dict[int, list[tuple[str, nn.Module]]]:
@@ -170,21 +143,27 @@ class Network:
                 owners.setdefault(id(parameter), []).append((name, module))
         return owners
 
-    @cached_property
-    def _compiled(self) -> dict[int, str]:
-        """The compiled part that each module is in, by its id."""
-        parts = [(n, part) for n, part in self.model.named_modules() if is_compiled(part)]
-        return {id(inner): n or "the model" for n, part in parts for inner in part.modules()}
+    def _others(self, layer: Layer) -> list[tuple[str, nn.Module]]:
+        """Other modules, with their names, that have the layer's weight."""
+        owners = self._owners.get(id(layer.weight), [])
+        return [(name, module) for name, module in owners if module is not layer.module]
 
     @cached_property
-    def _held(self) -> dict[int, str]:
-        """Where modules are held besides, by their ids."""
+    def _fixed(self) -> dict[int, str]:
+        """Why modules can't be replaced, by their ids: they are compiled, or attributes of others."""
         found: dict[int, str] = {}
         for name, part in self.model.named_modules():
-            for attribute, value in part.__dict__.items():
-                for each in _inside(value) if attribute not in REGISTERED else ():
-                    if isinstance(each, nn.Module):
-                        found.setdefault(id(each), f"{name}.{attribute}".lstrip("."))
+            if modes.is_compiled(part):
+                place = name or "the model"
+                reason = f"{place!r} is compiled with it; factorize first, then compile"
+                found |= dict.fromkeys(map(id, part.modules()), reason)
+        for name, part in self.model.named_modules():
+            for attribute, value in vars(part).items():
+                place = f"{name}.{attribute}".lstrip(".")
+                reason = f"{place!r} holds it besides, where a factorized one would not be seen"
+                for inner in _inside(value) if attribute not in REGISTERED else ():
+                    if isinstance(inner, nn.Module):
+                        found.setdefault(id(inner), reason)
         return found
 
     @cached_property
@@ -193,48 +172,36 @@ class Network:
         return tied(self.layers)
 
     def first_of_ties(self, names: Collection[str]) -> dict[str, str]:
-        """For each of these layers that shares its weight with another of them, the first that does."""
+        """The first of the layers that share a weight, for each of these that shares its own."""
         groups = [[name for name in group if name in names] for group in self.ties]
         return {name: group[0] for group in groups if len(group) > 1 for name in group}
 
     def is_shared(self, layer: Layer) -> bool:
         """Whether another module has the layer's weight too."""
-        owners = self._owners.get(id(layer.weight), ())
-        return any(module is not layer.module for _, module in owners)
+        return bool(self._others(layer))
 
     def matching(self, include: Iterable[str] | None, exclude: Iterable[str]) -> list[str]:
-        """The names of layers that fit one of the patterns to include, and none to exclude.
-
-        Raises:
-            ValueError: a pattern that fits no layer.
-        """
+        """The names of layers that match a pattern to include, and none to exclude."""
         wanted = ["*"] if include is None else checks.several(include, "include", '["encoder.*"]')
         barred = checks.several(exclude, "exclude", '["encoder.*"]')
         for pattern in (*wanted, *barred) if self.layers else ():
             if not isinstance(pattern, str) or not filter_names(self.layers, pattern):
-                raise ValueError(
-                    f"include and exclude name layers; {pattern!r} fits none of "
-                    f"{', '.join(self.layers)}"
-                )
-        chosen = {name for pattern in wanted for name in filter_names(self.layers, pattern)}
-        left = {name for pattern in barred for name in filter_names(self.layers, pattern)}
-        return [name for name in self.layers if name in chosen - left]
+                known = ", ".join(self.layers)
+                raise ValueError(f"include or exclude: {pattern!r} fits none of {known}")
+        fits = lambda name, patterns: any(fnmatch(name, pattern) for pattern in patterns)
+        return [name for name in self.layers if fits(name, wanted) and not fits(name, barred)]
 
     def replaceable(
         self, names: Iterable[str], batch: Batch, call: Call | None
     ) -> dict[str, Layer]:
-        """Those of the layers that can be replaced, as a call shows; why others can't is in ``left``.
-
-        Raises:
-            ValueError: there is none.
-        """
+        """Those of the layers that can be replaced, as a call shows; why others can't is in ``left``."""
         names = list(names)
         layers = self.choose(None, "compress", replace=True)
         self.left |= dict.fromkeys(self.weights_read(layers, batch, call), READ)
         for group in self.ties:
             if not set(group) <= set(names) - self.left.keys():
-                others = [name for name in group if name not in self.left]
-                self.left |= dict.fromkeys(others, "its weight is shared with a layer that is left")
+                reason = "its weight is shared with a layer that is left"
+                self.left |= {name: reason for name in group if name not in self.left}
         self.left = {name: why for name, why in self.left.items() if name in names}
         found = {n: layers[n] for n in names if n in layers and n not in self.left}
         if not found:
@@ -244,9 +211,8 @@ class Network:
     def check_ties(self, ranks: Mapping[str, int], verb: str) -> None:
         """Refuse ranks for only one of layers that share a weight, or different ones."""
         for names in self.ties:
-            given = {name: ranks.get(name) for name in names}
-            if len(set(given.values())) > 1:
-                name = next(name for name in names if given[name])
+            if len({ranks.get(name) for name in names}) > 1:
+                name = next(name for name in names if ranks.get(name))
                 others = ", ".join(repr(other) for other in names if other != name)
                 raise ValueError(
                     f"can't {verb} layer {name!r} by itself: its weight is shared with {others}; "
@@ -261,22 +227,19 @@ class Network:
 
     def leave(self, name: str, reason: str) -> None:
         """Leave a layer as it is, and those that share its weight."""
-        groups = [names for names in self.ties if name in names]
-        self.left |= dict.fromkeys(groups[0] if groups else [name], reason)
+        group = next((names for names in self.ties if name in names), [name])
+        self.left |= dict.fromkeys(group, reason)
 
     def untied(self, names: Iterable[str]) -> list[str]:
         """Those of the layers that share no weight."""
-        shared = {name for group in self.ties for name in group}
-        return [name for name in names if name not in shared]
+        return [name for name in names if not any(name in group for group in self.ties)]
 
     # Changing it.
 
     def put(self, name: str, module: nn.Module) -> None:
         """Put a module wherever the layer of that name is."""
-        old = self.layers[name].module
-        self.model = replace_module(self.model, old, module)
-        found = layer_of(module)
-        self.layers[name] = Factorized(module) if found is None else found
+        self.model = replace_module(self.model, self.layers[name].module, module)
+        self.layers[name] = layer_of(module) or Factorized(cast(LowRank, module))
 
     @contextmanager
     def with_modules(self, modules: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
@@ -300,14 +263,14 @@ class Network:
         """
         parameters = list(self.model.parameters())
         small = sum(parameter.numel() for parameter in parameters) < SMALL
-        cuda = {parameter.get_device() for parameter in parameters if parameter.is_cuda}
+        devices = sorted({parameter.get_device() for parameter in parameters if parameter.is_cuda})
         with (
             torch.no_grad(),
             threads.plain(),
             threads.inside(1 if small else torch.get_num_threads()),
-            torch.random.fork_rng(devices=sorted(cuda)),
-            unfused(self.model),
-            evaluating(self.model, *others),
+            torch.random.fork_rng(devices),
+            modes.unfused(self.model),
+            modes.evaluating(self.model, *others),
         ):
             yield
 
@@ -317,7 +280,11 @@ class Network:
     ) -> Iterator[None]:
         """As `hooked`, at every call of the layers of these names, in evaluation mode."""
         modules = {name: self.layers[name].module for name in names}
-        with evaluating(self.model), hooked(modules, after, before), uncompiled(self.model):
+        with (
+            modes.evaluating(self.model),
+            modes.hooked(modules, after, before),
+            modes.uncompiled(self.model),
+        ):
             yield
 
     def watch(
@@ -330,8 +297,7 @@ class Network:
     ) -> None:
         """Run it on batches, with ``note(name, x)`` wherever one of the layers gets an input x.
 
-        Args:
-            start: called before each batch; where it is true, no more are run.
+        ``start`` is called before each batch, and ends the run if it returns True.
         """
         before = lambda name, inputs: note(name, inputs[0])
         with torch.no_grad(), self.hooked(names, before=before):
@@ -341,32 +307,22 @@ class Network:
                 run(self.model, batch, call)
 
     def weights_read(self, names: Iterable[str], batch: Batch, call: Call | None) -> list[str]:
-        """Those of the layers whose weight a call of the model reads without calling them.
-
-        >>> linear = nn.Linear(3, 2)
-        >>> reads = lambda model, x: x @ model.weight.mT
-        >>> Network(linear).weights_read([""], torch.rand(1, 3), reads)
-        ['']
-        """
+        """Those of the layers whose weight a call of the model reads without calling them."""
         found: set[str] = set()
-        inside: list[str] = []
+        called: list[str] = []
         kinds = {name: type(self.layers[name].module) for name in names}
 
         def watched(name: str, kind: Any) -> type[nn.Module]:
             def weight(module: nn.Module) -> Any:
-                if name not in inside:
+                if name not in called:
                     found.add(name)
                 return module._parameters["weight"]
 
             return type(kind.__name__, (kind,), {"weight": property(weight)})
 
-        def enter(name: str, inputs: object) -> None:
-            inside.append(name)
-
-        def leave(name: str, inputs: object, output: object) -> None:
-            inside.remove(name)
-
-        with torch.no_grad(), unfused(self.model), self.hooked(kinds, leave, enter):
+        enter = lambda name, inputs: called.append(name)
+        leave = lambda name, inputs, output: called.remove(name)
+        with torch.no_grad(), modes.unfused(self.model), self.hooked(kinds, leave, enter):
             try:
                 for name, kind in kinds.items():
                     self.layers[name].module.__class__ = watched(name, kind)
@@ -404,15 +360,10 @@ def _inside(value: object) -> Iterator[object]:
 
 
 def duplicate(model: nn.Module, *, shared: bool = False) -> nn.Module:
-    """A deep copy, also of a model that keeps results of its last call, or pruned weights.
+    """A deep copy or, with ``shared``, one that has the model's own parameters.
 
-    ``copy.deepcopy`` refuses tensors that have a history; they are copied without it. With
-    ``shared``, the copy has the model's own parameters.
-
-    >>> model = nn.Linear(2, 2)
-    >>> model.kept = 2 * model.weight
-    >>> duplicate(model).kept.requires_grad
-    False
+    Tensors with a history, results of the last call or pruned weights, which ``copy.deepcopy``
+    refuses, are copied without it.
     """
     held = [part for module in model.modules() for part in _inside(list(module.__dict__.values()))]
     past = {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}
@@ -422,23 +373,22 @@ def duplicate(model: nn.Module, *, shared: bool = False) -> nn.Module:
 
 def merge_(model: nn.Module) -> nn.Module:
     """Make each `LowRank` layer one dense layer again, in place."""
-    layers = low_rank_layers(model)
-    dense = {name: Factorized(layer).dense() for name, layer in layers.items()}
+    layers = {name: Factorized(layer) for name, layer in low_rank_layers(model).items()}
+    dense = {name: layer.dense() for name, layer in layers.items()}
     for name, layer in layers.items():
-        weight = dense[name].weight
-        weight.copy_(layer.weight).requires_grad_(layer.factors[0].weight.requires_grad)
+        trained = layer.factors[0].weight.requires_grad
+        dense[name].weight.copy_(layer.weight).requires_grad_(trained)
         if layer.bias is not None:
             dense[name].bias = layer.bias
-    for first, *others in tied({name: Factorized(layer) for name, layer in layers.items()}):
+        model = replace_module(model, layer.module, dense[name])
+    for first, *others in tied(layers):
         for name in others:
             dense[name].weight = dense[first].weight
-    for name, layer in layers.items():
-        model = replace_module(model, layer, dense[name])
     return model
 
 
 def replace_module(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """Put ``new`` wherever ``old`` is; a layer may have several places. Returns the root."""
+    """The root with ``new`` wherever ``old`` is; a layer may have several places."""
     for parent in list(root.modules()):
         for name, child in parent._modules.items():
             if child is old:

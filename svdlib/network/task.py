@@ -5,23 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, fields
-from functools import partial
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from svdlib.bars import bar
-from svdlib.network.batches import (
-    Batch,
-    Batches,
-    batches,
-    count_inputs,
-    first_batch,
-    is_single,
-    tensors,
-)
+from svdlib.network.batches import Batch, Batches, batches, count_inputs, is_single, tensors
 from svdlib.network.calls import Objective, check_labels, judged
 from svdlib.network.kinds import Layer
 from svdlib.network.modes import hooked
@@ -30,7 +21,7 @@ from svdlib.network.opened import Network
 # Sums over so few classes are faster with images side by side in memory.
 FEW = 64
 
-# Bytes that intermediate results may take, about, unless the caller says else.
+# Bytes that intermediate results may take, about, unless the caller says otherwise.
 MEMORY = 2**28
 
 # Contexts in which the model is another, or which give another model.
@@ -39,23 +30,17 @@ Variants = Callable[[], Iterable[AbstractContextManager[nn.Module | None]]]
 
 @dataclass
 class Moments:
-    """Per variant, summed over images: loss, correct answers, paired difference and its square."""
+    """Sums over images (4, variants): loss, right answers, paired difference and its square."""
 
-    loss: Tensor
-    correct: Tensor
-    difference: Tensor
-    square: Tensor
+    sums: Tensor
 
     @classmethod
     def zeros(cls, variants: int, device: torch.device) -> Moments:
         """Nothing seen yet."""
-        return cls(*torch.zeros(4, variants, dtype=torch.float64, device=device))
+        return cls(torch.zeros(4, variants, dtype=torch.float64, device=device))
 
     def add_logits(self, at: slice, z: Tensor, y: Tensor, full: Tensor) -> None:
-        """Take in logits (R, b, classes) of the variants ``at``, for b images of labels y (b,).
-
-        ``full`` (b,) are the losses of the network itself.
-        """
+        """Take in logits (R, b, classes) of variants; of b images labels y and losses ``full``."""
         z = z if z.element_size() >= 4 else z.float()
         classes = z.shape[-1]
         if classes < FEW:
@@ -69,45 +54,29 @@ class Moments:
         self.add(at, losses, (own >= top) & (own > (z + barred).amax(-1)), full)
 
     def add(self, at: slice, losses: Tensor, right: Tensor, full: Tensor) -> None:
-        """Take in losses (R, b) of the variants ``at``, and whether (R, b) answers are right."""
+        """Take in losses (R, b) of variants, and whether answers are right, (R, b)."""
         difference = (losses - full).double()
-        self.loss[at] += losses.double().sum(1)
-        self.correct[at] += right.double().sum(1)
-        self.difference[at] += difference.sum(1)
-        self.square[at] += difference.square().sum(1)
+        parts = (losses.double(), right.double(), difference, difference.square())
+        self.sums[:, at].add_(torch.stack([part.sum(1) for part in parts]))
 
     def __add__(self, other: Moments) -> Moments:
-        """Of these images and those."""
-        return Moments(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        """Of both sets of images."""
+        return Moments(self.sums + other.sums)
 
     def means(self, n: int) -> dict[str, list[float]]:
-        """Over n images: loss, accuracy (percent), increase of the loss, and its standard error.
-
-        >>> moments = Moments.zeros(1, torch.device("cpu"))
-        >>> z, y = torch.tensor([[[0.0, 0.0], [0.0, 0.0]]]), torch.tensor([0, 1])
-        >>> moments.add_logits(slice(0, 1), z, y, full=torch.tensor([0.5, 0.5]))
-        >>> {name: round(value, 3) for name, [value] in moments.means(2).items()}
-        {'loss': 0.693, 'accuracy': 50.0, 'increase': 0.193, 'se': 0.0}
-        """
-        mean = self.difference / n
-        variance = (self.square - n * mean.square()).clamp(min=0) / max(n - 1, 1)
-        return {
-            "loss": (self.loss / n).tolist(),
-            "accuracy": (100 * self.correct / n).tolist(),
-            "increase": mean.tolist(),
-            "se": (variance / n).sqrt().tolist(),
-        }
+        """Over n images: loss, accuracy (percent), increase of the loss, and its standard error."""
+        loss, right, difference, square = self.sums
+        increase = difference / n
+        variance = (square - n * increase.square()).clamp(min=0) / max(n - 1, 1)
+        means = torch.stack([loss / n, 100 * right / n, increase, (variance / n).sqrt()])
+        return dict(zip(("loss", "accuracy", "increase", "se"), means.tolist(), strict=True))
 
 
 class Task:
     """A network's data, and the losses by which it and its variants are judged.
 
-    Args:
-        net: the network, in `Network.measuring`.
-        data: batches, or a single one, which is cut into pieces that fit memory. Where results
-            depend on the others of a call, as in a BatchNorm without running statistics, a single
-            one stays whole.
-        objective, accuracy: see `judged`.
+    A single batch is cut into pieces that fit memory, unless losses depend on the others of a
+    call, as in a BatchNorm without running statistics. In `Network.measuring`.
 
     Attributes:
         size: inputs of a call, None where the data are batches already.
@@ -126,12 +95,9 @@ class Task:
     ) -> None:
         self.net, self.data, self.memory = net, data, memory
         self.objective, self.accuracy = objective, accuracy
-        self.size: int | None = None
-        self.width, self.mixes = 1, False
-        self.loss = math.nan
+        self.width, self.mixes, self.loss = 1, False, math.nan
+        self.size = self._fitting_size() if is_single(data) else None
         self._own: list[tuple[Tensor, Tensor]] = []
-        if is_single(data):
-            self.size = self._fitting_size()
 
     def judge(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Losses (n,) of a batch and right answers (n,)."""
@@ -139,31 +105,25 @@ class Task:
 
     def _fitting_size(self) -> int:
         """How many inputs fit memory; all, where what is found depends on those of a call."""
-        n = count_inputs(self.data)
-        few = first_batch(self.data, min(n, 4))
-        bytes_: list[int] = [1]
+        n, model, sizes = count_inputs(self.data), self.net.model, [1]
+        few = next(batches(self.data, min(n, 4)))
 
         def note(name: str, inputs: object, output: object) -> None:
-            bytes_.extend(t.numel() * t.element_size() for t in tensors(output))
+            sizes.extend(t.numel() * t.element_size() for t in tensors(output))
 
-        with hooked(dict(self.net.model.named_modules()), after=note):
-            together, _ = self.judge(self.net.model, few)
-        self.width = -(-max(bytes_) // (4 * min(n, 4)))
+        with hooked(dict(model.named_modules()), after=note):
+            together, _ = self.judge(model, few)
+        self.width = -(-max(sizes) // (4 * min(n, 4)))
         if n < 4:
             return n
-        halves = [self.judge(self.net.model, half)[0] for half in batches(few, 2)]
-        self.mixes = not equal_up_to_rounding(torch.cat(halves), together)
-        if self.mixes:
-            return n
-        return max(1, self.memory // (2 * max(bytes_)))
+        halves = torch.cat([self.judge(model, half)[0] for half in batches(few, 2)])
+        self.mixes = not equal_up_to_rounding(halves, together)
+        return n if self.mixes else max(1, self.memory // (2 * max(sizes)))
 
     def batches(self, progress: bool = False) -> Iterator[tuple[Batch, Tensor, Tensor]]:
         """Each batch, and the network's own losses on it and right answers (n,).
 
         Those of a single batch's pieces are kept; the next pass over others may show other ones.
-
-        Raises:
-            ValueError: empty data, NaN or infinite losses.
         """
         known, losses, seen = list(self._own), 0.0, 0
         total = len(self.data) if self.size is None and hasattr(self.data, "__len__") else None
@@ -177,7 +137,7 @@ class Task:
             losses, seen = losses + full.double().sum().item(), seen + len(full)
             yield batch, full, right
         if seen == 0:
-            raise ValueError("the data are empty: not one loss is given for them")
+            raise ValueError("the data are empty: they give no loss")
         self.loss = losses / seen
 
     def measure(self) -> float:
@@ -191,11 +151,7 @@ class Task:
     ) -> dict[str, list[float]]:
         """`Moments.means` of the model itself, and of so many variants, in one pass over the data.
 
-        Each batch is seen by all, so that losses are paired also where the next pass shows other
-        batches.
-
-        Raises:
-            ValueError: as `batches`; a variant with another number of losses.
+        All see each batch, so that losses are paired also where the next pass shows other batches.
         """
         moments, seen = Moments.zeros(0, torch.device("cpu")), 0
         for batch, full, right in self.batches(progress):
@@ -207,14 +163,14 @@ class Task:
                 if losses.shape != full.shape:
                     raise ValueError(
                         f"the objective gives {len(full)} losses for a batch, and {len(losses)} "
-                        "for the same batch with a layer cut; it must give one an input"
+                        "once a layer is cut; it must give one per input"
                     )
                 moments.add(slice(row, row + 1), losses[None], right[None], full)
             seen += len(full)
         return moments.means(seen)
 
     def sweeps(self, layers: Mapping[str, Layer]) -> Iterator[Sweep]:
-        """These layers, each to be cut to any ranks: as few passes over the data as there can be."""
+        """These layers, each to be cut to any ranks, in as few passes over the data as possible."""
         yield Sweep(self, layers)
 
 
@@ -229,58 +185,40 @@ class Sweep:
         }
 
     def table(self, ranks: Iterable[int] | None = None, progress: bool = False) -> pd.DataFrame:
-        """The rows of `loss_profile` for these ranks, capped at each layer's full rank, or all.
-
-        Raises:
-            ValueError: NaN or infinite losses at a rank.
-        """
-        asked = None if ranks is None else list(ranks)
-        at = {
-            name: range(layer.full_rank + 1)
-            if asked is None
-            else sorted({min(rank, layer.full_rank) for rank in asked})
-            for name, layer in self.layers.items()
-        }
-        means = self.means(at, progress)
-        tables, start = [], 0
-        for name, wanted in at.items():
-            part = {key: values[start : start + len(wanted)] for key, values in means.items()}
-            tables.append(self._rows(name, wanted, part))
-            start += len(wanted)
+        """The rows of `loss_profile` for these ranks, capped at each layer's full rank, or all."""
+        full = {name: layer.full_rank for name, layer in self.layers.items()}
+        asked = range(max(full.values()) + 1) if ranks is None else list(ranks)
+        at = {name: sorted({min(rank, full[name]) for rank in asked}) for name in full}
+        rows = [(name, rank) for name in at for rank in at[name]]
+        losses = pd.DataFrame(rows, columns=["layer", "rank"]).assign(**self.means(at, progress))
+        for row in losses[~losses.loss.map(math.isfinite)].itertuples():
+            raise ValueError(f"layer {row.layer!r} at rank {row.rank} gives NaN or infinite losses")
+        tables = []
+        for name, layer in self.layers.items():
+            table, S = losses[losses.layer == name].copy(), self.factors[name][1].double()
+            # Over groups the root mean square.
+            sigma = [math.nan, *S.view(-1, S.shape[-1]).square().mean(0).sqrt().tolist()]
+            table["rows"], table["columns"] = layer.shape
+            table["sigma"] = [sigma[rank] for rank in at[name]]
+            tables.append(table if layer.groups == 1 else table.assign(matrices=layer.groups))
         return pd.concat(tables, ignore_index=True)
 
     def means(self, ranks: Mapping[str, Sequence[int]], progress: bool) -> dict[str, list[float]]:
-        """`Moments.means` at each of each layer's ranks."""
-        number = sum(map(len, ranks.values()))
-        means = self.task.means(partial(self._cut, ranks), number, progress)
+        """`Moments.means` of each layer at each of its ranks."""
+
+        def variants() -> Iterator[AbstractContextManager[None]]:
+            for name, layer in self.layers.items():
+                U, S, Vh = self.factors[name]
+                for rank in ranks[name]:
+                    yield replaced({layer.weight: layer.at_rank(U * S.unsqueeze(-2), Vh, rank)})
+
+        means = self.task.means(variants, sum(map(len, ranks.values())), progress)
         return {name: values[1:] for name, values in means.items()}
-
-    def _cut(self, ranks: Mapping[str, Sequence[int]]) -> Iterator[AbstractContextManager[None]]:
-        for name, layer in self.layers.items():
-            U, S, Vh = self.factors[name]
-            for rank in ranks[name]:
-                yield replaced({layer.weight: layer.at_rank(U * S.unsqueeze(-2), Vh, rank)})
-
-    def _rows(
-        self, name: str, ranks: Sequence[int], means: Mapping[str, list[float]]
-    ) -> pd.DataFrame:
-        for rank, loss in zip(ranks, means["loss"], strict=True):
-            if not math.isfinite(loss):
-                raise ValueError(
-                    f"layer {name!r} at rank {rank} gives NaN or infinite losses on these data"
-                )
-        layer, (_, S, _) = self.layers[name], self.factors[name]
-        # Over groups the root mean square.
-        sigma = S.double().view(-1, S.shape[-1]).square().mean(0).sqrt().tolist()
-        more = {"matrices": layer.groups} if layer.groups > 1 else {}
-        (m, n), values = layer.shape, [math.nan, *sigma]
-        columns = {"rows": m, "columns": n, "sigma": [values[rank] for rank in ranks], **more}
-        return pd.DataFrame({"layer": name, "rank": list(ranks), **means, **columns})
 
 
 @contextmanager
 def replaced(weights: Mapping[Tensor, Tensor]) -> Iterator[None]:
-    """Other values for some parameters, wherever these are used; the old ones afterwards."""
+    """Other values of some parameters, wherever these are used; the old ones afterwards."""
     kept = {parameter: parameter.data for parameter in weights}
     try:
         for parameter, value in weights.items():
@@ -292,11 +230,7 @@ def replaced(weights: Mapping[Tensor, Tensor]) -> Iterator[None]:
 
 
 def equal_up_to_rounding(found: Tensor, expected: Tensor) -> bool:
-    """Whether two results differ by at most √ε of the largest entry.
-
-    >>> equal_up_to_rounding(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.1]))
-    False
-    """
+    """Whether two results differ by at most √ε of the largest entry."""
     if found.shape != expected.shape or not expected.is_floating_point():
         return False
     within = torch.finfo(expected.dtype).eps ** 0.5 * expected.abs().amax()

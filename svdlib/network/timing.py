@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from svdlib import clock
 from svdlib.network.batches import Batch, copied_to, tensors
@@ -17,14 +16,13 @@ WHOLE_MODEL = "whole model"
 def seconds_of(net: Network, model: nn.Module, x: Batch, call: Call | None) -> dict[str, float]:
     """Seconds of one run of the model, and of each layer in another, of the model opened."""
     taken = dict.fromkeys(net.layers, 0.0)
-    started: dict[str, float] = {}
-    device = next((part.device for part in tensors(copied_to(model, x))), torch.device("cpu"))
+    device = next((part.device for part in tensors(copied_to(model, x))), clock.CPU)
 
-    def start(name: str, inputs: tuple[Tensor, ...]) -> None:
-        started[name] = clock.now(device)
+    def start(name: str, inputs: object) -> None:
+        taken[name] -= clock.now(device)
 
-    def stop(name: str, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        taken[name] += clock.now(device) - started[name]
+    def stop(name: str, inputs: object, output: object) -> None:
+        taken[name] += clock.now(device)
 
     with evaluating(model):
         call_model = prepared(model, copied_to(model, x), call)

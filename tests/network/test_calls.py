@@ -126,7 +126,7 @@ def test_empty_data_and_generators():
     [
         (lambda m, b: b.mean(), "gives one number, a mean perhaps; .* reduction='none'"),
         (lambda m, b: 0.5, "must give losses, a tensor .n,., not float"),
-        (lambda m, b: b[:, None], r"must give losses of shape \(n,\), one an input, not \(3, 1\)"),
+        (lambda m, b: b[:, None], r"must give losses of shape \(n,\), one per input, not \(3, 1\)"),
     ],
 )
 def test_objectives_that_give_no_losses(objective, message):

@@ -27,17 +27,17 @@ COMPUTED = {
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 @pytest.mark.parametrize("kind", [*COMPUTED, "old weight_norm"])
-def test_a_weight_that_is_no_parameter_is_refused_by_all_alike(kind):
+def test_a_weight_that_is_no_parameter_is_refused_by_all_in_the_same_words(kind):
     layer = COMPUTED[kind]() if kind in COMPUTED else old_weight_norm(nn.Linear(6, 5))
     model = nn.Sequential(nn.Linear(7, 6), nn.ReLU(), layer).eval()
     x, y = torch.rand(4, 7), torch.arange(4)
     before = model(x)
-    told = "layer '2': its weight is computed from other parameters"
-    with pytest.raises(ValueError, match=f"can't project {told}"):
+    reason = "layer '2': its weight is computed from other parameters"
+    with pytest.raises(ValueError, match=f"can't project {reason}"):
         svdlib.project_(model, {"2": 2})
-    with pytest.raises(ValueError, match=f"can't factorize {told}"):
+    with pytest.raises(ValueError, match=f"can't factorize {reason}"):
         svdlib.factorize(model, {"2": 2})
-    with pytest.raises(ValueError, match=f"can't profile {told}"):
+    with pytest.raises(ValueError, match=f"can't profile {reason}"):
         svdlib.loss_profile(model, x, y, layers=["2"], progress=False)
     assert torch.equal(model(x), before)
     with pytest.warns(UserWarning, match="left as they were: '2' .its weight is computed"):
@@ -215,10 +215,10 @@ def test_each_kind_is_profiled_and_verified_as_with_its_weight_replaced(kind):
         others = 0 if others is None else others.numel()
         stored = len(wanted) * min(rank * (m + n), m * n)
         assert verified["parameters"] == stored + others
-    least = len(wanted) * sum(wanted[0].shape)
-    assert svdlib.reveal_ranks(profile, "budget", parameters=least) == {"part": 1}
-    with pytest.raises(ValueError, match=f"rank 1 everywhere has {least}"):
-        svdlib.reveal_ranks(profile, "budget", parameters=least - 1)
+    smallest = len(wanted) * sum(wanted[0].shape)
+    assert svdlib.reveal_ranks(profile, "budget", parameters=smallest) == {"part": 1}
+    with pytest.raises(ValueError, match=f"rank 1 everywhere has {smallest}"):
+        svdlib.reveal_ranks(profile, "budget", parameters=smallest - 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -257,7 +257,7 @@ def test_calibration_helps_each_kind(kind):
     assert aware < 0.97 * plain
 
 
-def test_a_transposed_convolution_is_still_told_the_size_of_its_output():
+def test_a_transposed_convolution_still_takes_the_size_of_its_output():
     part = layer("ConvTranspose2d")
     x = inputs(part)
     small, cut = svdlib.factorize(part, 2), svdlib.project_(duplicate(part), 2)
@@ -385,10 +385,12 @@ def test_a_factorized_layer_stands_in_for_what_it_replaced(kind):
     part = layer(kind)
     x = inputs(part)
     small = svdlib.factorize(part, 2)
-    told = ["in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride",
-            "padding", "dilation", "groups", "padding_mode", "output_padding", "num_embeddings",
-            "embedding_dim", "padding_idx", "nf", "nx"]  # fmt: skip
-    for name in told:
+    attributes = [
+        "in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride",
+        "padding", "dilation", "groups", "padding_mode", "output_padding", "num_embeddings",
+        "embedding_dim", "padding_idx", "nf", "nx",
+    ]  # fmt: skip
+    for name in attributes:
         assert hasattr(small, name) == hasattr(part, name), name
         assert getattr(small, name, None) == getattr(part, name, None), name
     assert small.weight.shape == part.weight.shape and small.weight.dtype == part.weight.dtype

@@ -134,23 +134,23 @@ def test_searches_verify_and_refine(kind):
         assert found == fits.groupby("layer")["rank"].min().to_dict()
         start = dict.fromkeys(profile.layer.unique(), 2)
         ranks = svdlib.refine_ranks(model, given, ranks=start, tolerance=1e-3, objective=objective)
-        told = svdlib.verify_ranks(model, ranks, given, objective=objective)
-        assert told["increase"] <= 1e-3 + 1e-5
+        verified = svdlib.verify_ranks(model, ranks, given, objective=objective)
+        assert verified["increase"] <= 1e-3 + 1e-5
         cut = svdlib.project_(copy.deepcopy(model), ranks)
-        assert told["loss"] == pytest.approx(losses(cut).mean().item(), rel=1e-4)
+        assert verified["loss"] == pytest.approx(losses(cut).mean().item(), rel=1e-4)
     once = svdlib.verify_ranks(model, ranks, (batch for batch in loader), objective=objective)
-    assert once["loss"] == pytest.approx(told["loss"], rel=1e-5)
+    assert once["loss"] == pytest.approx(verified["loss"], rel=1e-5)
 
 
 def test_labels_in_batches_give_what_labels_in_tensors_do():
     model, x, y = network("convolutions"), torch.rand(20, 12), torch.arange(20) % 3
     model(x)
     loader = DataLoader(TensorDataset(x, y), batch_size=7)
-    whole = svdlib.loss_profile(model, x, y, progress=False)
+    expected = svdlib.loss_profile(model, x, y, progress=False)
     pair = svdlib.loss_profile(model, (x, y), progress=False)
-    pd.testing.assert_frame_equal(pair, whole, check_exact=True)
+    pd.testing.assert_frame_equal(pair, expected, check_exact=True)
     batched = svdlib.loss_profile(model, loader, progress=False)
-    pd.testing.assert_frame_equal(batched, whole, rtol=1e-5, atol=1e-6)
+    pd.testing.assert_frame_equal(batched, expected, rtol=1e-5, atol=1e-6)
     right = svdlib.loss_profile(
         model,
         loader,
@@ -158,7 +158,7 @@ def test_labels_in_batches_give_what_labels_in_tensors_do():
         accuracy=lambda m, batch: m(batch[0]).argmax(1) == batch[1],
         progress=False,
     )
-    pd.testing.assert_frame_equal(right, whole, rtol=1e-5, atol=1e-6)
+    pd.testing.assert_frame_equal(right, expected, rtol=1e-5, atol=1e-6)
     ranks = {"1": 2, "4": 3, "7": 1}
     one = svdlib.verify_ranks(model, ranks, x, y)
     assert svdlib.verify_ranks(model, ranks, loader) == pytest.approx(one, rel=1e-4, abs=1e-6)
@@ -167,22 +167,24 @@ def test_labels_in_batches_give_what_labels_in_tensors_do():
 def test_losses_that_depend_on_the_others_of_a_batch_see_all():
     torch.manual_seed(0)
     model, x = nn.Linear(6, 4), torch.rand(20, 6)
-    alike = lambda m, x: F.cross_entropy(m(x) @ m(x).mT, torch.arange(len(x)), reduction="none")
-    told = svdlib.verify_ranks(model, {"": 4}, x, objective=alike, memory=1)
-    assert told["loss"] == pytest.approx(alike(model, x).mean().item(), rel=1e-5)
+    contrastive = lambda m, x: F.cross_entropy(
+        m(x) @ m(x).mT, torch.arange(len(x)), reduction="none"
+    )
+    verified = svdlib.verify_ranks(model, {"": 4}, x, objective=contrastive, memory=1)
+    assert verified["loss"] == pytest.approx(contrastive(model, x).mean().item(), rel=1e-5)
 
 
 def test_what_does_not_fit_is_said_in_one_sentence():
     model, x = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 6)), torch.rand(9, 6)
-    each = lambda m, x: (m(x) - x).square().sum(1)
+    squares = lambda m, x: (m(x) - x).square().sum(1)
     before = copy.deepcopy(model.state_dict())
 
-    def refused(message, data=x, objective=each, look=svdlib.loss_profile, **more):
+    def refused(message, data=x, objective=squares, look=svdlib.loss_profile, **more):
         with pytest.raises(ValueError, match=message):
             look(model, data, objective=objective, **more)
 
     quiet = {"progress": False}
-    refused("a mean perhaps", objective=lambda m, x: each(m, x).mean(), **quiet)
+    refused("a mean perhaps", objective=lambda m, x: squares(m, x).mean(), **quiet)
     refused("the data are empty", data=[], **quiet)
     refused("without an objective a batch is", objective=None, **quiet)
     refused(
@@ -193,10 +195,10 @@ def test_what_does_not_fit_is_said_in_one_sentence():
     )
     refused("objective must be a function of .model, batch., not 'mse'", objective="mse", **quiet)
     refused("the model gives NaN", data=[x, x * torch.nan], **quiet)
-    only = lambda m, x: each(m, x) / (m[1].weight.abs().sum() > 0)
+    only = lambda m, x: squares(m, x) / (m[1].weight.abs().sum() > 0)
     refused("layer '1' at rank 0 gives NaN or infinite", objective=only, **quiet)
     refused("objective gives 9 losses for a batch, and 8",
-            objective=lambda m, x: each(m, x)[bool(m[1].weight.any()) ^ 1 :], **quiet)  # fmt: skip
+            objective=lambda m, x: squares(m, x)[bool(m[1].weight.any()) ^ 1 :], **quiet)  # fmt: skip
     once = iter([x])
     accept = lambda rows: rows.increase <= 0.1
     refused(
