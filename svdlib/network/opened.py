@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import filter as filter_names
 from fnmatch import fnmatch
@@ -286,25 +286,6 @@ class Network:
             modes.uncompiled(self.model),
         ):
             yield
-
-    def watch(
-        self,
-        names: Iterable[str],
-        data: Iterable[Batch],
-        call: Call | None,
-        note: Callable[[str, Tensor], None],
-        start: Callable[[Batch], bool | None],
-    ) -> None:
-        """Run it on batches, with ``note(name, x)`` wherever one of the layers gets an input x.
-
-        ``start`` is called before each batch, and ends the run if it returns True.
-        """
-        before = lambda name, inputs: note(name, inputs[0])
-        with torch.no_grad(), self.hooked(names, before=before):
-            for batch in data:
-                if start(batch):
-                    break
-                run(self.model, batch, call)
 
     def weights_read(self, names: Iterable[str], batch: Batch, call: Call | None) -> list[str]:
         """Those of the layers whose weight a call of the model reads without calling them."""
