@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from fnmatch import filter as filter_names
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, cast
 
@@ -184,11 +183,11 @@ class Network:
         """The names of layers that match a pattern to include, and none to exclude."""
         wanted = ["*"] if include is None else checks.several(include, "include", '["encoder.*"]')
         barred = checks.several(exclude, "exclude", '["encoder.*"]')
+        fits = lambda name, patterns: any(fnmatchcase(name, pattern) for pattern in patterns)
         for pattern in (*wanted, *barred) if self.layers else ():
-            if not isinstance(pattern, str) or not filter_names(self.layers, pattern):
+            if not isinstance(pattern, str) or not any(fits(n, [pattern]) for n in self.layers):
                 known = ", ".join(self.layers)
                 raise ValueError(f"include or exclude: {pattern!r} fits none of {known}")
-        fits = lambda name, patterns: any(fnmatch(name, pattern) for pattern in patterns)
         return [name for name in self.layers if fits(name, wanted) and not fits(name, barred)]
 
     def replaceable(
