@@ -159,7 +159,8 @@ class Task:
             moments.add(slice(0, 1), full[None], right[None], full)
             for row, variant in enumerate(variants(), 1):
                 with variant as other:
-                    losses, right = self.judge(other or self.net.model, batch)
+                    changed = self.net.model if other is None else other
+                    losses, right = self.judge(changed, batch)
                 if losses.shape != full.shape:
                     raise ValueError(
                         f"the objective gives {len(full)} losses for a batch, and {len(losses)} "
