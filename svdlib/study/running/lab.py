@@ -35,18 +35,12 @@ def main(arguments: Sequence[str] = ()) -> int:
 
 
 def copies(folder: Path = NOTEBOOKS, lab: Path = LAB) -> list[str]:
-    """Copy the notebooks, but never over a changed copy; say in a sentence which was left so.
-
-    ``runs/`` and ``figures/`` are there by links.
-
-    Raises:
-        ValueError: there are no notebooks, or ``lab`` is no folder.
-    """
+    """Copy the notebooks, except over changed copies, which are returned in a sentence each."""
     notebooks = find(folder=folder)
     if lab.exists() and not lab.is_dir():
         raise ValueError(f"{lab} is to be the folder of the copies, but is a file; move it")
     lab.mkdir(exist_ok=True)
-    kept = []
+    changed = []
     with files.alone(lab):
         record = lab / COPIED
         copied = json.loads(record.read_text()) if record.is_file() else {}
@@ -54,7 +48,7 @@ def copies(folder: Path = NOTEBOOKS, lab: Path = LAB) -> list[str]:
             copy, now, before = lab / notebook.name, _digest(notebook), copied.get(notebook.name)
             if copy.exists() and _digest(copy) not in (before, now):
                 if before != now:
-                    kept.append(
+                    changed.append(
                         f"{copy} has changes of yours and stays; {notebook} has changed since it "
                         f"was copied, rename or remove {copy} to get that"
                     )
@@ -68,7 +62,7 @@ def copies(folder: Path = NOTEBOOKS, lab: Path = LAB) -> list[str]:
         if not link.exists() and not link.is_symlink():
             target.mkdir(exist_ok=True)
             link.symlink_to(os.path.relpath(target, lab.absolute()))
-    return kept
+    return changed
 
 
 def _digest(path: Path) -> str:
