@@ -22,8 +22,8 @@ from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
 from svdlib import clock, files
 
-# Seconds for one cell: the largest sweep of the study on a slow machine.
-CELL_TIMEOUT = 3600
+CELL_TIMEOUT = 3600  # seconds; the largest sweep of the study takes less on a slow machine
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 @dataclass
@@ -108,8 +108,7 @@ while found and time.monotonic() < end:
 shutil.rmtree(place, ignore_errors=True)
 """
 
-# The guards of this process, by number.
-guards: set[int] = set()
+guards: set[int] = set()  # the guards of this process, by number
 
 
 @contextlib.contextmanager
@@ -167,9 +166,6 @@ def machine() -> dict[str, object]:
 def cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def cleaned(text: str) -> str:

@@ -14,12 +14,9 @@ from svdlib import checks, data
 from svdlib.ranks.joint import ALL
 
 PIXELS, CLASSES = 784, 10
+LARGEST = 10**12  # larger whole numbers are a typing mistake, and too large for a seed
 
-# Larger whole numbers are a typing mistake, and too large for a seed.
-LARGEST = 10**12
-
-# Widths of a network's layers. A layer from n to m neurons has a matrix m × n.
-Widths = Sequence[int]
+Widths = Sequence[int]  # of a network's layers; a layer from n to m neurons has a matrix m × n
 Rule = Callable[[str, Any], object]
 
 
@@ -144,9 +141,6 @@ COMMON: dict[str, Rule] = {
     "figures": _needed(_is_folder, "a folder that is there, or '' to save nothing"),
     "progress": RULES["switch"],
 }
-
-
-# How parameters must fit one another.
 
 
 def at_most(name: str, value: int, largest: int, why: str, blamed: str) -> None:

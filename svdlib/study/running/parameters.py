@@ -13,15 +13,12 @@ from pathlib import Path
 import nbformat
 
 NOTEBOOKS = Path("notebooks")
+MAX_COMBINATIONS = 100_000  # more are a typing mistake
 
 # Declared types that a text is checked against; any other declaration takes any value.
 TYPES = {"str", "int", "float", "bool", "list", "dict", "tuple", "None"}
 
-# Several values of a parameter: as text, or one by one.
-Values = str | Sequence[object]
-
-# More combinations than this are a typing mistake.
-MAX_COMBINATIONS = 100_000
+Values = str | Sequence[object]  # several values of a parameter: as text, or one by one
 
 
 def find(names: Sequence[str] = (), folder: Path = NOTEBOOKS) -> list[Path]:

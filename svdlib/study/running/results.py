@@ -17,27 +17,14 @@ from svdlib.study.running.parameters import Values
 
 @dataclass(frozen=True)
 class Sweep:
-    """A notebook, run over parameters, and which columns of one of its tables to keep.
-
-    ::
-
-        notebook = "04_comparison"
-        table = "04_figure1"
-        columns = ["first_seed", "method", "epoch", "test_error"]
-
-        [parameters]  # of all runs
-        epochs = 10
-
-        [over]  # every combination; a list, or a range as text
-        first_seed = "0:1000:100"
-    """
+    """What ``results/NAME.toml`` holds."""
 
     name: str
     notebook: str
-    table: str
-    columns: list[str]
-    parameters: dict[str, str]
-    over: dict[str, Values]
+    table: str  # of the notebook, such as "04_figure1"
+    columns: list[str]  # of the table, to keep
+    parameters: dict[str, str]  # of all runs
+    over: dict[str, Values]  # every combination is run; a list, or a range as text
 
 
 def sweeps(names: Sequence[str] = (), folder: Path = RESULTS) -> list[Sweep]:

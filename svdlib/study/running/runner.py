@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,10 @@ from svdlib.study.running.execute import Done, cleaned, cores
 from svdlib.study.running.parameters import NOTEBOOKS, Values, find
 from svdlib.study.running.sweeps import Outcome, Run
 
-# The study's own figures: of the committed notebooks at their own parameters.
-FIGURES = Path("figures")
-
-# Seconds between two lines about progress where there is no terminal.
-LINE = 60
-
-# Seconds in which killed workers of this machine come back; those of others may take long.
-PATIENCE = 60
-
-# More outcomes than this are counted, not listed.
-LISTED = 20
+FIGURES = Path("figures")  # of the committed notebooks at their own parameters
+LINE = 60  # seconds between two lines about progress where there is no terminal
+PATIENCE = 60  # seconds in which killed workers of this machine come back; others may take long
+LISTED = 20  # more outcomes are counted, not listed
 
 
 def run(
@@ -51,18 +45,9 @@ def run(
     dry_run: bool = False,
     progress: bool = True,
 ) -> list[Outcome]:
-    """Execute notebooks, each with every combination of parameters; see docs/sweeps.md.
+    """Execute notebooks, each with every combination of parameters; an outcome per run.
 
-    A failure stops no other run. Whatever stops this call, the same call completes what is missing.
-
-    Args:
-        names: notebooks; all of the folder's by default.
-        given: parameters for all notebooks that have them, as text.
-        over: parameters with several values each, see `combinations`.
-        figures: a folder for all figures, see `_targets`.
-
-    Returns:
-        an outcome per run, also of those completed before.
+    See docs/sweeps.md. Whatever stops this call, the same call completes what is missing.
     """
     notebooks, given = find(names, folder), given or {}
     lacking = sweeps.lacking(notebooks, (*given, *dict(over)))
@@ -127,11 +112,7 @@ def _check_options(
 def _targets(
     runs: Sequence[Run], figures: Path | None, folder: Path, swept: bool
 ) -> dict[Path, Path]:
-    """The folder where figures of a run are copied, by the run's place; none of a sweep's are.
-
-    It is ``figures`` if given, else ``figures/`` for the folder's notebooks at their own
-    parameters, which no others may use.
-    """
+    """Where to copy figures, by the place of the run; those of other runs stay beside it."""
     targets = {}
     for planned in () if swept else runs:
         of_the_study = planned.own and planned.notebook.parent.resolve() == folder.resolve()
@@ -293,11 +274,6 @@ COMMANDS: dict[str, Callable[..., list[Outcome] | None]] = {
 }
 
 
-def _after_blank(text: str) -> str:
-    """The text without the blank that `main` put before it."""
-    return text.removeprefix(" ")
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m svdlib", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -314,7 +290,8 @@ def _parser() -> argparse.ArgumentParser:
     rebuild = "execute notebooks, rebuild figures"
     both = [many, notebooks]
     runner = commands.add_parser("run", help=rebuild, parents=both, allow_abbrev=False)
-    pair: dict[str, Any] = {"nargs": 2, "action": "append", "default": [], "type": _after_blank}
+    unguarded = methodcaller("removeprefix", " ")  # see `main`
+    pair: dict[str, Any] = {"nargs": 2, "action": "append", "default": [], "type": unguarded}
     runner.add_argument("-p", "--parameter", dest="given", metavar=("NAME", "VALUE"), **pair)
     runner.add_argument("--over", metavar=("NAME", "1,2,3|0:100:10"), **pair)
     where = "folder for the figures (figures at a notebook's own parameters, else beside it)"

@@ -31,11 +31,8 @@ from svdlib import clock, files
 from svdlib.study.running.execute import Done, cores, environment, execute, guards
 from svdlib.study.running.parameters import Values, combinations, declared, defaults, statements
 
-# How often a run is tried whose worker or kernel is killed.
-TRIES = 3
-
-# Parameters on which no result depends.
-ASIDE = {"figures", "progress"}
+TRIES = 3  # of a run whose worker or kernel is killed
+ASIDE = {"figures", "progress"}  # parameters on which no result depends
 
 
 @dataclass(frozen=True)
@@ -90,9 +87,7 @@ def plan(
         ):
             everything = {k: v for k, v in (own | parameters).items() if k not in ASIDE}
             changed = {
-                name: value
-                for name, value in parameters.items()
-                if name in everything and (name not in own or own[name] != value)
+                k: v for k, v in parameters.items() if k in everything and own.get(k, ...) != v
             }
             local_device = {} if here and "device" in changed else {"device": "auto"}
             try:
@@ -323,10 +318,9 @@ def _first(under_way: Mapping[Future, object]) -> set[Future]:
     if not under_way:
         time.sleep(1)
         return set()
-    try:
+    with contextlib.suppress(TimeoutError):
         return set(wait(list(under_way), timeout=1, return_when="FIRST_COMPLETED").done)
-    except TimeoutError:
-        return set()
+    return set()
 
 
 def _result(future: Future) -> Done:
