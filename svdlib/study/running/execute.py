@@ -152,7 +152,7 @@ def machine() -> dict[str, object]:
     """Date, processor, cores, threads of a kernel, and versions."""
     cpuinfo = Path("/proc/cpuinfo")
     described = cpuinfo.read_text(errors="replace") if cpuinfo.is_file() else ""
-    model = re.search(r"^model name\s*:\s*(.*\S)", described, re.MULTILINE)
+    model = re.search(r"^model name\s*: *(.*\S)", described, re.MULTILINE)
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "processor": model[1] if model else platform.processor() or platform.machine(),

@@ -134,9 +134,7 @@ def combinations(
             raise ValueError(f"parameter {name!r} is given twice; once is enough")
         texts[name] = _several(name, values)
     if (number := math.prod(map(len, texts.values()))) > MAX_COMBINATIONS:
-        raise ValueError(
-            f"{number:,} combinations are more than {MAX_COMBINATIONS:,}; ask for fewer at a time"
-        )
+        raise ValueError(f"{number:,} combinations are more than {MAX_COMBINATIONS:,}; use fewer")
     parsed = [[parse(notebook, {name: text}, known) for text in texts[name]] for name in texts]
     return [
         {name: value for part in (*parts, fixed) for name, value in part.items()}

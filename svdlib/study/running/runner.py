@@ -53,7 +53,7 @@ def run(
     lacking = sweeps.lacking(notebooks, (*given, *dict(over)))
     runs = sweeps.plan(notebooks, given, over, here=scheduler is None)
     _check_options(notebooks, jobs, scheduler, out)
-    targets = _targets(runs, figures, folder, swept=bool(over))
+    targets = _targets(() if over else runs, figures, folder)
     complete = {planned.place for planned in runs if not fresh and (out / planned.place).is_dir()}
     missing = [planned for planned in runs if planned.place not in complete]
     if progress or dry_run:
@@ -109,12 +109,10 @@ def _check_options(
         raise ValueError(f"{out} holds the notebooks themselves; choose another --out")
 
 
-def _targets(
-    runs: Sequence[Run], figures: Path | None, folder: Path, swept: bool
-) -> dict[Path, Path]:
+def _targets(runs: Sequence[Run], figures: Path | None, folder: Path) -> dict[Path, Path]:
     """Where to copy figures, by the place of the run; those of other runs stay beside it."""
     targets = {}
-    for planned in () if swept else runs:
+    for planned in runs:
         of_the_study = planned.own and planned.notebook.parent.resolve() == folder.resolve()
         if figures and figures.resolve() == FIGURES.resolve() and not of_the_study:
             raise ValueError(
@@ -159,10 +157,8 @@ def refresh(names: Sequence[str] = (), folder: Path = NOTEBOOKS) -> list[Outcome
             files.put(path, cleaned(done.files[path.name].decode()))
         return Outcome(path.stem, path, done.seconds, done.error)
 
-    runs = [
-        Run(path, path.read_text("utf-8"), None, {}, True, Path(path.stem))
-        for path in find(names, folder)
-    ]
+    paths = find(names, folder)
+    runs = [Run(path, path.read_text("utf-8"), None, {}, True, Path(path.stem)) for path in paths]
     with sweeps.local(1) as client:
         return _shown(sweeps.complete(client, runs, put, PATIENCE), len(runs), progress=True)
 
@@ -208,7 +204,7 @@ def _publish(place: Path, figures: Path) -> None:
                 else:
                     undo.callback(target.unlink, missing_ok=True)
                 path.replace(target)
-            undo.pop_all()
+            undo.pop_all()  # all are in place
 
 
 def report(outcomes: Sequence[Outcome]) -> str:
@@ -237,16 +233,15 @@ def report(outcomes: Sequence[Outcome]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line, ``python -m svdlib``; returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments[:1] == ["lab"]:  # all other arguments are JupyterLab's
-        return lab.main(arguments[1:])
-    for index in range(len(arguments) - 2):
-        if arguments[index] in ("-p", "--parameter", "--over"):
-            # With a blank first, argparse takes a value that begins with a dash for no option.
-            arguments[index + 2] = " " + arguments[index + 2]
-    options = vars(_parser().parse_args(arguments))
-    command = options.pop("command")
     try:
-        outcomes = COMMANDS[command](**options)
+        if arguments[:1] == ["lab"]:  # all other arguments are JupyterLab's
+            return lab.main(arguments[1:])
+        for index in range(len(arguments) - 2):
+            if arguments[index] in ("-p", "--parameter", "--over"):
+                # With a blank first, argparse takes a value that begins with a dash for no option.
+                arguments[index + 2] = " " + arguments[index + 2]
+        options = vars(_parser().parse_args(arguments))
+        outcomes = COMMANDS[options.pop("command")](**options)
     except (ValueError, OSError) as error:
         print(f"svdlib: {error}", file=sys.stderr)
         return 2
@@ -287,23 +282,20 @@ def _parser() -> argparse.ArgumentParser:
     notebooks = argparse.ArgumentParser(add_help=False)
     notebooks.add_argument("names", nargs="*", metavar="NOTEBOOK", help="01_baseline …; all")
 
-    rebuild = "execute notebooks, rebuild figures"
-    both = [many, notebooks]
-    runner = commands.add_parser("run", help=rebuild, parents=both, allow_abbrev=False)
+    add, both = commands.add_parser, [many, notebooks]
+    runner = add("run", help="execute notebooks, rebuild figures", parents=both, allow_abbrev=False)
     unguarded = methodcaller("removeprefix", " ")  # see `main`
     pair: dict[str, Any] = {"nargs": 2, "action": "append", "default": [], "type": unguarded}
     runner.add_argument("-p", "--parameter", dest="given", metavar=("NAME", "VALUE"), **pair)
     runner.add_argument("--over", metavar=("NAME", "1,2,3|0:100:10"), **pair)
     where = "folder for the figures (figures at a notebook's own parameters, else beside it)"
     runner.add_argument("--figures", type=Path, help=where)
-    swept = commands.add_parser("sweep", help="measure what is in results/", parents=[many])
+    swept = add("sweep", help="measure what is in results/", parents=[many])
     swept.add_argument("names", nargs="*", metavar="NAME", help="of results/NAME.toml; all")
-    in_place = "execute notebooks in place, for committing"
-    commands.add_parser("refresh", help=in_place, parents=[notebooks])
-    commands.add_parser("lab", help="open copies of the notebooks in JupyterLab, with its options")
-    commands.add_parser("readme", help="write the README's numbers from results/")
-    one_table = "one CSV of a table of all runs of a notebook"
-    gather = commands.add_parser("collect", help=one_table, parents=[out])
+    add("refresh", help="execute notebooks in place, for committing", parents=[notebooks])
+    add("lab", help="open copies of the notebooks in JupyterLab, with its options")
+    add("readme", help="write the README's numbers from results/")
+    gather = add("collect", help="one CSV of a table of all runs of a notebook", parents=[out])
     gather.add_argument("notebook", help="such as 04_comparison")
     gather.add_argument("table", help="such as 04_error_by_rank")
     return parser

@@ -80,11 +80,9 @@ def plan(
         text = nbformat.writes(content)
         quiet = {"progress": False} if own.get("progress") is True else {}  # nobody watches bars
         check = compile(_check(sources), notebook.stem, "exec")
-        for parameters in combinations(
-            notebook,
-            {name: value for name, value in given.items() if name in known},
-            [(name, values) for name, values in over if name in known],
-        ):
+        fixed = {name: value for name, value in given.items() if name in known}
+        varied = [(name, values) for name, values in over if name in known]
+        for parameters in combinations(notebook, fixed, varied):
             everything = {k: v for k, v in (own | parameters).items() if k not in ASIDE}
             changed = {
                 k: v for k, v in parameters.items() if k in everything and own.get(k, ...) != v
@@ -174,9 +172,7 @@ def local(jobs: int) -> Iterator[Client]:
                 env={"OMP_NUM_THREADS": str(threads)},
             )
         except RuntimeError:
-            raise ChildProcessError(
-                "a worker ended while it started; the same command completes what is missing"
-            ) from None
+            raise ChildProcessError("a worker ended while it started; try again") from None
         with cluster, Client(cluster) as client:
             try:
                 yield client
@@ -204,8 +200,7 @@ def _end(processes: Iterable[psutil.Process]) -> None:
 
 
 def _end_children() -> None:
-    children = psutil.Process().children(recursive=True)
-    _end(child for child in children if child.pid not in guards)
+    _end(child for child in psutil.Process().children(recursive=True) if child.pid not in guards)
 
 
 @contextlib.contextmanager
@@ -230,9 +225,7 @@ def connected(address: str) -> Iterator[Client]:
 
 def _check_versions(worker: str, found: object, client: str) -> None:
     if found != client:
-        raise ValueError(
-            f"worker {worker} has {found}, this client {client}; install the same on both"
-        )
+        raise ValueError(f"worker {worker} has {found}, this client {client}; install the same")
 
 
 def _workers(client: Client) -> int:

@@ -74,7 +74,7 @@ def test_runs_and_figures_are_in_reach(folder):
 
 def test_what_can_not_be_is_reported_in_a_line(folder, capsys):
     Path("lab").write_text("mine")
-    assert lab.main() == 2
+    assert runner.main(["lab"]) == 2
     errors = capsys.readouterr().err
     assert "lab is to be the folder of the copies, but is a file" in errors
     assert len(errors.splitlines()) == 1 and Path("lab").read_text() == "mine"
