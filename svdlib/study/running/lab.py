@@ -13,9 +13,8 @@ from pathlib import Path
 from svdlib import files
 from svdlib.study.running.parameters import NOTEBOOKS, find
 
-# The folder of the copies, and the file in it with a hash of each notebook when it was copied.
 LAB = Path("lab")
-COPIED = ".copied.json"
+COPIED = ".copied.json"  # in it, a hash of each notebook when it was copied
 
 
 def main(arguments: Sequence[str] = ()) -> int:
