@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
 
 
 def bar(items: Iterable[Any] | None = None, *, progress: bool = True, **settings: Any) -> tqdm:
-    """tqdm's bar with these settings, if ``progress``; a notebook shows it as plain text.
+    """tqdm's bar with these settings, if ``progress``.
 
-    A saved notebook keeps the text. Of a widget it would show an error without its kernel.
-
-    >>> list(bar(range(3), progress=False))
-    [0, 1, 2]
+    A notebook shows it as text, which it keeps when it is saved. A widget would become an error.
     """
     shell = "IPython" in sys.modules and sys.modules["IPython"].get_ipython()
     in_notebook = getattr(shell, "kernel", None) is not None
@@ -34,12 +32,9 @@ class _Output:
             return
         from IPython.display import display
 
-        shown: dict[str, Any] = {"text/plain": text.strip()}
-        marked = {"raw": True, "metadata": {"progress": True}}
-        if self.handle:
-            self.handle.update(shown, **marked)
-        else:
-            self.handle = display(shown, display_id=True, **marked)
+        show = self.handle.update if self.handle else partial(display, display_id=True)
+        handle = show({"text/plain": text.strip()}, raw=True, metadata={"progress": True})
+        self.handle = self.handle or handle
 
     def flush(self) -> None:
         """Nothing is held back."""

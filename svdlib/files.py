@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 try:
@@ -21,19 +21,15 @@ PREFIX = ".svdlib_"
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Have a folder to oneself: others who ask for it wait until the block or its process ends.
+    """Lock a folder: others who ask for the lock wait until this block or its process ends.
 
-    The system's lock on the folder itself leaves no file, and a killed process loses it. Where
-    there are no locks, nobody waits.
-
-    >>> with tempfile.TemporaryDirectory() as folder, alone(Path(folder)):
-    ...     os.listdir(folder)
-    []
+    The lock leaves no file, and a killed process loses it. Where there are no locks, nobody waits.
     """
-    handle = os.open(folder, os.O_RDONLY) if fcntl else None
-    try:
-        with suppress(OSError):  # of file systems without locks
-            if handle is not None:
+    with ExitStack() as stack:
+        if fcntl:
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            with suppress(OSError):  # of file systems without locks
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -41,9 +37,6 @@ def alone(folder: Path) -> Iterator[None]:
                     print(message, file=sys.stderr)
                     fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-    finally:
-        if handle is not None:
-            os.close(handle)
 
 
 @contextmanager
@@ -70,14 +63,7 @@ def tidy(place: Path) -> None:
 
 @contextmanager
 def complete_file(path: Path) -> Iterator[Path]:
-    """Where to write a file that then replaces ``path``; if the block fails, nothing changes.
-
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     with complete_file(Path(folder, "a")) as part:
-    ...         _ = part.write_text("complete")
-    ...     os.listdir(folder)
-    ['a']
-    """
+    """Where to write a file that then replaces ``path``; if the block fails, nothing changes."""
     path = path.resolve()  # of a link, the file it points to
     tidy(path.parent)
     with unfinished(path.parent) as stage:
@@ -90,10 +76,7 @@ def complete_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def complete_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that then replaces ``path``; if the block fails, nothing changes.
-
-    Where another process is faster, its folder stays.
-    """
+    """A folder to fill that then replaces ``path``; if the block fails, nothing changes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with unfinished(path.parent) as stage:
         new, old = stage / "new", stage / "old"
@@ -105,7 +88,7 @@ def complete_folder(path: Path) -> Iterator[Path]:
             new.rename(path)
         except BaseException as error:
             if isinstance(error, OSError) and path.is_dir():
-                return
+                return  # another process was faster, and its folder stays
             if old.exists():
                 old.rename(path)
             raise

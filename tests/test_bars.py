@@ -2,7 +2,7 @@ import nbformat
 from nbclient import NotebookClient
 
 from svdlib import bars
-from svdlib.study.running.execute import kept
+from svdlib.study.running.execute import lasting
 
 CODE = """
 from svdlib.bars import bar
@@ -21,7 +21,7 @@ def test_a_bar_is_text_in_a_saved_notebook():
     assert bar.data["text/plain"].startswith("all of it: 100%|██████████| 3/3")
     assert set(bar.data) == {"text/plain"} and gone.data["text/plain"] == ""
     assert done.text == "done\n"
-    assert kept([bar, gone, done]) == [done]
+    assert lasting([bar, gone, done]) == [done]
 
 
 def test_elsewhere_it_is_a_line_of_standard_error(capsys):

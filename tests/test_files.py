@@ -59,7 +59,7 @@ def test_an_unfinished_folder_that_is_tidied_before_it_is_locked_is_made_again(
         assert folder.is_dir() and folder != removed[0]
 
 
-def test_a_file_is_put_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_file_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
     path, link = tmp_path / "a.txt", tmp_path / "link"
     link.symlink_to(path)
     before = os.umask(0o027)
@@ -81,7 +81,7 @@ def test_a_file_is_put_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_text() == "by a link" and len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_folder_takes_the_place_of_another_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_folder_takes_the_place_of_another_completely_or_not_at_all(tmp_path, monkeypatch):
     place = tmp_path / "runs" / "a"
     for content in ("old", "new"):
         with files.complete_folder(place) as part:

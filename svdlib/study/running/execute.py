@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,38 +22,26 @@ from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
 from svdlib import clock, files
 
-# Seconds for one cell: the largest sweep of the study on a slow machine.
-CELL_TIMEOUT = 3600
+CELL_TIMEOUT = 3600  # seconds; the largest sweep of the study takes less on a slow machine
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 @dataclass
 class Done:
-    """The result of a run.
-
-    Attributes:
-        about: date, machine and versions, see `machine`.
-        files: the executed notebook, and what the notebook wrote into its folder of figures.
-        error: what failed, in a line; None if nothing did.
-        final: whether another try would end alike: the notebook itself fails, and nobody killed
-            its kernel.
-    """
+    """The result of a run."""
 
     seconds: float
-    about: dict[str, object]
-    files: dict[str, bytes] = field(default_factory=dict)
+    about: dict[str, object]  # see `machine`
+    files: dict[str, bytes] = field(default_factory=dict)  # the executed notebook and its figures
     error: str | None = None
-    final: bool = True
+    final: bool = True  # False if another try may succeed: its kernel was killed, or a disk full
 
 
 def execute(text: str, name: str, parameters: Mapping[str, object] | None, home: str) -> Done:
-    """Execute a notebook headless, in a temporary folder that is removed afterwards.
+    """Execute a notebook, given as JSON, headless in a temporary folder.
 
-    Args:
-        text: the notebook, as JSON.
-        name: what its executed copy is called, without ``.ipynb``.
-        parameters: values for its parameters cell, with the temporary folder's as ``figures``;
-            None leaves the notebook as it is.
-        home: the working folder, where this machine has it; else the temporary one.
+    The executed copy is ``name.ipynb``. Its working folder is ``home`` if this machine has it. With
+    ``parameters`` None, the notebook stays as it is; else ``figures`` is set too.
     """
     start = clock.now()
     done = Done(0.0, {})
@@ -71,7 +60,7 @@ def execute(text: str, name: str, parameters: Mapping[str, object] | None, home:
 def _execute(
     text: str, output: Path, parameters: Mapping[str, object] | None, home: str, done: Done
 ) -> None:
-    """Execute a notebook into ``output``, and put its files and error into ``done``."""
+    """Execute a notebook into ``output``, and put its files and its error into ``done``."""
     source, figures = output.with_name("source.ipynb"), output.with_name("figures")
     figures.mkdir()
     source.write_text(text, encoding="utf-8")
@@ -102,7 +91,7 @@ def _execute(
 
 # Waits for the end of its input; then kills all processes with the mark, and removes a folder.
 GUARD = """
-import shutil, sys, time
+import contextlib, shutil, sys, time
 sys.stdin.buffer.read()
 import psutil
 mark, place = sys.argv[1:]
@@ -110,27 +99,24 @@ found, end = True, time.monotonic() + 60
 while found and time.monotonic() < end:
     found = False
     for process in psutil.process_iter(["environ", "status"]):
-        if (process.info["environ"] or {}).get("SVDLIB_RUN") == mark:
-            if process.info["status"] != psutil.STATUS_ZOMBIE:
-                found = True
-                try:
-                    process.kill()
-                except psutil.Error:
-                    pass
+        marked = (process.info["environ"] or {}).get("SVDLIB_RUN") == mark
+        if marked and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found = True
+            with contextlib.suppress(psutil.Error):
+                process.kill()
     time.sleep(0.05 * found)
 shutil.rmtree(place, ignore_errors=True)
 """
 
-# The guards of this process, by number.
-guards: set[int] = set()
+guards: set[int] = set()  # the guards of this process, by number
 
 
 @contextlib.contextmanager
 def guarded(place: str) -> Iterator[None]:
-    """End all that is started inside with the block, or with this process if it is killed.
+    """End all processes started inside with the block, or with this process if it is killed.
 
-    A process of its own, the guard, waits for either, by a pipe that then closes. It kills all
-    that inherited the block's mark in the environment, and removes the folder ``place``.
+    Either closes a pipe to another process, the guard. It then kills all processes that inherited
+    the block's mark in their environment, and removes the folder ``place``.
     """
     mark = uuid.uuid4().hex
     guard = subprocess.Popen(
@@ -163,19 +149,13 @@ def environment() -> Iterator[None]:
 
 
 def machine() -> dict[str, object]:
-    """Date, processor, cores, threads of a kernel, and versions.
-
-    >>> machine()["cores"] >= 1
-    True
-    """
-    processor = platform.processor() or platform.machine()
-    if (cpuinfo := Path("/proc/cpuinfo")).is_file():
-        lines = cpuinfo.read_text(errors="replace").splitlines()
-        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        processor = (models or [processor])[0]
+    """Date, processor, cores, threads of a kernel, and versions."""
+    cpuinfo = Path("/proc/cpuinfo")
+    described = cpuinfo.read_text(errors="replace") if cpuinfo.is_file() else ""
+    model = re.search(r"^model name\s*: *(.*\S)", described, re.MULTILINE)
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "processor": processor,
+        "processor": model[1] if model else platform.processor() or platform.machine(),
         "cores": cores(),
         "threads": int(os.environ.get("OMP_NUM_THREADS") or cores()),
         "python": platform.python_version(),
@@ -188,14 +168,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-WIDGET = "application/vnd.jupyter.widget-view+json"
-
-
 def cleaned(text: str) -> str:
-    """An executed notebook to commit: without warnings, bars, widgets, and what papermill adds.
-
-    Of a widget that has a still picture, the picture stays.
-    """
+    """An executed notebook to commit, without transient outputs and what papermill adds."""
     content = nbformat.reads(text, as_version=4)
     for cell in content.cells:
         for key in ("execution", "papermill"):
@@ -203,21 +177,20 @@ def cleaned(text: str) -> str:
         if not cell.metadata.get("tags"):
             cell.metadata.pop("tags", None)
         if cell.cell_type == "code":
-            cell.outputs = kept(cell.outputs)
+            cell.outputs = lasting(cell.outputs)
     for key in ("widgets", "papermill"):
         content.metadata.pop(key, None)
     content.metadata["language_info"] = {"name": "python"}
     return nbformat.writes(content) + "\n"
 
 
-def kept(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
-    """Outputs without warnings, progress bars and widgets."""
+def lasting(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Outputs without warnings, progress bars, and widgets; a widget's still picture stays."""
     found = []
     for output in outputs:
-        data = output.get("data", {})
-        widget = data.pop(WIDGET, None)
-        if output.get("name") == "stderr" or output.get("metadata", {}).get("progress"):
-            continue
-        if widget is None or set(data) > {"text/plain"}:
+        widget = output.get("data", {}).pop(WIDGET, None)
+        empty = widget is not None and output.data.keys() <= {"text/plain"}
+        transient = output.get("name") == "stderr" or output.get("metadata", {}).get("progress")
+        if not (empty or transient):
             found.append(output)
     return found

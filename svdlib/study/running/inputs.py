@@ -14,21 +14,17 @@ from svdlib import checks, data
 from svdlib.ranks.joint import ALL
 
 PIXELS, CLASSES = 784, 10
+LARGEST = 10**12  # larger whole numbers are a typing mistake, and too large for a seed
 
-# Larger whole numbers are a typing mistake, and too large for a seed.
-LARGEST = 10**12
-
-# Widths of a network's layers. A layer from n to m neurons has a matrix m × n.
-Widths = Sequence[int]
+Widths = Sequence[int]  # of a network's layers; a layer from n to m neurons has a matrix m × n
 Rule = Callable[[str, Any], object]
 
 
 def refusing(**kinds: str) -> Callable[[Callable[..., None]], Callable[[Mapping[str, Any]], None]]:
-    """Make a notebook's check of a function that checks how parameters fit one another.
+    """Turn a function that checks how parameters fit one another into a notebook's check.
 
-    The check takes the notebook's ``globals()``. It first holds each parameter that is there to
-    its rule, and then calls the function with the parameters that it names, if they are there.
-    Its ValueError says in one sentence what was wrong, without the frames of inner functions.
+    The check takes the notebook's ``globals()``. It first applies its rule to each parameter, and
+    then calls the function with the parameters that it names. Its ValueError is one sentence.
 
     Args:
         kinds: names of parameters by the kind of rule, see `RULES`.
@@ -43,11 +39,11 @@ def refusing(**kinds: str) -> Callable[[Callable[..., None]], Callable[[Mapping[
     """
     rules = {name: RULES[kind] for kind in kinds for name in kinds[kind].split()} | COMMON
 
-    def made(fit: Callable[..., None]) -> Callable[[Mapping[str, Any]], None]:
-        named = signature(fit).parameters
+    def made(function: Callable[..., None]) -> Callable[[Mapping[str, Any]], None]:
+        named = signature(function).parameters
         needed = {name for name in named if named[name].default is named[name].empty}
 
-        @wraps(fit)
+        @wraps(function)
         def check(parameters: Mapping[str, Any]) -> None:
             try:
                 for name, rule in rules.items():
@@ -55,8 +51,8 @@ def refusing(**kinds: str) -> Callable[[Callable[..., None]], Callable[[Mapping[
                         rule(name, parameters[name])
                 found = {name: parameters[name] for name in named if name in parameters}
                 if needed <= found.keys():
-                    fit(**found)
-            except ValueError as error:
+                    function(**found)
+            except ValueError as error:  # without the frames of inner functions
                 raise ValueError(str(error)) from None
 
         return check
@@ -64,13 +60,13 @@ def refusing(**kinds: str) -> Callable[[Callable[..., None]], Callable[[Mapping[
     return made
 
 
-def _whole(name: str, value: object, least: int = 1) -> None:
-    if checks.positive_int(value, name, least) > LARGEST:
+def _integer(name: str, value: object, smallest: int = 1) -> None:
+    if checks.positive_int(value, name, smallest) > LARGEST:
         raise ValueError(f"{name} must be at most {LARGEST:,}, not {value:,}")
 
 
-def _each(rule: Rule) -> Rule:
-    """The rule for a list whose entries keep this rule."""
+def _entries(rule: Rule) -> Rule:
+    """The rule for a list whose entries satisfy this rule."""
 
     def check(name: str, value: object) -> None:
         if not isinstance(value, list | tuple) or not value:
@@ -79,6 +75,16 @@ def _each(rule: Rule) -> Rule:
             raise ValueError(f"{name} has an entry twice: {value!r}; once is enough")
         for entry in value:
             rule(f"each of {name}", entry)
+
+    return check
+
+
+def _needed(holds: Callable[[Any], bool], needed: str) -> Rule:
+    """The rule that a value must be as ``needed`` says, which ``holds`` decides."""
+
+    def check(name: str, value: object) -> None:
+        if not holds(value):
+            raise ValueError(f"{name} must be {needed}, not {value!r}")
 
     return check
 
@@ -94,11 +100,6 @@ def _widths(name: str, value: object) -> None:
         )
 
 
-def _share(name: str, value: object) -> None:
-    if not isinstance(value, int | float) or not 0 < value < 1:
-        raise ValueError(f"{name} must be a number between 0 and 1, not {value!r}")
-
-
 def _shape(name: str, value: object) -> None:
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise ValueError(f"{name} must be [rows, columns], not {value!r}")
@@ -106,49 +107,40 @@ def _shape(name: str, value: object) -> None:
         checks.positive_int(side, f"each side in {name}", 2)
 
 
-def _positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ValueError(f"{name} must be a positive number, not {value!r}")
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
-def _folder(name: str, value: object) -> None:
-    if not isinstance(value, str | Path) or (str(value) and not Path(value).is_dir()):
-        raise ValueError(
-            f"{name} must be a folder that is there, or '' to save nothing, not {value!r}"
-        )
-
-
-def _switch(name: str, value: object) -> None:
-    checks.truth(value, name)
+def _is_folder(value: object) -> bool:
+    return isinstance(value, str | Path) and (not str(value) or Path(value).is_dir())
 
 
 RULES: dict[str, Rule] = {
-    "whole": _whole,
-    "from_zero": partial(_whole, least=0),
-    "from_two": partial(_whole, least=2),
-    "wholes": _each(_whole),
-    "wholes_from_two": _each(partial(_whole, least=2)),
+    "whole": _integer,
+    "from_zero": partial(_integer, smallest=0),
+    "from_two": partial(_integer, smallest=2),
+    "wholes": _entries(_integer),
+    "wholes_from_two": _entries(partial(_integer, smallest=2)),
     "widths": _widths,
     "widths_or_none": lambda name, value: None if value == [] else _widths(name, value),
-    "networks": _each(_widths),
-    "shares": _each(_share),
-    "shapes": _each(_shape),
-    "positive": _positive,
-    "switch": _switch,
+    "networks": _entries(_widths),
+    "shares": _entries(
+        _needed(lambda value: _is_positive(value) and value < 1, "a number between 0 and 1")
+    ),
+    "shapes": _entries(_shape),
+    "positive": _needed(_is_positive, "a positive number"),
+    "switch": lambda name, value: checks.truth(value, name),
     "every": lambda name, value: checks.one_of(value, ("epoch", "step", "published"), name),
 }
 
 # The parameters that many notebooks have.
 COMMON: dict[str, Rule] = {
     "dataset": lambda name, value: checks.one_of(value, data.NAMES, name),
-    "train_images": partial(_whole, least=100),
+    "train_images": partial(_integer, smallest=100),
     "device": lambda name, value: checks.device(str(value)),
-    "figures": _folder,
-    "progress": _switch,
+    "figures": _needed(_is_folder, "a folder that is there, or '' to save nothing"),
+    "progress": RULES["switch"],
 }
-
-
-# How parameters must fit one another.
 
 
 def at_most(name: str, value: int, largest: int, why: str, blamed: str) -> None:

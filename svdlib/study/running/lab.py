@@ -13,19 +13,14 @@ from pathlib import Path
 from svdlib import files
 from svdlib.study.running.parameters import NOTEBOOKS, find
 
-# The folder of the copies, and the file in it with a hash of each notebook when it was copied.
 LAB = Path("lab")
-COPIED = ".copied.json"
+COPIED = ".copied.json"  # in it, a hash of each notebook when it was copied
 
 
 def main(arguments: Sequence[str] = ()) -> int:
     """Bring the copies up to date, and become JupyterLab in their folder, with these options."""
-    try:
-        for line in copies():
-            print(f"svdlib: {line}", file=sys.stderr)
-    except (ValueError, OSError) as error:
-        print(f"svdlib: {error}", file=sys.stderr)
-        return 2
+    for line in copies():
+        print(f"svdlib: {line}", file=sys.stderr)
     os.chdir(LAB)
     root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
     command = [sys.executable, "-m", "jupyterlab", *root, *arguments]
@@ -35,18 +30,12 @@ def main(arguments: Sequence[str] = ()) -> int:
 
 
 def copies(folder: Path = NOTEBOOKS, lab: Path = LAB) -> list[str]:
-    """Copy the notebooks, but never over a changed copy; say in a sentence which was left so.
-
-    ``runs/`` and ``figures/`` are there by links.
-
-    Raises:
-        ValueError: there are no notebooks, or ``lab`` is no folder.
-    """
+    """Copy the notebooks, except over changed copies, which are returned in a sentence each."""
     notebooks = find(folder=folder)
     if lab.exists() and not lab.is_dir():
         raise ValueError(f"{lab} is to be the folder of the copies, but is a file; move it")
     lab.mkdir(exist_ok=True)
-    kept = []
+    changed = []
     with files.alone(lab):
         record = lab / COPIED
         copied = json.loads(record.read_text()) if record.is_file() else {}
@@ -54,7 +43,7 @@ def copies(folder: Path = NOTEBOOKS, lab: Path = LAB) -> list[str]:
             copy, now, before = lab / notebook.name, _digest(notebook), copied.get(notebook.name)
             if copy.exists() and _digest(copy) not in (before, now):
                 if before != now:
-                    kept.append(
+                    changed.append(
                         f"{copy} has changes of yours and stays; {notebook} has changed since it "
                         f"was copied, rename or remove {copy} to get that"
                     )
@@ -68,7 +57,7 @@ def copies(folder: Path = NOTEBOOKS, lab: Path = LAB) -> list[str]:
         if not link.exists() and not link.is_symlink():
             target.mkdir(exist_ok=True)
             link.symlink_to(os.path.relpath(target, lab.absolute()))
-    return kept
+    return changed
 
 
 def _digest(path: Path) -> str:

@@ -13,38 +13,28 @@ from pathlib import Path
 import nbformat
 
 NOTEBOOKS = Path("notebooks")
+MAX_COMBINATIONS = 100_000  # more are a typing mistake
 
 # Declared types that a text is checked against; any other declaration takes any value.
 TYPES = {"str", "int", "float", "bool", "list", "dict", "tuple", "None"}
 
-# Several values of a parameter: as text, or one by one.
-Values = str | Sequence[object]
-
-# More combinations than this are a typing mistake.
-MAX_COMBINATIONS = 100_000
+Values = str | Sequence[object]  # several values of a parameter: as text, or one by one
 
 
 def find(names: Sequence[str] = (), folder: Path = NOTEBOOKS) -> list[Path]:
-    """The notebooks of these names (``01_baseline``, or a path), each once, or all of the folder's.
-
-    Raises:
-        ValueError: no notebook of that name, or two files of one name.
-    """
+    """The notebooks of these names (``01_baseline``, or a path), each once, or all of the folder's."""
     known = sorted(folder.glob("*.ipynb"))
     if not known and not names:
         raise ValueError(f"{folder.resolve()} holds no notebooks; run from the project's root")
     found: dict[str, Path] = {}
     for name in names:
-        matches = [path for path in known if name in (path.stem, path.name)]
-        if not matches and Path(name).suffix == ".ipynb" and Path(name).is_file():
-            matches = [Path(name)]
-        if not matches:
+        path = next((path for path in known if name in (path.stem, path.name)), Path(name))
+        if path.suffix != ".ipynb" or not path.is_file():
             listed = ", ".join(path.stem for path in known) or "none"
             raise ValueError(f"no notebook {name!r}; known: {listed}")
-        for path in matches:
-            other = found.setdefault(path.stem, path)
-            if other.resolve() != path.resolve():
-                raise ValueError(f"{other} and {path} have one name; run them one after the other")
+        other = found.setdefault(path.stem, path)
+        if other.resolve() != path.resolve():
+            raise ValueError(f"{other} and {path} have one name; run them one after the other")
     return list(found.values()) or known
 
 
@@ -53,22 +43,18 @@ def declared(notebook: Path) -> dict[str, set[str]]:
 
     Declared as ``n: int = 3`` or ``x: str | None = None``; ``n = 3`` has the type of its value.
     An empty set allows any value.
-
-    Raises:
-        ValueError: the file is not a notebook, or its parameters cell is not Python.
     """
-    own = defaults(notebook)
-    found = {}
+    own, found = defaults(notebook), {}
     for name, annotation, _ in _assigned(notebook):
-        default = own.get(name, ...)
-        text = ast.unparse(annotation).strip("'\"") if annotation else type(default).__name__
+        default = type(own.get(name, ...)).__name__
+        text = ast.unparse(annotation).strip("'\"") if annotation else default
         kinds = {part.split("[")[0].strip() for part in text.split("|")}
         found[name] = kinds if kinds <= TYPES else set()
     return found
 
 
 def defaults(notebook: Path) -> dict[str, object]:
-    """What the notebook's own parameters cell sets, where that is a literal."""
+    """The values that the notebook's parameters cell sets, as far as they are literals."""
     found: dict[str, object] = {}
     for name, _, value in _assigned(notebook):
         with contextlib.suppress(ValueError):
@@ -77,21 +63,14 @@ def defaults(notebook: Path) -> dict[str, object]:
 
 
 def _assigned(notebook: Path) -> Iterator[tuple[str, ast.expr | None, ast.expr]]:
-    """Each name that the parameters cell assigns to, with its annotation and its value."""
+    """Each name that the parameters cell assigns, with its annotation and its value."""
     try:
         cells = nbformat.read(notebook, as_version=4).cells
         sources = [c.source for c in cells if "parameters" in c.metadata.get("tags", [])]
         lines = statements("".join(sources[:1]))
     except (nbformat.ValidationError, SyntaxError) as error:
         raise ValueError(f"{notebook}: {str(error).splitlines()[0]}") from None
-    except (
-        nbformat.reader.NotJSONError,
-        LookupError,
-        AttributeError,
-        TypeError,
-        ValueError,
-        RecursionError,
-    ):
+    except (LookupError, AttributeError, TypeError, ValueError, RecursionError):
         raise ValueError(f"{notebook} is not a Jupyter notebook") from None
     for line in lines:
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.value:
@@ -108,13 +87,8 @@ def statements(source: str) -> list[ast.stmt]:
 def parse(
     notebook: Path, given: Mapping[str, str], known: Mapping[str, set[str]] | None = None
 ) -> dict[str, object]:
-    """Parameters from text, by the names and types that the notebook declares (``known``).
-
-    Raises:
-        ValueError: the notebook has no such parameter, or a text is not of its type.
-    """
-    known = known or declared(notebook)
-    parsed = {}
+    """Parameters from text, by the names and types that the notebook declares (``known``)."""
+    known, parsed = known or declared(notebook), {}
     for name, text in given.items():
         if name not in known:
             listed = ", ".join(known) or "none"
@@ -127,11 +101,7 @@ def parse(
 
 
 def _value(text: str, kinds: set[str]) -> object:
-    """The text as one of the types; a string only if no other type fits.
-
-    >>> _value("1", {"float"}), _value("7", {"str"}), _value("None", {"str", "None"})
-    (1.0, '7', None)
-    """
+    """The text as one of the types; a string only if no other type fits."""
     if kinds == {"str"}:
         return text
     try:
@@ -154,27 +124,17 @@ def combinations(
 ) -> list[dict[str, object]]:
     """Every combination of the values in ``over``, each with the values ``given`` to all.
 
-    Args:
-        given: text by name, as `parse` takes it.
-        over: names, each with its values, one by one or as text: ``1,2,3``, or a range
-            ``0:1000:100`` of whole numbers without its end. Commas within brackets do not
-            separate values.
-
-    Raises:
-        ValueError: as `parse`, a parameter given twice, a bad range, or too many combinations.
+    ``over`` has names, each with its values, one by one or as text: ``1,2,3``, or a range
+    ``0:1000:100`` of whole numbers without its end.
     """
-    known = declared(notebook)
+    known, texts = declared(notebook), {}
     fixed = parse(notebook, given, known)
-    texts: dict[str, list[str]] = {}
     for name, values in over:
         if name in given or name in texts:
             raise ValueError(f"parameter {name!r} is given twice; once is enough")
         texts[name] = _several(name, values)
-    number = math.prod(map(len, texts.values()))
-    if number > MAX_COMBINATIONS:
-        raise ValueError(
-            f"{number:,} combinations are more than {MAX_COMBINATIONS:,}; ask for fewer at a time"
-        )
+    if (number := math.prod(map(len, texts.values()))) > MAX_COMBINATIONS:
+        raise ValueError(f"{number:,} combinations are more than {MAX_COMBINATIONS:,}; use fewer")
     parsed = [[parse(notebook, {name: text}, known) for text in texts[name]] for name in texts]
     return [
         {name: value for part in (*parts, fixed) for name, value in part.items()}
@@ -183,11 +143,7 @@ def combinations(
 
 
 def _several(name: str, values: Values) -> list[str]:
-    """The values of a list or a range, as text, each once.
-
-    >>> _several("rank", "2,5"), _several("sizes", "[1, 2],[3]"), _several("seed", "0:5:2")
-    (['2', '5'], ['[1, 2]', '[3]'], ['0', '2', '4'])
-    """
+    """The values of a list or a range, as text, each once. Commas in brackets separate none."""
     if not isinstance(values, str):
         texts = [str(value) for value in values]
     elif re.fullmatch(r"-?\d+:-?\d+(:-?\d+)?", values):

@@ -17,36 +17,18 @@ from svdlib.study.running.parameters import Values
 
 @dataclass(frozen=True)
 class Sweep:
-    """A notebook, run over parameters, and which columns of one of its tables to keep.
-
-    ::
-
-        notebook = "04_comparison"
-        table = "04_figure1"
-        columns = ["first_seed", "method", "epoch", "test_error"]
-
-        [parameters]  # of all runs
-        epochs = 10
-
-        [over]  # every combination; a list, or a range as text
-        first_seed = "0:1000:100"
-    """
+    """What ``results/NAME.toml`` holds."""
 
     name: str
     notebook: str
-    table: str
-    columns: list[str]
-    parameters: dict[str, str]
-    over: dict[str, Values]
+    table: str  # of the notebook, such as "04_figure1"
+    columns: list[str]  # of the table, to keep
+    parameters: dict[str, str]  # of all runs
+    over: dict[str, Values]  # every combination is run; a list, or a range as text
 
 
 def sweeps(names: Sequence[str] = (), folder: Path = RESULTS) -> list[Sweep]:
-    """The sweeps of these names, or all of the folder's.
-
-    Raises:
-        ValueError: no sweep of that name (the known ones are listed), or a file that is not TOML,
-            lacks a key, or has an unknown one.
-    """
+    """The sweeps of these names, or all of the folder's."""
     known = {path.stem: path for path in sorted(folder.glob("*.toml"))}
     for name in names or [""] * (not known):
         if name not in known:
@@ -77,23 +59,18 @@ def _read(path: Path) -> Sweep:
 def write(sweep: Sweep, places: Sequence[Path], folder: Path = RESULTS) -> None:
     """Put a finished sweep's table, and a table of how each run came about, into the folder.
 
-    ``NAME.csv`` has the columns asked for, to five digits; ``NAME.runs.csv`` has, for each run,
-    what it was run over, its seconds, date, machine and versions, and the hash of the code.
-
-    Raises:
-        ValueError: the table lacks a column.
+    ``NAME.csv`` has the requested columns, to five digits. ``NAME.runs.csv`` has a row per run:
+    its values of the sweep's parameters, seconds, date, machine, versions, and hash of the code.
     """
-    runs = [json.loads((place / "run.json").read_text()) for place in places]
-    order = sorted(
-        range(len(places)), key=lambda i: [runs[i]["parameters"][name] for name in sweep.over]
-    )
-    table = gathered([places[i] for i in order], sweep.table)
+    runs = []
+    for place in places:
+        about = json.loads((place / "run.json").read_text())
+        parameters = about.pop("parameters")
+        runs.append(({name: parameters[name] for name in sweep.over}, about, place))
+    runs.sort(key=lambda run: list(run[0].values()))
+    table = gathered([place for *_, place in runs], sweep.table)
     if lacking := [name for name in sweep.columns if name not in table]:
         raise ValueError(f"{sweep.table}.csv lacks {lacking}; it has {list(table)}")
-    summary = pd.DataFrame(
-        {name: runs[i]["parameters"][name] for name in sweep.over}
-        | {key: value for key, value in runs[i].items() if key not in ("parameters", "notebook")}
-        for i in order
-    )
+    summary = pd.DataFrame(values | about for values, about, _ in runs).drop(columns="notebook")
     for name, content in ((sweep.name, table[sweep.columns]), (f"{sweep.name}.runs", summary)):
         files.put(folder / f"{name}.csv", content.to_csv(index=False, float_format="%.5g"))

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,10 @@ from svdlib.study.running.execute import Done, cleaned, cores
 from svdlib.study.running.parameters import NOTEBOOKS, Values, find
 from svdlib.study.running.sweeps import Outcome, Run
 
-# The study's own figures: of the committed notebooks at their own parameters.
-FIGURES = Path("figures")
-
-# Without a terminal, seconds between two lines about progress.
-LINE = 60
-
-# Killed workers of this machine come back within so many seconds; those of others may take long.
-PATIENCE = 60
-
-# More outcomes than this are counted, not listed.
-LISTED = 20
+FIGURES = Path("figures")  # of the committed notebooks at their own parameters
+LINE = 60  # seconds between two lines about progress where there is no terminal
+PATIENCE = 60  # seconds in which killed workers of this machine come back; others may take long
+LISTED = 20  # more outcomes are counted, not listed
 
 
 def run(
@@ -51,64 +45,51 @@ def run(
     dry_run: bool = False,
     progress: bool = True,
 ) -> list[Outcome]:
-    """Execute notebooks, each with every combination of parameters, as docs/sweeps.md tells.
+    """Execute notebooks, each with every combination of parameters; an outcome per run.
 
-    A failure stops no other run. Whatever stops this call, completed runs are kept, and the same
-    call does the rest.
-
-    Args:
-        names: notebooks; all of the folder's by default.
-        given: parameters for all notebooks that have them, as text.
-        over: parameters with several values each, see `combinations`.
-        figures: a folder for all figures; by default ``figures/`` for those of the folder's
-            notebooks at their own parameters, where ``over`` is empty, and none for others.
-
-    Returns:
-        an outcome per run, those completed before included, with where its figures are.
-
-    Raises:
-        ValueError: bad arguments, before anything is started.
-        ConnectionError: the scheduler is lost on the way, or no worker of this machine can be kept.
-        OSError: results can't be written, as on a full disk.
-        KeyboardInterrupt: Ctrl-C, after the kernels that were started are stopped.
+    See docs/sweeps.md. Whatever stops this call, the same call completes what is missing.
     """
-    notebooks = find(names, folder)
-    without = sweeps.lacking(notebooks, (*(given or {}), *dict(over)))
-    runs = sweeps.plan(notebooks, given or {}, over, here=scheduler is None)
+    notebooks, given = find(names, folder), given or {}
+    lacking = sweeps.lacking(notebooks, (*given, *dict(over)))
+    runs = sweeps.plan(notebooks, given, over, here=scheduler is None)
     _check_options(notebooks, jobs, scheduler, out)
-    published = _published(runs, figures, folder, swept=bool(over))
-    there = {planned.place for planned in runs if not fresh and (out / planned.place).is_dir()}
-    left = [planned for planned in runs if planned.place not in there]
+    targets = _targets(() if over else runs, figures, folder)
+    complete = {planned.place for planned in runs if not fresh and (out / planned.place).is_dir()}
+    missing = [planned for planned in runs if planned.place not in complete]
     if progress or dry_run:
-        for name, others in without.items():
-            if others:
-                _note(f"{name} is no parameter of {', '.join(others)}")
-        summary = f"{len(left)} {'run' if len(left) == 1 else 'runs'}"
-        _note(summary + (f", {len(there)} there already" if there else ""))
+        for name, others in lacking.items():
+            _note(f"{name} is no parameter of {', '.join(others)}")
+        already = f", {len(complete)} there already" if complete else ""
+        _note(f"{len(missing)} {'run' if len(missing) == 1 else 'runs'}{already}")
     if dry_run:
-        for planned in left:
+        for planned in missing:
             print(planned.place)
         return []
-    for place in {out, *published.values()}:
-        _check_writable(place)
-    for place in {out, *published.values(), *(out / notebook.stem for notebook in notebooks)}:
-        files.tidy(place)
-    outcomes = [Outcome(place.parent.name, out / place, 0.0) for place in there]
-    if left:
-        with sweeps.connected(scheduler) if scheduler else sweeps.local(jobs or 1) as client:
-            if progress and "dashboard" in client.scheduler_info().get("services", {}):
-                _note(f"dashboard: {client.dashboard_link}")
-            patience = math.inf if scheduler else PATIENCE
-            coming = sweeps.complete(client, left, partial(sweeps.save, out=out), patience)
-            with contextlib.closing(coming):
-                outcomes += _shown(coming, len(left), progress)
+    for place in (out, *targets.values(), *(out / notebook.stem for notebook in notebooks)):
+        _prepare(place)
+    outcomes = [Outcome(place.parent.name, out / place, 0.0) for place in complete]
+    if missing:
+        outcomes += _executed(missing, out, jobs, scheduler, progress)
     for index, outcome in enumerate(outcomes):
         if outcome.error is None:
-            target = published.get(outcome.output.relative_to(out), outcome.output)
+            target = targets.get(outcome.output.relative_to(out), outcome.output)
             if target != outcome.output:
                 _publish(outcome.output, target)
             outcomes[index] = replace(outcome, figures=target)
     return sorted(outcomes, key=lambda outcome: str(outcome.output))
+
+
+def _executed(
+    runs: Sequence[Run], out: Path, jobs: int | None, scheduler: str | None, progress: bool
+) -> list[Outcome]:
+    """Execute runs on a scheduler's workers, or on as many of this machine as ``jobs``."""
+    with sweeps.connected(scheduler) if scheduler else sweeps.local(jobs or 1) as client:
+        if progress and "dashboard" in client.scheduler_info().get("services", {}):
+            _note(f"dashboard: {client.dashboard_link}")
+        patience = math.inf if scheduler else PATIENCE
+        coming = sweeps.complete(client, runs, partial(sweeps.save, out=out), patience)
+        with contextlib.closing(coming):
+            return _shown(coming, len(runs), progress)
 
 
 def _note(line: str) -> None:
@@ -128,12 +109,10 @@ def _check_options(
         raise ValueError(f"{out} holds the notebooks themselves; choose another --out")
 
 
-def _published(
-    runs: Sequence[Run], figures: Path | None, folder: Path, swept: bool
-) -> dict[Path, Path]:
-    """Where the figures of runs go beside their own folders, by the places of the runs."""
-    published = {}
-    for planned in () if swept else runs:
+def _targets(runs: Sequence[Run], figures: Path | None, folder: Path) -> dict[Path, Path]:
+    """Where to copy figures, by the place of the run; those of other runs stay beside it."""
+    targets = {}
+    for planned in runs:
         of_the_study = planned.own and planned.notebook.parent.resolve() == folder.resolve()
         if figures and figures.resolve() == FIGURES.resolve() and not of_the_study:
             raise ValueError(
@@ -141,27 +120,25 @@ def _published(
                 f"{planned.place}; give another --figures, or none to have them beside the results"
             )
         if figures or of_the_study:
-            published[planned.place] = figures or FIGURES
-    return published
+            targets[planned.place] = figures or FIGURES
+    return targets
 
 
-def _check_writable(place: Path) -> None:
+def _prepare(place: Path) -> None:
+    """Make a folder, check that it can be written to, and remove what killed processes left."""
     try:
         place.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
         raise ValueError(f"can't write to the folder {place}: {error.strerror}") from None
+    files.tidy(place)
 
 
 def sweep(
     names: Sequence[str] = (), *, target: Path = Path("results"), **options: Any
 ) -> list[Outcome]:
-    """Run the sweeps of these names, or all, and put their tables into ``target``, as `run` does.
-
-    Raises:
-        ValueError: an unknown sweep or a bad file; and as `run` does.
-    """
+    """Run the sweeps of these names, or all, and put their tables into ``target``; see `run`."""
     outcomes = []
     for wanted in results.sweeps(names, target):
         found = run([wanted.notebook], wanted.parameters, list(wanted.over.items()), **options)
@@ -172,10 +149,7 @@ def sweep(
 
 
 def refresh(names: Sequence[str] = (), folder: Path = NOTEBOOKS) -> list[Outcome]:
-    """Execute notebooks in place, at their own parameters; one that fails stays as it was.
-
-    Progress bars are left out, so that a stored notebook shows results alone.
-    """
+    """Execute notebooks in place, at their own parameters; one that fails stays as it was."""
 
     def put(planned: Run, done: Done) -> Outcome:
         path = planned.notebook
@@ -183,10 +157,8 @@ def refresh(names: Sequence[str] = (), folder: Path = NOTEBOOKS) -> list[Outcome
             files.put(path, cleaned(done.files[path.name].decode()))
         return Outcome(path.stem, path, done.seconds, done.error)
 
-    runs = [
-        Run(path, path.read_text("utf-8"), None, {}, True, Path(path.stem))
-        for path in find(names, folder)
-    ]
+    paths = find(names, folder)
+    runs = [Run(path, path.read_text("utf-8"), None, {}, True, Path(path.stem)) for path in paths]
     with sweeps.local(1) as client:
         return _shown(sweeps.complete(client, runs, put, PATIENCE), len(runs), progress=True)
 
@@ -194,7 +166,7 @@ def refresh(names: Sequence[str] = (), folder: Path = NOTEBOOKS) -> list[Outcome
 def _shown(
     outcomes: Iterable[Outcome | int], total: int, progress: bool, line: float = LINE
 ) -> list[Outcome]:
-    """All outcomes; meanwhile a bar, or a line a minute where there is no terminal."""
+    """All outcomes; meanwhile a bar, or a line per minute where there is no terminal."""
     found: list[Outcome] = []
     running = failed = 0
     start = noted = clock.now()
@@ -218,37 +190,28 @@ def _shown(
 
 
 def _publish(place: Path, figures: Path) -> None:
-    """Copy a run's pictures and tables, all of them or none, with the folder to itself."""
+    """Copy a run's pictures and tables, all of them or none, one process at a time."""
     with files.alone(figures), files.unfinished(figures) as stage:
         new, old = stage / "new", stage / "old"
         shutil.copytree(place, new, ignore=shutil.ignore_patterns("*.ipynb", "*.json"))
         old.mkdir()
-        names = [path.name for path in new.iterdir()]
-        for name in names:
-            if (figures / name).exists():
-                shutil.copy2(figures / name, old / name)
-        try:
-            for name in names:
-                (new / name).replace(figures / name)
-        except BaseException:
-            for name in names:
-                if (old / name).exists():
-                    (old / name).replace(figures / name)
+        with contextlib.ExitStack() as undo:
+            for path in [*new.iterdir()]:
+                target, copy = figures / path.name, old / path.name
+                if target.exists():
+                    shutil.copy2(target, copy)
+                    undo.callback(copy.replace, target)
                 else:
-                    (figures / name).unlink(missing_ok=True)
-            raise
+                    undo.callback(target.unlink, missing_ok=True)
+                path.replace(target)
+            undo.pop_all()  # all are in place
 
 
 def report(outcomes: Sequence[Outcome]) -> str:
-    """A table of the outcomes, one a line; of many, the failed ones and a count of the others.
-
-    >>> print(report([Outcome("a", Path("runs/a/own-1"), 2.0)]))
-    notebook  outcome  seconds  results
-    a         ok           2.0  runs/a/own-1
-    """
+    """A table of the outcomes; of many, only the failed ones and the number of the others."""
     listed = [outcome for outcome in outcomes if outcome.error or len(outcomes) <= LISTED]
     width = max((len(outcome.name) for outcome in listed), default=8)
-    lines = [f"{'notebook':<{width}}  {'outcome':<7}  seconds  results"] if listed else []
+    lines = [f"{'notebook':<{width}}  outcome  seconds  results"] if listed else []
     for outcome in listed:
         name, status = f"{outcome.name:<{width}}", "failed" if outcome.error else "ok"
         lines.append(f"{name}  {status:<7}  {outcome.seconds:7.1f}  {outcome.output}")
@@ -256,33 +219,29 @@ def report(outcomes: Sequence[Outcome]) -> str:
             lines.append(f"    {outcome.error}")
     if len(listed) < len(outcomes):
         lines.append(f"{len(outcomes) - len(listed)} runs ok")
-    figures: dict[str, list[str]] = {}
-    for outcome in sorted(outcomes, key=lambda outcome: outcome.figures == outcome.output):
-        beside = outcome.figures == outcome.output
-        place = "beside the executed notebook" if beside else f"in {outcome.figures}"
+    figures: dict[str, dict[str, None]] = {}
+    for outcome in outcomes:
         if outcome.figures:
-            figures.setdefault(place, []).append(outcome.name)
-    for place, names in figures.items():
-        lines.append(f"figures {place}: {', '.join(dict.fromkeys(names))}")
+            beside = outcome.figures == outcome.output
+            place = "beside the executed notebook" if beside else f"in {outcome.figures}"
+            figures.setdefault(place, {})[outcome.name] = None
+    for place, names in sorted(figures.items(), reverse=True):  # "in FOLDER" first
+        lines.append(f"figures {place}: {', '.join(names)}")
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line, ``python -m svdlib``; returns the exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["lab"]:  # all other arguments are JupyterLab's
-        return lab.main(arguments[1:])
-    rest = list(arguments)
-    given, over = _take_parameters(rest)
-    parser = _parser()
-    options = vars(parser.parse_args(rest))
-    command = options.pop("command")
-    if command == "run":
-        options |= {"given": given, "over": over}
-    elif given or over:
-        parser.error(f"-p and --over belong to run, not to {command}")
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        outcomes = COMMANDS[command](**options)
+        if arguments[:1] == ["lab"]:  # all other arguments are JupyterLab's
+            return lab.main(arguments[1:])
+        for index in range(len(arguments) - 2):
+            if arguments[index] in ("-p", "--parameter", "--over"):
+                # With a blank first, argparse takes a value that begins with a dash for no option.
+                arguments[index + 2] = " " + arguments[index + 2]
+        options = vars(_parser().parse_args(arguments))
+        outcomes = COMMANDS[options.pop("command")](**options)
     except (ValueError, OSError) as error:
         print(f"svdlib: {error}", file=sys.stderr)
         return 2
@@ -302,7 +261,7 @@ def _collect(out: Path, notebook: str, table: str) -> None:
 
 
 COMMANDS: dict[str, Callable[..., list[Outcome] | None]] = {
-    "run": run,
+    "run": lambda given, **options: run(given=dict(given), **options),
     "sweep": sweep,
     "refresh": refresh,
     "readme": readme.write,
@@ -323,49 +282,20 @@ def _parser() -> argparse.ArgumentParser:
     notebooks = argparse.ArgumentParser(add_help=False)
     notebooks.add_argument("names", nargs="*", metavar="NOTEBOOK", help="01_baseline …; all")
 
-    rebuild = "execute notebooks, rebuild figures"
-    both = [many, notebooks]
-    runner = commands.add_parser("run", help=rebuild, parents=both, allow_abbrev=False)
-    # Here for --help alone: `_take_parameters` takes both out before, unless the value is missing.
-    pair = argparse.SUPPRESS
-    runner.add_argument("-p", "--parameter", nargs=2, default=pair, metavar=("NAME", "VALUE"))
-    runner.add_argument("--over", nargs=2, default=pair, metavar=("NAME", "1,2,3|0:100:10"))
-    runner.add_argument(
-        "--figures",
-        type=Path,
-        help="folder for the figures (figures at a notebook's own parameters, else beside it)",
-    )
-    swept = commands.add_parser("sweep", help="measure what is in results/", parents=[many])
+    add, both = commands.add_parser, [many, notebooks]
+    runner = add("run", help="execute notebooks, rebuild figures", parents=both, allow_abbrev=False)
+    unguarded = methodcaller("removeprefix", " ")  # see `main`
+    pair: dict[str, Any] = {"nargs": 2, "action": "append", "default": [], "type": unguarded}
+    runner.add_argument("-p", "--parameter", dest="given", metavar=("NAME", "VALUE"), **pair)
+    runner.add_argument("--over", metavar=("NAME", "1,2,3|0:100:10"), **pair)
+    where = "folder for the figures (figures at a notebook's own parameters, else beside it)"
+    runner.add_argument("--figures", type=Path, help=where)
+    swept = add("sweep", help="measure what is in results/", parents=[many])
     swept.add_argument("names", nargs="*", metavar="NAME", help="of results/NAME.toml; all")
-    in_place = "execute notebooks in place, for committing"
-    commands.add_parser("refresh", help=in_place, parents=[notebooks])
-    commands.add_parser("lab", help="open copies of the notebooks in JupyterLab, with its options")
-    commands.add_parser("readme", help="write the README's numbers from results/")
-    one_table = "one CSV of a table of all runs of a notebook"
-    gather = commands.add_parser("collect", help=one_table, parents=[out])
+    add("refresh", help="execute notebooks in place, for committing", parents=[notebooks])
+    add("lab", help="open copies of the notebooks in JupyterLab, with its options")
+    add("readme", help="write the README's numbers from results/")
+    gather = add("collect", help="one CSV of a table of all runs of a notebook", parents=[out])
     gather.add_argument("notebook", help="such as 04_comparison")
     gather.add_argument("table", help="such as 04_error_by_rank")
     return parser
-
-
-def _take_parameters(arguments: list[str]) -> tuple[dict[str, str], list[tuple[str, Values]]]:
-    """Take each ``-p NAME VALUE`` and ``--over NAME VALUES`` out; a value may begin with a dash.
-
-    >>> arguments = ["run", "-p", "rate", "-1e-3", "--over", "rank", "-1,2", "--jobs", "2"]
-    >>> _take_parameters(arguments), arguments
-    (({'rate': '-1e-3'}, [('rank', '-1,2')]), ['run', '--jobs', '2'])
-    """
-    given: dict[str, str] = {}
-    over: list[tuple[str, Values]] = []
-    place = 0
-    while place < len(arguments) - 2:
-        option, name, value = arguments[place : place + 3]
-        if option not in ("-p", "--parameter", "--over"):
-            place += 1
-            continue
-        del arguments[place : place + 3]
-        if option == "--over":
-            over.append((name, value))
-        else:
-            given[name] = value
-    return given, over

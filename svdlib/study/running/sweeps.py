@@ -23,54 +23,28 @@ from pathlib import Path
 import dask
 import nbformat
 import psutil
-from distributed import (
-    CancelledError,
-    Client,
-    Future,
-    KilledWorker,
-    LocalCluster,
-    get_worker,
-    wait,
-)
+from distributed import CancelledError, Client, Future, KilledWorker, LocalCluster, get_worker, wait
 from distributed.comm import CommClosedError
 
 import svdlib
 from svdlib import clock, files
 from svdlib.study.running.execute import Done, cores, environment, execute, guards
-from svdlib.study.running.parameters import (
-    Values,
-    combinations,
-    declared,
-    defaults,
-    statements,
-)
+from svdlib.study.running.parameters import Values, combinations, declared, defaults, statements
 
-# A run whose worker or kernel was killed is tried so often in all.
-TRIES = 3
-
-# Parameters on which no result depends.
-ASIDE = {"figures", "progress"}
+TRIES = 3  # of a run whose worker or kernel is killed
+ASIDE = {"figures", "progress"}  # parameters on which no result depends
 
 
 @dataclass(frozen=True)
 class Run:
-    """A notebook with a set of parameters.
-
-    Attributes:
-        notebook: the file.
-        text: what travels to a worker: the notebook without outputs, as JSON.
-        parameters: the values given; None leaves the notebook as it is.
-        everything: these and the notebook's own, as far as results depend on them.
-        own: whether ``everything`` is the notebook's own alone.
-        place: the folder of its results, ``NOTEBOOK/NAME=VALUE,…-HASH``.
-    """
+    """A notebook with a set of parameters."""
 
     notebook: Path
-    text: str
-    parameters: dict[str, object] | None
-    everything: dict[str, object]
-    own: bool
-    place: Path
+    text: str  # what travels to a worker: the notebook without outputs, as JSON
+    parameters: dict[str, object] | None  # the values given; None leaves the notebook as it is
+    everything: dict[str, object]  # these and the notebook's own, if results depend on them
+    own: bool  # whether ``everything`` is the notebook's own
+    place: Path  # the folder of its results, ``NOTEBOOK/NAME=VALUE,…-HASH``
 
 
 @dataclass(frozen=True)
@@ -93,33 +67,25 @@ def plan(
 ) -> list[Run]:
     """All requested runs: each notebook with each combination of the parameters that it has.
 
-    Args:
-        here: whether they run on this machine, so that the device must be one of its own.
-
-    Raises:
-        ValueError: as `combinations`, for any of them; what a notebook's own check refuses.
+    If they run ``here``, on this machine, the device must be one of its own.
     """
     runs: dict[Path, Run] = {}
     for notebook in notebooks:
         own, known = defaults(notebook), declared(notebook)
-        content = nbformat.read(notebook, as_version=4)
-        code_cells = [cell for cell in content.cells if cell.cell_type == "code"]
-        for cell in code_cells:
-            cell.outputs, cell.execution_count = [], None
+        content, sources = nbformat.read(notebook, as_version=4), []
+        for cell in content.cells:
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = [], None
+                sources.append(cell.source)
         text = nbformat.writes(content)
-        sources = [cell.source for cell in code_cells]
         quiet = {"progress": False} if own.get("progress") is True else {}  # nobody watches bars
         check = compile(_check(sources), notebook.stem, "exec")
-        for parameters in combinations(
-            notebook,
-            {name: value for name, value in given.items() if name in known},
-            [(name, values) for name, values in over if name in known],
-        ):
+        fixed = {name: value for name, value in given.items() if name in known}
+        varied = [(name, values) for name, values in over if name in known]
+        for parameters in combinations(notebook, fixed, varied):
             everything = {k: v for k, v in (own | parameters).items() if k not in ASIDE}
             changed = {
-                name: value
-                for name, value in parameters.items()
-                if name in everything and (name not in own or own[name] != value)
+                k: v for k, v in parameters.items() if k in everything and own.get(k, ...) != v
             }
             local_device = {} if here and "device" in changed else {"device": "auto"}
             try:
@@ -134,7 +100,7 @@ def plan(
 
 
 def _check(sources: Iterable[str]) -> str:
-    """A notebook's check of its parameters: a line ``NAME.check(globals())``, after its import."""
+    """A notebook's line ``NAME.check(globals())``, which checks its parameters, and its import."""
     for source in sources:
         if called := re.search(r"^(\w+)\.check\(globals\(\)\)$", source, re.MULTILINE):
             lines = [line for line in statements(source) if isinstance(line, ast.ImportFrom)]
@@ -145,11 +111,7 @@ def _check(sources: Iterable[str]) -> str:
 
 
 def lacking(notebooks: Sequence[Path], names: Sequence[str]) -> dict[str, list[str]]:
-    """For each of these parameters, the notebooks that don't have it.
-
-    Raises:
-        ValueError: a parameter that none of them has; ``figures``, which each run sets for itself.
-    """
+    """For each of these parameters, the notebooks that lack it; a ValueError if all do."""
     if "figures" in names:
         raise ValueError("each run has a folder for its figures; give --figures for the last step")
     known = {notebook.stem: declared(notebook) for notebook in notebooks}
@@ -159,17 +121,13 @@ def lacking(notebooks: Sequence[Path], names: Sequence[str]) -> dict[str, list[s
             which = f"{without[0]} has no" if len(known) == 1 else "no notebook has a"
             listed = ", ".join(dict.fromkeys(itertools.chain(*known.values()))) or "none"
             raise ValueError(f"{which} parameter {name!r}; known: {listed}")
-    return found
+    return {name: without for name, without in found.items() if without}
 
 
 def _name(
     sources: Sequence[str], changed: Mapping[str, object], everything: Mapping[str, object]
 ) -> str:
-    """What differs from the notebook's own parameters, for a person, and a hash of everything.
-
-    >>> _name([], {"rank": 5}, {"rank": 5, "every": "epoch"})[:7]
-    'rank=5-'
-    """
+    """What differs from the notebook's own parameters, for a person, and a hash of everything."""
     content = json.dumps([sources, everything, code()], sort_keys=True, default=repr)
     summary = ",".join(f"{name}={value}" for name, value in changed.items())
     summary = re.sub(r"[^\w.,=+-]+", "_", summary)[:80] or "own"
@@ -186,7 +144,7 @@ def code() -> str:
     return digest.hexdigest()[:12]
 
 
-def fit() -> str:
+def versions() -> str:
     """What a worker and its client must have in common."""
     return f"Python {platform.python_version()}, svdlib {version('svdlib')} (code {code()})"
 
@@ -202,7 +160,7 @@ def local(jobs: int) -> Iterator[Client]:
         "distributed.scheduler.allowed-failures": 0,
         "distributed.worker.profile.enabled": False,  # would cost some hundredths of a core
     }
-    with environment(), dask.config.set(settings):  # Dask sets some of it for its workers
+    with environment(), dask.config.set(settings):  # which Dask changes for its workers
         try:
             cluster = LocalCluster(
                 n_workers=jobs,
@@ -214,9 +172,7 @@ def local(jobs: int) -> Iterator[Client]:
                 env={"OMP_NUM_THREADS": str(threads)},
             )
         except RuntimeError:
-            raise ChildProcessError(
-                "a worker ended while it started; the same command completes what is missing"
-            ) from None
+            raise ChildProcessError("a worker ended while it started; try again") from None
         with cluster, Client(cluster) as client:
             try:
                 yield client
@@ -232,9 +188,9 @@ def _kill(cluster: LocalCluster) -> None:
         if nanny.process and nanny.process.pid:
             with contextlib.suppress(psutil.NoSuchProcess):
                 worker = psutil.Process(nanny.process.pid)
-                below = worker.children(recursive=True)
+                children = worker.children(recursive=True)
                 worker.kill()
-                _end(psutil.wait_procs(below, timeout=20)[1])
+                _end(psutil.wait_procs(children, timeout=20)[1])
 
 
 def _end(processes: Iterable[psutil.Process]) -> None:
@@ -244,13 +200,12 @@ def _end(processes: Iterable[psutil.Process]) -> None:
 
 
 def _end_children() -> None:
-    children = psutil.Process().children(recursive=True)
-    _end(child for child in children if child.pid not in guards)
+    _end(child for child in psutil.Process().children(recursive=True) if child.pid not in guards)
 
 
 @contextlib.contextmanager
 def connected(address: str) -> Iterator[Client]:
-    """A scheduler's client, if it answers and all have this Python and svdlib; else a ValueError."""
+    """A client of the scheduler, if that answers, and it and its workers have these versions."""
     try:
         client = Client(address, timeout=10)
     except Exception as error:  # noqa: BLE001 - a bad address, another protocol, no certificate
@@ -259,37 +214,35 @@ def connected(address: str) -> Iterator[Client]:
         ) from None
     with client:
         try:
-            scheduler = client.run_on_scheduler(fit)
+            scheduler = client.run_on_scheduler(versions)
         except Exception as error:  # noqa: BLE001 - it has no svdlib, or an old one
             raise ValueError(f"the scheduler can't import this svdlib: {error}") from None
-        _check_fit("(the scheduler)", scheduler, fit())
-        for worker, found in client.run(fit, on_error="return").items():
-            _check_fit(worker, found, fit())
+        _check_versions("(the scheduler)", scheduler, versions())
+        for worker, found in client.run(versions, on_error="return").items():
+            _check_versions(worker, found, versions())
         yield client
 
 
-def _check_fit(worker: str, found: object, wanted: str) -> None:
-    if found != wanted:
-        raise ValueError(
-            f"worker {worker} has {found}, this client {wanted}; install the same on both"
-        )
+def _check_versions(worker: str, found: object, client: str) -> None:
+    if found != client:
+        raise ValueError(f"worker {worker} has {found}, this client {client}; install the same")
 
 
 def _workers(client: Client) -> int:
-    """How many there are, each with one thread, since a process can run one notebook at a time."""
-    threads_of = client.nthreads()
-    for worker, threads in threads_of.items():
+    """The number of workers, each with one thread: a process can run one notebook at a time."""
+    workers = client.nthreads()
+    for worker, threads in workers.items():
         if threads != 1:
             raise ValueError(
                 f"worker {worker} has {threads} threads; start workers with --nthreads 1, "
                 "and as many as runs shall go at a time"
             )
-    return len(threads_of)
+    return len(workers)
 
 
-def _work(wanted: str, run: Run, home: str) -> Done:
+def _work(client: str, run: Run, home: str) -> Done:
     """On a worker: see `execute`."""
-    _check_fit(get_worker().address, fit(), wanted)
+    _check_versions(get_worker().address, versions(), client)
     threads = os.environ.get("OMP_NUM_THREADS", str(cores()))
     # Where these are not set, Dask's own default is one thread.
     os.environ.update(dict.fromkeys(("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads))
@@ -305,23 +258,15 @@ def complete(
     keep: Callable[[Run, Done], Outcome],
     patience: float = math.inf,
 ) -> Generator[Outcome | int]:
-    """Execute runs on a client's workers, and ``keep`` the results of each as they come.
+    """Execute runs on a client's workers; yield outcomes, and each second the runs under way.
 
-    As many are under way as there are workers, those included that join later, so that neither
-    the client nor the scheduler holds more. (Dask's own retries would not do: a worker's death
-    also counts against the runs that wait for it, its limit is each scheduler's to set, and a
-    kernel that is ended at Ctrl-C would be tried again.) A run whose worker or kernel was killed
-    is tried again, `TRIES` times in all. If this ends early, the kernels under way end too.
+    ``keep`` stores the results of a run. As many runs are under way as there are workers, also
+    those that join later, so that neither the client nor the scheduler holds more. If there is
+    none for ``patience`` seconds, or the scheduler is lost, a ConnectionError is raised. If this
+    ends early, the kernels under way end too.
 
-    Args:
-        patience: seconds to wait for a worker while there is none.
-
-    Yields:
-        each outcome, and at least once a second how many runs are under way.
-
-    Raises:
-        ConnectionError: the scheduler is lost, or all workers.
-        ValueError: a worker that joined later does not fit.
+    Dask's own retries would not do: a worker's death also counts against the runs that wait for
+    it, each scheduler sets its own limit, and a kernel ended at Ctrl-C would be tried again.
     """
     left = [(run, 1) for run in reversed(runs)]
     under_way: dict[Future, tuple[Run, int]] = {}
@@ -333,7 +278,7 @@ def complete(
                 run, number = left.pop()
                 key = f"{run.place}-{number}-{os.urandom(4).hex()}"
                 home = str(run.notebook.parent.resolve())
-                future = client.submit(_work, fit(), run, home, key=key, pure=False)
+                future = client.submit(_work, versions(), run, home, key=key, pure=False)
                 under_way[future] = run, number
             seen = clock.now() if workers else seen
             if clock.now() - seen > patience:
@@ -362,14 +307,13 @@ def complete(
 
 
 def _first(under_way: Mapping[Future, object]) -> set[Future]:
-    """The runs that are done, within a second."""
+    """The runs that are done, after a second at the latest."""
     if not under_way:
         time.sleep(1)
         return set()
-    try:
+    with contextlib.suppress(TimeoutError):
         return set(wait(list(under_way), timeout=1, return_when="FIRST_COMPLETED").done)
-    except TimeoutError:
-        return set()
+    return set()
 
 
 def _result(future: Future) -> Done:
@@ -387,9 +331,10 @@ def _result(future: Future) -> Done:
 
 
 def save(run: Run, done: Done, out: Path) -> Outcome:
-    """Put a run's results into its folder, whole or not at all; a failed run's beside it."""
+    """Put a run's results into its folder, complete or not at all; a failed run's beside it."""
     place = out / run.place
     failed = place.with_name(f"{place.name}.failed")
+    target = failed if done.error else place
     about = {
         "notebook": run.notebook.stem,
         "parameters": run.everything,
@@ -398,7 +343,6 @@ def save(run: Run, done: Done, out: Path) -> Outcome:
         **done.about,
         **({"error": done.error} if done.error else {}),
     }
-    target = failed if done.error else place
     with files.complete_folder(target) as part:
         for name, content in done.files.items():
             (part / name).write_bytes(content)

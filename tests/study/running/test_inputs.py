@@ -150,8 +150,8 @@ def test_a_share_passes_exactly_where_rank_one_is_within_it(between, share):
                                torch.rand(2, 784), torch.tensor([0, 1]))  # fmt: skip
     full = sum(parameter.numel() for parameter in net.parameters())
     within = ones["parameters"] <= int(share * full)
-    told = refusal({"shares": [share], "sizes": [784, *between, 10]}, "06_rank_revealer")
-    assert ("each of shares" not in str(told)) == within
+    message = refusal({"shares": [share], "sizes": [784, *between, 10]}, "06_rank_revealer")
+    assert ("each of shares" not in str(message)) == within
 
 
 @few
@@ -183,10 +183,10 @@ def test_a_race_that_passes_is_run_by_all(m, n, rank):
 
 
 def test_the_notebook_stops_at_the_cell_that_reads_its_parameters_and_the_command_before(tmp_path):
-    told = "rank must be at most 14, below the full rank of the first layer, not 20"
+    message = "rank must be at most 14, below the full rank of the first layer, not 20"
     text = (FOLDER / "03_truncsvd.ipynb").read_text()
-    assert execute(text, "a", {"rank": 20}, str(tmp_path)).error == f"cell 3: ValueError: {told}"
-    with pytest.raises(ValueError, match=f"^03_truncsvd: {told}$"):
+    assert execute(text, "a", {"rank": 20}, str(tmp_path)).error == f"cell 3: ValueError: {message}"
+    with pytest.raises(ValueError, match=f"^03_truncsvd: {message}$"):
         runner.run(["03_truncsvd"], {"rank": "20"}, out=tmp_path, folder=FOLDER)
     assert not list(tmp_path.iterdir()), "nothing is begun"
 

@@ -92,8 +92,8 @@ def test_of_a_worker_killed_for_memory_the_notebook_is_named_and_the_others_go_o
     write(folder, "a", KILLED)
     write(folder, "b", "open(f'{figures}/b.csv', 'w').close()")
     assert runner.main(["run", "--scheduler", scheduler]) == 1
-    told = capsys.readouterr().out
-    assert "its worker was killed (3 tries)" in told and "\na " in told
+    printed = capsys.readouterr().out
+    assert "its worker was killed (3 tries)" in printed and "\na " in printed
     assert [path.name for path in Path("figures").iterdir()] == ["b.csv"]
 
 
@@ -102,8 +102,8 @@ def test_refresh_too_goes_on_after_a_killed_worker(folder, capsys):
     good = write(folder, "b", "print(2 + 3)")
     before = killed.read_bytes()
     assert runner.main(["refresh"]) == 1
-    told = capsys.readouterr().out
-    assert "its worker was killed" in told and "\na " in told
+    printed = capsys.readouterr().out
+    assert "its worker was killed" in printed and "\na " in printed
     assert killed.read_bytes() == before
     assert nbformat.read(good, as_version=4).cells[-1].outputs[0].text == "5\n"
 

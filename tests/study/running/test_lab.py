@@ -47,8 +47,10 @@ def test_copies_follow_the_notebooks_until_they_are_changed(folder):
     for name in ("a", "b"):
         write(folder / f"{name}.ipynb", "2 + 2")
     for _ in range(2):
-        (told,) = lab.copies()
-        assert told.startswith("lab/a.ipynb has changes of yours and stays; notebooks/a.ipynb has")
+        (message,) = lab.copies()
+        assert message.startswith(
+            "lab/a.ipynb has changes of yours and stays; notebooks/a.ipynb has"
+        )
         assert source("lab/a.ipynb") == "mine" and source("lab/b.ipynb") == "2 + 2"
     Path("lab/a.ipynb").rename("lab/mine.ipynb")
     assert lab.copies() == []
@@ -58,8 +60,8 @@ def test_copies_follow_the_notebooks_until_they_are_changed(folder):
 def test_copies_of_whom_nothing_is_recorded_are_taken_for_the_user_s(folder):
     Path("lab").mkdir()
     write(Path("lab/a.ipynb"), "mine")
-    (told,) = lab.copies()
-    assert "lab/a.ipynb has changes of yours" in told and source("lab/a.ipynb") == "mine"
+    (message,) = lab.copies()
+    assert "lab/a.ipynb has changes of yours" in message and source("lab/a.ipynb") == "mine"
 
 
 def test_runs_and_figures_are_in_reach(folder):
@@ -70,12 +72,12 @@ def test_runs_and_figures_are_in_reach(folder):
     assert os.readlink("lab/runs") == os.path.join("..", "runs"), "the project may be moved"
 
 
-def test_what_can_not_be_is_told_in_a_line(folder, capsys):
+def test_what_can_not_be_is_reported_in_a_line(folder, capsys):
     Path("lab").write_text("mine")
-    assert lab.main() == 2
-    told = capsys.readouterr().err
-    assert "lab is to be the folder of the copies, but is a file" in told
-    assert len(told.splitlines()) == 1 and Path("lab").read_text() == "mine"
+    assert runner.main(["lab"]) == 2
+    errors = capsys.readouterr().err
+    assert "lab is to be the folder of the copies, but is a file" in errors
+    assert len(errors.splitlines()) == 1 and Path("lab").read_text() == "mine"
 
 
 @pytest.mark.parametrize(("user", "allowed"), [(0, True), (1000, False)])
@@ -127,7 +129,7 @@ def test_jupyterlab_shows_and_saves_the_copies(folder):
         end = time.monotonic() + 300
         while True:
             try:
-                there = {each["name"] for each in ask("")["content"]}
+                there = {entry["name"] for entry in ask("")["content"]}
                 break
             except OSError:
                 log = Path("log").read_text()

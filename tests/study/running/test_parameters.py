@@ -52,13 +52,13 @@ def test_values_take_the_declared_type(notebook, name, text, value):
 def test_every_combination(notebook):
     over = [("seeds", "0:6:3"), ("sizes", "[1, 2],[3]"), ("dataset", "MNIST, KMNIST")]
     found = parameters.combinations(notebook, {"rate": "1"}, over)
-    assert len(found) == 8 and all(each["rate"] == 1.0 for each in found)
+    assert len(found) == 8 and all(values["rate"] == 1.0 for values in found)
     assert found[0] == {"rate": 1.0, "seeds": 0, "sizes": [1, 2], "dataset": "MNIST"}
     assert found[-1] == {"rate": 1.0, "seeds": 3, "sizes": [3], "dataset": "KMNIST"}
     assert parameters.combinations(notebook, {}) == [{}]
     assert len(parameters.combinations(notebook, {}, [("seeds", "1,1,2")])) == 2
     down = parameters.combinations(notebook, {}, [("seeds", "2:-1:-1")])
-    assert [each["seeds"] for each in down] == [2, 1, 0]
+    assert [values["seeds"] for values in down] == [2, 1, 0]
 
 
 @pytest.mark.parametrize(

@@ -84,11 +84,11 @@ def test_only_a_notebook_s_own_parameters_change_the_study_s_figures(
     status = runner.main(["run", *arguments, "--scheduler", scheduler])
     assert Path("figures/MNIST.csv").read_text() == "the study's"
     assert len(list(Path("figures").iterdir())) == 1
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     if "--figures" in arguments:
-        assert status == 2 and "is for the study's notebooks at their own parameters" in told.err
+        assert status == 2 and "is for the study's notebooks at their own parameters" in printed.err
     else:
-        assert status == 0 and "figures beside the executed notebook: good" in told.out
+        assert status == 0 and "figures beside the executed notebook: good" in printed.out
         assert list(Path("runs").glob("good/*/MNIST.csv"))
 
 
@@ -107,20 +107,20 @@ THREE = {"a.csv": b"new", "b.png": b"new", "c.csv": b"new", "x.ipynb": b"", "run
 def test_figures_are_put_in_place_all_or_none(tmp_path, monkeypatch, function, call):
     """Whichever copy or move fails; on a full disk, say."""
     place, figures = tmp_path / "run", tmp_path / "figures"
-    for each in (place, figures):
-        each.mkdir()
+    for folder in (place, figures):
+        folder.mkdir()
     for name, content in THREE.items():
         (place / name).write_bytes(content)
     for name in ("a.csv", "c.csv"):
         (figures / name).write_bytes(b"old")
     calls = []
 
-    def failing(whole):
+    def failing(original):
         def fails(*arguments, **more):
             calls.append(arguments)
             if len(calls) == call:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return whole(*arguments, **more)
+            return original(*arguments, **more)
 
         return fails
 
@@ -144,7 +144,7 @@ def test_two_runs_at_once_do_not_mix_their_figures(tmp_path, monkeypatch):
         (tmp_path / run).mkdir()
         for name in ("a.csv", "b.csv"):
             (tmp_path / run / name).write_text(run)
-    whole, seen = Path.replace, []
+    original, seen = Path.replace, []
     other = threading.Thread(target=runner._publish, args=(tmp_path / "two", figures))
 
     def slow(path, target):
@@ -153,7 +153,7 @@ def test_two_runs_at_once_do_not_mix_their_figures(tmp_path, monkeypatch):
                 other.start()
             other.join(0.3)
             seen.append(other.is_alive())
-        return whole(path, target)
+        return original(path, target)
 
     monkeypatch.setattr(Path, "replace", slow)
     runner._publish(tmp_path / "one", figures)
@@ -177,7 +177,7 @@ def test_a_failure_is_named_and_the_others_go_on(folder, scheduler, capsys):
 
 
 def test_kernels_at_a_time_share_the_cores(folder, monkeypatch):
-    """And heed the threads that are asked for, as far as there are."""
+    """And use as many threads as requested, if there are as many."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = dict(os.environ)
     threads = (
@@ -234,9 +234,9 @@ def test_a_parameter_goes_to_the_notebooks_that_have_it(folder, scheduler, capsy
     nbformat.write(new_notebook(cells=cells), folder / "without.ipynb")
     command = ["run", "-p", "seeds", "3", "--scheduler", scheduler]
     assert runner.main([*command, "--dry-run"]) == 0
-    told = capsys.readouterr()
-    assert "seeds is no parameter of without" in told.err
-    runs = [line.split("-")[0] for line in told.out.splitlines()]
+    printed = capsys.readouterr()
+    assert "seeds is no parameter of without" in printed.err
+    runs = [line.split("-")[0] for line in printed.out.splitlines()]
     assert runs == ["one/seeds=3", "two/seeds=3", "without/own"]
     assert runner.main(command) == 0
     assert "seeds is no parameter of without" in capsys.readouterr().err
@@ -270,8 +270,8 @@ def test_what_a_notebook_would_refuse_is_refused_before_a_kernel_starts(
     (folder / "good.ipynb").write_text(text)
     monkeypatch.setattr(runner.sweeps, "local", None)
     assert runner.main(["run", *arguments]) == 2
-    told = capsys.readouterr().err
-    assert message in told and len(told.splitlines()) == 1 and not Path("figures").exists()
+    printed = capsys.readouterr().err
+    assert message in printed and len(printed.splitlines()) == 1 and not Path("figures").exists()
     if "device" in arguments:  # a worker elsewhere may have it
         (run,) = runner.sweeps.plan([folder / "good.ipynb"], {"device": "quantum"}, here=False)
         assert run.parameters["device"] == "quantum"
@@ -305,8 +305,8 @@ def test_a_signal_stops_the_kernels(folder, command, number, status):
     slow = write(folder, "slow", "open('started', 'w').close(); import time; time.sleep(600)")
     before = slow.read_bytes()
     # A shell that puts make into the background has its children ignore Ctrl-C.
-    heed = "import signal as s, runpy; s.signal(s.SIGINT, s.default_int_handler); "
-    code = heed + "runpy.run_module('svdlib', run_name='__main__')"
+    enable = "import signal as s, runpy; s.signal(s.SIGINT, s.default_int_handler); "
+    code = enable + "runpy.run_module('svdlib', run_name='__main__')"
     process = subprocess.Popen(
         [sys.executable, "-c", code, command, "slow"], stderr=subprocess.PIPE
     )
@@ -318,9 +318,9 @@ def test_a_signal_stops_the_kernels(folder, command, number, status):
     assert kernels
     os.kill(process.pid, number)
     assert process.wait(timeout=30) == status
-    told = process.stderr.read().decode().splitlines()
-    assert "svdlib: stopped; the kernels are stopped too" in told
-    assert len(told) <= 3, "no traceback"
+    printed = process.stderr.read().decode().splitlines()
+    assert "svdlib: stopped; the kernels are stopped too" in printed
+    assert len(printed) <= 3, "no traceback"
     assert psutil.wait_procs(kernels, timeout=10)[1] == []
     assert slow.read_bytes() == before
     assert not list(Path().glob("figures/*")) and not list(Path().glob("runs/*/*"))
@@ -335,11 +335,19 @@ def test_a_notebook_is_run_once_and_one_name_means_one_file(folder, tmp_path):
         parameters.find(["good", str(other)])
 
 
-def test_values_may_begin_with_a_dash(folder, scheduler):
+def test_values_may_begin_with_a_dash(folder, scheduler, capsys):
     write(folder, "good", "open(f'{figures}/out', 'w').write(f'{rate} {dataset}')")
     given = ["-p", "rate", "-1e-3", "--parameter", "dataset", "-x", "--figures", "mine"]
     assert runner.main(["run", *given, "--scheduler", scheduler]) == 0
     assert Path("mine/out").read_text() == "-0.001 -x"
+    over = ["--over", "rate", "-1,-2.5", "--over", "dataset", "-p"]
+    capsys.readouterr()
+    assert runner.main(["run", *over, "--dry-run"]) == 0
+    places = capsys.readouterr().out.splitlines()
+    assert [place[:-9] for place in places] == [
+        "good/rate=-1.0,dataset=-p",
+        "good/rate=-2.5,dataset=-p",
+    ]
 
 
 def test_a_notebook_without_a_kernelspec_runs(folder, scheduler):
@@ -356,16 +364,16 @@ def test_a_notebook_without_a_kernelspec_runs(folder, scheduler):
 def test_what_is_no_notebook_is_said_to_be_none(folder, capsys, content):
     (folder / "bad.ipynb").write_bytes(content.encode("latin1"))
     assert runner.main(["run"]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("svdlib: notebooks/bad.ipynb") and len(told.splitlines()) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("svdlib: notebooks/bad.ipynb") and len(printed.splitlines()) == 1
 
 
 def test_elsewhere_than_in_a_terminal_a_line_a_minute(capsys):
     done, failed = Outcome("a", Path("a"), 1.0), Outcome("a", Path("a"), 1.0, "1 / 0")
     assert runner._shown([2, done, 2, failed], 4, progress=True, line=0) == [done, failed]
-    told = capsys.readouterr().err.splitlines()
-    assert told[0] == "0 of 4 done, 2 running, 0 failed, time left unknown"
-    assert told[-1].startswith("2 of 4 done, 2 running, 1 failed, some 0 min left")
+    printed = capsys.readouterr().err.splitlines()
+    assert printed[0] == "0 of 4 done, 2 running, 0 failed, time left unknown"
+    assert printed[-1].startswith("2 of 4 done, 2 running, 1 failed, some 0 min left")
     runner._shown([2, done], 2, progress=True)
     runner._shown([2, done], 2, progress=False, line=0)
     assert capsys.readouterr().err == ""
@@ -377,7 +385,7 @@ def test_of_many_outcomes_the_failed_ones_are_listed():
     assert "failed" in table[1] and table[2:] == ["    1 / 0", "99 runs ok"]
 
 
-def test_an_error_of_another_alphabet_is_told_in_ascii(folder):
+def test_an_error_of_another_alphabet_is_printed_in_ascii(folder):
     write(folder, "one", "raise ValueError('σ is not positive')")
     run = subprocess.run(
         [sys.executable, "-m", "svdlib", "run"],

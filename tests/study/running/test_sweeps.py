@@ -61,12 +61,12 @@ def test_a_place_is_named_for_a_person_and_by_all_that_matters(folder):
     assert name(("n", "2")) != before, "other code, another run"
 
 
-def test_a_sweep_is_kept_resumed_and_collected(folder, scheduler, capsys):
+def test_a_sweep_is_saved_resumed_and_collected(folder, scheduler, capsys):
     write(folder, "a", TABLE, "assert n != 3, 'three'")
     command = ["run", "a", "--scheduler", scheduler, "--over", "n"]
     assert runner.main([*command, "1:5"]) == 1
-    told = capsys.readouterr()
-    assert "AssertionError: three" in told.out and "4 runs\ndashboard: http" in told.err
+    printed = capsys.readouterr()
+    assert "AssertionError: three" in printed.out and "4 runs\ndashboard: http" in printed.err
     assert [place.split("-")[0] for place in places()] == ["a/n=2", "a/n=3", "a/n=4", "a/own"]
     failed = next(Path("runs/a").glob("*.failed"))
     assert failed.name.startswith("n=3-") and (failed / "a.ipynb").is_file()
@@ -77,8 +77,8 @@ def test_a_sweep_is_kept_resumed_and_collected(folder, scheduler, capsys):
     assert sorted(table.square) == [1, 4, 16] and sorted(table.n) == [1, 2, 4]
     before = {path: path.stat().st_mtime_ns for path in Path("runs").glob("*/*/a.ipynb")}
     assert runner.main([*command, "1:5", "--dry-run"]) == 0
-    told = capsys.readouterr()
-    assert "1 run, 3 there already" in told.err and told.out.startswith("a/n=3-")
+    printed = capsys.readouterr()
+    assert "1 run, 3 there already" in printed.err and printed.out.startswith("a/n=3-")
     assert runner.main([*command, "1,2"]) == 0
     assert "0 runs, 2 there already" in capsys.readouterr().err
     assert before == {path: path.stat().st_mtime_ns for path in Path("runs").glob("*/*/a.ipynb")}
@@ -152,8 +152,8 @@ def test_a_late_worker_a_lost_scheduler_and_a_second_go(folder, tmp_path):
         until(places)
         scheduler.kill()
         assert client.wait(timeout=60) == 2
-        told = client.stderr.read().decode().splitlines()
-        assert told[-1] == (
+        printed = client.stderr.read().decode().splitlines()
+        assert printed[-1] == (
             "svdlib: the scheduler is lost; the same command completes what is missing"
         )
         assert [place.split("-")[0] for place in places()] == ["a/own"]
@@ -169,7 +169,7 @@ def test_a_late_worker_a_lost_scheduler_and_a_second_go(folder, tmp_path):
 def test_a_full_disk_stops_with_what_is_there_whole(folder, scheduler, monkeypatch, capsys):
     write(folder, "a", TABLE)
     (run,) = sweeps.plan([folder / "a.ipynb"], {})
-    kept = sweeps.save(run, Done(1.0, {}, {"a.ipynb": b"old"}), Path("runs"))
+    saved = sweeps.save(run, Done(1.0, {}, {"a.ipynb": b"old"}), Path("runs"))
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -177,8 +177,8 @@ def test_a_full_disk_stops_with_what_is_there_whole(folder, scheduler, monkeypat
     monkeypatch.setattr(Path, "write_bytes", full)
     assert runner.main(["run", "--fresh", "--scheduler", scheduler]) == 2
     assert "No space left on device" in capsys.readouterr().err
-    assert (kept.output / "a.ipynb").read_bytes() == b"old"
-    assert [path.name for path in Path("runs/a").iterdir()] == [kept.output.name]
+    assert (saved.output / "a.ipynb").read_bytes() == b"old"
+    assert [path.name for path in Path("runs/a").iterdir()] == [saved.output.name]
 
 
 def test_only_loopback_listens(scheduler):
@@ -200,9 +200,10 @@ def test_a_cluster_of_unlike_workers_is_refused(folder, scheduler, monkeypatch, 
         Client, "run_on_scheduler", lambda *_: "Python 2"
     )  # here it is this process
     assert runner.main(["run", "--scheduler", scheduler]) == 2
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert (
-        "worker (the scheduler) has Python 2" in told and "(code another); install the same" in told
+        "worker (the scheduler) has Python 2" in printed
+        and "(code another); install the same" in printed
     )
     assert places() == []
 
@@ -217,19 +218,19 @@ def test_a_worker_that_joins_later_and_does_not_fit_ends_the_sweep(folder, sched
 
 
 def test_what_ends_a_sweep_ends_its_kernels(folder, scheduler, tmp_path):
-    told = tmp_path / "process"
+    note = tmp_path / "process"
     path = write(
         folder,
         "a",
         "import os, time; open(text + '-', 'w').write(str(os.getpid()))",
         "os.rename(text + '-', text); time.sleep(600)",
     )
-    runs = sweeps.plan([path], {"text": str(told)})
+    runs = sweeps.plan([path], {"text": str(note)})
     with sweeps.connected(scheduler) as client:
         going = sweeps.complete(client, runs, KEEP)
-        while not told.exists():
+        while not note.exists():
             next(going)
-        kernel = psutil.Process(int(told.read_text()))
+        kernel = psutil.Process(int(note.read_text()))
         going.close()
     assert kernel.wait(timeout=30) is None or not kernel.is_running()
 
@@ -245,8 +246,8 @@ def test_another_client_s_result_of_the_same_run_stays(folder, monkeypatch):
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", beaten)
-    kept = sweeps.save(run, Done(1.0, {}, {"a.ipynb": b"ours"}), Path("runs"))
-    assert [path.name for path in kept.output.iterdir()] == ["theirs"]
+    saved = sweeps.save(run, Done(1.0, {}, {"a.ipynb": b"ours"}), Path("runs"))
+    assert [path.name for path in saved.output.iterdir()] == ["theirs"]
     assert len(list(Path("runs/a").iterdir())) == 1
 
 
