@@ -19,7 +19,6 @@ from svdlib.layers.factorize import Fits, factorized, one_after_another
 from svdlib.network.batches import Batch, Batches, first_batch, refuse_generator
 from svdlib.network.calls import Call, Objective
 from svdlib.network.chain import task_of
-from svdlib.network.kinds import Layer
 from svdlib.network.low_rank import low_rank_layers
 from svdlib.network.opened import Network
 from svdlib.network.task import Task
@@ -147,7 +146,13 @@ def compress(
         task.measure()
         one_pass = clock.now() - start
         few = first_batch(inputs.data, BATCH)
-        layers, fits = _fitted(net, net.replaceable(names, few, call), inputs)
+        layers = net.replaceable(names, few, call)
+        own = net.untied(layers)
+        fits: dict[str, Fit | None] = dict.fromkeys(layers.keys() - own)
+        fits |= fits_of(net, own, inputs)
+        if not fits:
+            raise ValueError(f"calibration reaches no layer, such as {own[0]!r}")
+        layers = {name: layer for name, layer in layers.items() if name in fits}
         errors = {name: lost_by(layer, fits[name]) for name, layer in layers.items()}
         costs = counted(net, few, call)
         if (estimate := one_pass * (GRID + 1) * len(layers)) <= seconds:
@@ -162,18 +167,6 @@ def compress(
     sides = pd.DataFrame({name: layer.shape for name, layer in net.layers.items()})
     report = sides.set_axis(["rows", "columns"]).T.join(costs, how="right").join(losses)
     return Compressed(small, ranks, report.rename_axis("layer").reset_index())
-
-
-def _fitted(
-    net: Network, layers: Mapping[str, Layer], inputs: Calibration
-) -> tuple[dict[str, Layer], dict[str, Fit | None]]:
-    """Layers that calibration reaches, and their fits, None where layers share a weight."""
-    own = net.untied(layers)
-    fits: dict[str, Fit | None] = dict.fromkeys(layers.keys() - own)
-    fits |= fits_of(net, own, inputs)
-    if not fits:
-        raise ValueError(f"calibration reaches no layer, such as {own[0]!r}")
-    return {name: layer for name, layer in layers.items() if name in fits}, fits
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,6 @@ class Calibration:
     progress: bool = False
 
     def batches(self) -> Iterator[Batch]:
-        """The batches, from the first on."""
         return batches(self.data, BATCH)
 
     def kept(self, batch: Batch) -> Tensor | None:
@@ -59,9 +58,8 @@ class Calibration:
 class Sums:
     """Sums over a layer's input vectors x (n,): their number, Σ x, and Σ x xᵀ.
 
-    If earlier layers are cut, they are over the inputs x̃ of the cut network, and ``dense`` = Σ x
-    and ``cross`` = Σ x x̃ᵀ are kept too. With g groups all are (g, …). An Embedding's vectors are
-    one-hot, so that Σ x xᵀ is diagonal, (n,).
+    If earlier layers are cut, they are over the inputs x̃ of the cut network, with ``dense`` = Σ x
+    and ``cross`` = Σ x x̃ᵀ. With g groups all are (g, …). An Embedding's Σ x xᵀ is diagonal, (n,).
     """
 
     count: int = 0
@@ -71,13 +69,11 @@ class Sums:
     cross: Any = 0.0
 
     def add(self, count: int, *sums: Tensor) -> None:
-        """Add the sums of ``count`` more vectors, in the order of the fields."""
         self.count += count
         for name, value in zip(("total", "square", "dense", "cross"), sums, strict=False):
             setattr(self, name, getattr(self, name) + value)
 
     def check(self, name: str) -> None:
-        """Refuse NaN or infinite inputs of layer ``name``."""
         for value in (self.square, self.cross):
             checks.finite(torch.as_tensor(value), f"what calibration gives to layer {name!r}")
 
@@ -106,10 +102,10 @@ class Fit:
     def at(self, rank: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """U_r (…, m, r), U_rᵀ M (…, r, n), and the change of the bias (…, m), if there is one."""
         left = self.left[..., :rank]
-        right = left.mT @ self.target
-        if self.shift is None:
-            return left, right, None
-        return left, right, self.shift - (left @ (right @ self.mean.unsqueeze(-1))).squeeze(-1)
+        right, shift = left.mT @ self.target, self.shift
+        if shift is not None:
+            shift = shift - (left @ (right @ self.mean[..., None]))[..., 0]
+        return left, right, shift
 
 
 def fit(layer: Layer, sums: Sums) -> Fit:
@@ -127,11 +123,12 @@ def fit(layer: Layer, sums: Sums) -> Fit:
     before = sums.dense / sums.count if is_paired else mean
     shift = None
     if layer.is_centered():
-        C = C - _outer(mean, mean)
-        shift = (W @ before.unsqueeze(-1)).squeeze(-1)
+        C = C - mean[..., None] * mean[..., None, :]
+        shift = (W @ before[..., None])[..., 0]
     if is_paired:
         cross = sums.cross / sums.count
-        cross = cross if shift is None else cross - _outer(before, mean)
+        if shift is not None:
+            cross = cross - before[..., None] * mean[..., None, :]
         trace = C.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
         ridge = torch.where(trace > 0, RIDGE * trace, torch.ones_like(trace))
         L = torch.linalg.cholesky(C + ridge * torch.eye(n, dtype=C.dtype, device=C.device))
@@ -148,10 +145,6 @@ def fit(layer: Layer, sums: Sums) -> Fit:
     return Fit(M, left[..., :k], energies.flip(-1)[..., :k].clamp(min=0), shift, mean)
 
 
-def _outer(a: Tensor, b: Tensor) -> Tensor:
-    return a.unsqueeze(-1) * b.unsqueeze(-2)
-
-
 def fits_of(
     net: Network, names: Iterable[str], calibration: Calibration
 ) -> Iterator[tuple[str, Fit]]:
@@ -159,18 +152,14 @@ def fits_of(
     names, progress = list(names), calibration.progress
     shown = bar(calibration.batches(), progress=progress, desc="calibration", delay=3, leave=False)
     sums = input_sums(net, names, replace(calibration, data=shown))
-    unseen = [name for name in names if name not in sums]
-    net.left |= dict.fromkeys(unseen, "calibration does not reach it")
+    net.left |= {name: "calibration does not reach it" for name in names if name not in sums}
     for name in list(sums):
         yield name, fit(net.layers[name], sums.pop(name))
 
 
 def lost_by(layer: Layer, found: Fit | None) -> np.ndarray:
     """Share of its output's variance (of its own squares without a fit) lost at ranks 0, 1, … k."""
-    if found is None:
-        energies = torch.linalg.svdvals(layer.matrix().double()).square()
-    else:
-        energies = found.energies
+    energies = found.energies if found else torch.linalg.svdvals(layer.matrix().double()).square()
     kept = energies.reshape(-1, energies.shape[-1]).sum(0).cumsum(0)
     kept = torch.cat([kept.new_zeros(1), kept])
     return (1 - kept / kept[-1] if kept[-1] > 0 else torch.zeros_like(kept)).cpu().numpy()
@@ -185,8 +174,8 @@ def _observe(
 ) -> None:
     """Run the batches with ``note(name, x, keep, repeated)`` at each input x of a layer.
 
-    ``keep`` are the places that count; ``repeated`` says that the previous call in this batch was
-    with the same vectors, as those of q, k and v are. A true ``start(batch)`` ends the run.
+    ``keep`` are the places that count; ``repeated``: the previous call in this batch was with the
+    same vectors, as those of q, k and v are. A true ``start(batch)`` ends the run.
     """
     keep: Tensor | None = None
     latest: tuple[Tensor, tuple[object, ...]] | None = None
@@ -241,8 +230,7 @@ def call_order(
 ) -> tuple[list[list[str]], set[str]]:
     """The layers in groups by their first call, and those that each batch calls at most once.
 
-    A group has one input for all its layers, each called once. Reads batches until every layer
-    was called.
+    A group has one input for all its layers, each called once.
     """
     names = list(names)
     first: list[str] = []
@@ -276,7 +264,7 @@ def call_order(
 
 
 class _Reached(Exception):
-    """A call has shown all that is needed."""
+    """Ends a call that has shown all that is needed."""
 
 
 @torch.no_grad()
@@ -307,7 +295,6 @@ def paired_sums(
 
 
 def _inputs(net: Network, name: str, batch: Batch, call: Call | None, once: bool) -> list[Tensor]:
-    """Copies of a layer's inputs in a call."""
     seen: list[Tensor] = []
 
     def note(name: str, inputs: tuple[Tensor, ...]) -> None:

@@ -59,17 +59,17 @@ def cost(
     x = first_batch(x)
     if any(tensor.ndim and len(tensor) == 0 for tensor in tensors(x)):
         raise ValueError("the inputs are empty; give as many as matter, at least one")
-    given = {"": model, "dense_": merge(model)}
-    nets = {prefix: Network.to_measure(twin, merge=False) for prefix, twin in given.items()}
-    tables = {prefix: counted(net, x, call) for prefix, net in nets.items()}
+    twins = [model, merge(model)]
+    nets = [Network.to_measure(twin, merge=False) for twin in twins]
+    own, dense = (counted(net, x, call) for net in nets)
     runs = [
-        {prefix: seconds_of(nets[prefix], twin, x, call) for prefix, twin in given.items()}
+        [seconds_of(net, twin, x, call) for net, twin in zip(nets, twins, strict=True)]
         for _ in range(1 + repeats)
     ]
-    for prefix, table in tables.items():
-        table["seconds"] = pd.DataFrame([run[prefix] for run in runs[1:]]).median()
-    dense = tables["dense_"].drop(columns="rank").add_prefix("dense_")
-    return tables[""].join(dense).rename_axis("layer").reset_index()
+    for table, seconds in zip((own, dense), zip(*runs[1:], strict=True), strict=True):
+        table["seconds"] = pd.DataFrame(seconds).median()
+    dense = dense.drop(columns="rank").add_prefix("dense_")
+    return own.join(dense).rename_axis("layer").reset_index()
 
 
 def latency(model: nn.Module, x: Tensor, repeats: int = 50) -> float:
@@ -90,16 +90,16 @@ def counted(net: Network, x: Batch, call: Call | None) -> pd.DataFrame:
     leave = lambda name, *_: products.called.remove(name)
     with net.hooked(net.layers, leave, enter), products:
         run(net.model, x, call)
-    work = products.work
-    layers = net.layers.values()
+    work, layers = products.work.values(), net.layers.values()
     parts = [list(part.parameters()) for part in (*(layer.module for layer in layers), net.model)]
-    table = pd.DataFrame(index=[*net.layers, WHOLE_MODEL])
     ranks = [layer.max_rank if layer.is_factorized else math.nan for layer in layers]
-    table["rank"] = [*ranks, math.nan]
-    table["parameters"] = [sum(p.numel() for p in part) for part in parts]
-    table["bytes"] = [sum(p.nbytes for p in part) for part in parts]
-    table["multiply_adds"] = [*work.values(), sum(work.values())]
-    return table
+    columns = {
+        "rank": [*ranks, math.nan],
+        "parameters": [sum(p.numel() for p in part) for part in parts],
+        "bytes": [sum(p.nbytes for p in part) for part in parts],
+        "multiply_adds": [*work, sum(work)],
+    }
+    return pd.DataFrame(columns, [*net.layers, WHOLE_MODEL])
 
 
 class _Products(TorchDispatchMode):

@@ -31,21 +31,19 @@ def loss_profile(
     """The network's loss with one layer at a time cut to each rank, and the others as they are.
 
     The paper's Algorithm 3 takes an SVD and a whole forward pass for each layer and rank. Here, in
-    an ``nn.Sequential``, each layer takes one SVD W = Σ σ_j u_j v_jᵀ and its input X once, its
-    output at rank j is a nested sum
+    an ``nn.Sequential``, each layer takes one SVD W = Σ σ_j u_j v_jᵀ, its output at rank j is a
+    nested sum of its input X,
 
         Z_0 = b,    Z_j = Z_{j−1} + σ_j u_j (v_jᵀ X),
 
-    and only the layers behind it run again. In other modules, for other data, and for layers that
-    share their weight or hold several matrices, the whole model runs for each rank with the weight
-    replaced. Both agree to rounding.
+    and only the layers behind it run again. Elsewhere, and for layers that share their weight or
+    hold several matrices, the whole model runs with the weight replaced. Both agree to rounding.
 
     Args:
-        model: a module with layers as in `factorize`, called in evaluation mode and left as it was.
-            A factorized layer counts as the dense one that it replaced.
+        model: a module with layers as in `factorize`; a factorized one counts as the dense one.
         x, y: inputs (n, …) and labels (n,), on the model's device. Or, without y, ``x`` is all
             data: a tensor (n, …), a tuple (inputs …, targets) or a mapping of such, or an iterable
-            of batches of any kind, such as a list or a DataLoader, read once.
+            of batches of any kind, such as a DataLoader, read once.
         objective: ``objective(model, batch)`` gives the losses (n,) of a batch, as does
             `next_token_losses`. By default the cross-entropy of class scores (n, classes, …), or of
             tokens (n, …, classes), in the model's output or its ``logits``, for targets (n, …): the
@@ -68,8 +66,8 @@ def loss_profile(
 
     Raises:
         ValueError: data or an objective that do not fit the model, a model without matrices, an
-            unknown layer or one whose weight is computed from other parameters, a rank below 0 or
-            not whole, NaN or infinite weights or losses.
+            unknown layer or one whose weight is computed, an impossible rank, NaN or infinite
+            weights or losses.
 
     >>> import torch
     >>> _ = torch.manual_seed(0)
@@ -134,9 +132,8 @@ def search_ranks(
 ) -> dict[str, int]:
     """The smallest acceptable rank of each layer, without the whole profile.
 
-    Loss is nearly but not quite monotone in rank. So: a geometric grid of ranks, bisection between
-    its last refused and first accepted rank, and then windows of ranks below that, since a smaller
-    rank may be acceptable again, until a whole window is refused.
+    A geometric grid of ranks, bisection between its last refused and first accepted rank, and then
+    windows of ranks below that, since loss is not quite monotone, until a whole window is refused.
 
     Args:
         x, y, objective, accuracy: as in `loss_profile`, but read several times.
@@ -156,10 +153,8 @@ def search_ranks(
     dict_keys(['0', '2'])
     """
     if accept is None or not callable(accept):
-        raise ValueError(
-            "accept must say which rows of a profile would do, such as "
-            f"lambda rows: rows.increase <= rows.se, not {accept!r}"
-        )
+        example = "lambda rows: rows.increase <= rows.se"
+        raise ValueError(f"accept must say which rows would do, such as {example}, not {accept!r}")
     window = checks.positive_int(window, "window")
     net = Network.to_measure(model)
     with net.measuring():
@@ -189,10 +184,7 @@ def _smallest(
     low = max((rank for rank in grid if rank < best), default=0)
     while best - low > 1:
         middle = (low + best) // 2
-        if accepted([middle]):
-            best = middle
-        else:
-            low = middle
+        low, best = (low, middle) if accepted([middle]) else (middle, best)
     while best > 1 and (better := accepted(range(max(1, best - max(window, best // 8)), best))):
         best = min(better)
     return best

@@ -34,7 +34,6 @@ def sensitivities(
     """The rise of the loss at ranks 0, 1, … of each layer alone, measured at some of them.
 
     Where a higher rank makes the loss no better, the share ``lost`` of the layer's output decides.
-    ``description`` is for the progress bar.
     """
     rises: dict[str, np.ndarray] = {}
     with bar(progress=progress, desc=description, leave=False) as shown:
