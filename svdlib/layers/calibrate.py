@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from svdlib import checks
 from svdlib.bars import bar
@@ -38,9 +39,6 @@ class Calibration:
     call: Call | None = None
     mask: Mask | None = None
     progress: bool = False
-
-    def batches(self) -> Iterator[Batch]:
-        return batches(self.data, BATCH)
 
     def kept(self, batch: Batch) -> Tensor | None:
         """The places of a batch that count, by ``mask`` or by a mapping's "attention_mask"."""
@@ -149,8 +147,8 @@ def fits_of(
     net: Network, names: Iterable[str], calibration: Calibration
 ) -> Iterator[tuple[str, Fit]]:
     """The fits of the layers that calibration reaches, one by one, so that sums can be freed."""
-    names, progress = list(names), calibration.progress
-    shown = bar(calibration.batches(), progress=progress, desc="calibration", delay=3, leave=False)
+    names, data = list(names), batches(calibration.data, BATCH)
+    shown = bar(data, progress=calibration.progress, desc="calibration", delay=3, leave=False)
     sums = input_sums(net, names, replace(calibration, data=shown))
     net.left |= {name: "calibration does not reach it" for name in names if name not in sums}
     for name in list(sums):
@@ -160,8 +158,7 @@ def fits_of(
 def lost_by(layer: Layer, found: Fit | None) -> np.ndarray:
     """Share of its output's variance (of its own squares without a fit) lost at ranks 0, 1, … k."""
     energies = found.energies if found else torch.linalg.svdvals(layer.matrix().double()).square()
-    kept = energies.reshape(-1, energies.shape[-1]).sum(0).cumsum(0)
-    kept = torch.cat([kept.new_zeros(1), kept])
+    kept = pad(energies.reshape(-1, energies.shape[-1]).sum(0).cumsum(0), (1, 0))
     return (1 - kept / kept[-1] if kept[-1] > 0 else torch.zeros_like(kept)).cpu().numpy()
 
 
@@ -169,13 +166,13 @@ def _observe(
     net: Network,
     names: Iterable[str],
     calibration: Calibration,
-    start: Callable[[Batch], bool | None],
     note: Callable[[str, Tensor, Tensor | None, bool], None],
+    ended: Callable[[], bool] = lambda: False,
 ) -> None:
     """Run the batches with ``note(name, x, keep, repeated)`` at each input x of a layer.
 
     ``keep`` are the places that count; ``repeated``: the previous call in this batch was with the
-    same vectors, as those of q, k and v are. A true ``start(batch)`` ends the run.
+    same vectors, as those of q, k and v are. Each batch is preceded by ``ended()``.
     """
     keep: Tensor | None = None
     latest: tuple[Tensor, tuple[object, ...]] | None = None
@@ -185,32 +182,27 @@ def _observe(
         nonlocal latest
         x, layer = inputs[0], net.layers[name]
         vectors = (-1 if x.is_inference() else x._version, *layer.vector_kind())
-        repeated = latest is not None and latest[0] is x and latest[1] == vectors
+        note(name, x, keep, latest is not None and latest[0] is x and latest[1] == vectors)
         latest = x, vectors
-        note(name, x, keep, repeated)
         fits.add(layer.is_masked(x, keep))
 
     with torch.no_grad(), net.hooked(names, before=called):
-        for batch in calibration.batches():
-            if start(batch):
+        for batch in batches(calibration.data, BATCH):
+            if ended():
                 break
+            if torch.is_tensor(batch):
+                checks.finite(batch, "calibration")
             keep, latest = calibration.kept(batch), None
             run(net.model, batch, calibration.call)
     if calibration.mask is not None and keep is not None and fits == {False}:
-        raise ValueError(
-            f"mask gives places {tuple(keep.shape)}, and no layer has such inputs, "
-            f"{(*keep.shape, 'features')}"
-        )
+        inputs = f"no layer has such inputs, {(*keep.shape, 'features')}"
+        raise ValueError(f"mask gives places {tuple(keep.shape)}, and {inputs}")
 
 
 def input_sums(net: Network, names: Iterable[str], calibration: Calibration) -> dict[str, Sums]:
     """`Sums` of the inputs of each layer that gets any, in one pass; no input is kept."""
     sums: dict[str, Sums] = {}
     blocks: list[tuple[int, *tuple[Tensor, ...]]] = []
-
-    def start(batch: Batch) -> None:
-        if torch.is_tensor(batch):
-            checks.finite(batch, "calibration")
 
     def note(name: str, x: Tensor, keep: Tensor | None, repeated: bool) -> None:
         layer = net.layers[name]
@@ -219,7 +211,7 @@ def input_sums(net: Network, names: Iterable[str], calibration: Calibration) -> 
         for block in blocks:
             sums.setdefault(name, Sums()).add(*block)
 
-    _observe(net, names, calibration, start, note)
+    _observe(net, names, calibration, note)
     for name, found in sums.items():
         found.check(name)
     return {name: found for name, found in sums.items() if found.count}
@@ -234,12 +226,12 @@ def call_order(
     """
     names = list(names)
     first: list[str] = []
-    earlier: set[str] = set()  # called in batches before
     called: list[str] = []  # in this batch
+    earlier: set[str] = set()  # called in batches before
     several: set[str] = set()
     joined: set[str] = set()  # with the input of the one before in ``first``
 
-    def start(batch: Batch) -> bool:
+    def ended() -> bool:
         called.clear()
         earlier.update(first)
         return len(first) == len(names)
@@ -253,35 +245,29 @@ def call_order(
             first.append(name)
         called.append(name)
 
-    _observe(net, names, calibration, start, note)
+    _observe(net, names, calibration, note, ended)
     groups: list[list[str]] = []
     for before, name in pairwise(["", *first]):
-        if name in joined and not several & {before, name}:
-            groups[-1].append(name)
-        else:
-            groups.append([name])
+        if name not in joined or several & {before, name}:
+            groups.append([])
+        groups[-1].append(name)
     return groups, set(first) - several
 
 
-class _Reached(Exception):
-    """Ends a call that has shown all that is needed."""
+class _Reached(Exception): ...
 
 
 @torch.no_grad()
 def paired_sums(
     dense: Network, small: Network, names: Sequence[str], calibration: Calibration, once: bool
 ) -> dict[str, Sums]:
-    """`Sums` of layers' common input in a network cut before them, paired with the dense one's.
-
-    With ``once``, they are called once, so that a call can end at the first of them.
-    """
+    """`Sums` of layers' common input in a network cut before them, paired with the dense one's."""
     first, sums = names[0], Sums()
     layer = small.layers[first]
-    for batch in calibration.batches():
+    for batch in batches(calibration.data, BATCH):
         keep = calibration.kept(batch)
-        originals, inputs = (
-            _inputs(net, first, batch, calibration.call, once) for net in (dense, small)
-        )
+        originals = _inputs(dense, first, batch, calibration.call, once)
+        inputs = _inputs(small, first, batch, calibration.call, once)
         if [x.shape for x in originals] != [x.shape for x in inputs]:
             raise ValueError(
                 f"layer {first!r} has other numbers of inputs once layers before it are cut; "
@@ -299,7 +285,7 @@ def _inputs(net: Network, name: str, batch: Batch, call: Call | None, once: bool
 
     def note(name: str, inputs: tuple[Tensor, ...]) -> None:
         seen.append(inputs[0].clone())
-        if once:
+        if once:  # all that is needed
             raise _Reached
 
     with net.hooked([name], before=note), suppress(_Reached):

@@ -10,15 +10,7 @@ from torch import nn
 
 from svdlib import checks, threads
 from svdlib.bars import bar
-from svdlib.layers.calibrate import (
-    BATCH,
-    Calibration,
-    Mask,
-    call_order,
-    fit,
-    fits_of,
-    paired_sums,
-)
+from svdlib.layers.calibrate import BATCH, Calibration, Mask, call_order, fit, fits_of, paired_sums
 from svdlib.network.attention import pack_
 from svdlib.network.batches import Batches, batches, refuse_generator
 from svdlib.network.calls import Call
@@ -74,9 +66,9 @@ def factorize(
         ValueError: a model without matrices, an unknown layer or impossible rank, NaN or infinite
             weights, calibration that is empty, not finite, or reaches no layer; a named layer that
             cannot be factorized: a subclass, a parametrized layer, one with hooks or ``max_norm``,
-            a weight that the model reads without calling the layer, or that is shared with a layer
-            left out or at another rank. Unless named, it is left dense with a warning, like one
-            that calibration does not reach or whose factors store no less, r (m + n) ≥ m n.
+            a weight that the model reads itself, or shared with a layer left out or at another
+            rank. Unless named, it is left dense with a warning, like one that calibration does not
+            reach or whose factors store no less.
 
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(100, 80), nn.ReLU(), nn.Linear(80, 60))

@@ -74,10 +74,8 @@ def load_factorized(model: nn.Module, path: str | Path) -> nn.Module:
         if name not in net.layers:
             raise ValueError(f"{path} factorizes layer {name!r}, which the model does not have")
         if rank > (limit := net.layers[name].full_rank):
-            raise ValueError(
-                f"{path} has layer {name!r} at rank {rank}, but in the model its rank is {limit} "
-                "at most"
-            )
+            found = f"{path} has layer {name!r} at rank {rank}"
+            raise ValueError(f"{found}, but in the model it is {limit} at most")
     for name, thin in thin_twins({name: net.layers[name] for name in ranks}, ranks).items():
         net.put(name, thin)
     loaded = net.closed()
@@ -131,7 +129,10 @@ def export_onnx(
         batch, expected = exported.batch, getattr(expected, "logits", expected)
     if not torch.is_tensor(expected):
         raise ValueError(f"the model must put out one tensor, not {type(expected).__name__}")
-    inputs, names = tensors(copied(batch)), _names(batch)
+    inputs = tensors(copied(batch))
+    names = [f"x{place}" for place in range(len(inputs))] if len(inputs) > 1 else ["x"]
+    if isinstance(batch, Mapping) and len(inputs) == len(batch):
+        names = [str(name) for name in batch]
     many = torch.export.Dim("batch")
     shapes = tuple({0: many} if len(x) == len(inputs[0]) else None for x in inputs)
     with complete_file(path) as part, evaluating(exported), warnings.catch_warnings():
@@ -155,9 +156,7 @@ def export_onnx(
         difference = (torch.from_numpy(found).double() - expected).abs().max().item()
         largest = expected.abs().max().item()
         if not difference <= tolerance * largest:
-            raise ValueError(
-                f"onnxruntime's outputs differ by {difference:.2g}; the largest is {largest:.2g}"
-            )
+            raise ValueError(f"onnxruntime's outputs differ by {difference:.2g} of {largest:.2g}")
 
 
 class _OfTensors(nn.Module):
@@ -178,15 +177,7 @@ class _OfTensors(nn.Module):
         return getattr(output, "logits", output)
 
 
-def _names(batch: Batch) -> list[str]:
-    number = len(tensors(batch))
-    if isinstance(batch, Mapping) and number == len(batch):
-        return [str(name) for name in batch]
-    return ["x"] if number == 1 else [f"x{place}" for place in range(number)]
-
-
 def _place(path: str | Path) -> Path:
-    """Where to write: the file itself where a link points at it."""
     place = Path(path).resolve()
     if place.exists() and not place.is_file():
         raise ValueError(f"{path} is there and no regular file; give the path of a file")
@@ -207,9 +198,6 @@ def _read_ranks(file: Path) -> dict[str, int]:
         content = json.loads(metadata["svdlib"])
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r}, this version reads {FORMAT}")
-        return {
-            name: checks.positive_int(rank, f"the rank of layer {name!r}")
-            for name, rank in content["ranks"].items()
-        }
+        return {n: checks.positive_int(r, f"rank of {n!r}") for n, r in content["ranks"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} has no table of ranks: {error}") from None

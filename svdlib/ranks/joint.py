@@ -112,7 +112,17 @@ def joint_profile(
                     stop,
                 )
     full = torch.cat(losses)
-    return _table(net, links, grids, sum(parts[1:], parts[0]).means(len(full)), full)
+    means = sum(parts[1:], parts[0]).means(len(full))
+    if not all(map(math.isfinite, means["loss"])):
+        raise ValueError("some combination of ranks gives NaN or infinite losses on these data")
+    names = [link.name for link in links]
+    table = pd.MultiIndex.from_product(grids, names=names).to_frame(index=False)
+    stored = sum(table[link.name].map(link.layer.stored) for link in links)
+    others = sum(parameter.numel() for parameter in net.model.parameters())
+    others -= sum(link.layer.weight.numel() for link in links)
+    table = table.assign(**means, parameters=stored + others, multiply_adds=stored)
+    table.attrs = {"loss": full.double().mean().item(), "layers": names}
+    return table
 
 
 def _labelled(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -211,22 +221,3 @@ def geometric(limit: int, number: int) -> list[int]:
     if number > limit:
         return list(range(limit + 1))
     return sorted({0, *np.geomspace(1, limit, number - 1).round().astype(int).tolist()})
-
-
-def _table(
-    net: Network,
-    links: Sequence[Link],
-    grids: Sequence[Sequence[int]],
-    means: Mapping[str, list[float]],
-    full: Tensor,
-) -> pd.DataFrame:
-    if not all(map(math.isfinite, means["loss"])):
-        raise ValueError("some combination of ranks gives NaN or infinite losses on these data")
-    names = [link.name for link in links]
-    table = pd.MultiIndex.from_product(grids, names=names).to_frame(index=False)
-    stored = sum(table[link.name].map(link.layer.stored) for link in links)
-    others = sum(parameter.numel() for parameter in net.model.parameters())
-    others -= sum(link.layer.weight.numel() for link in links)
-    table = table.assign(**means, parameters=stored + others, multiply_adds=stored)
-    table.attrs = {"loss": full.double().mean().item(), "layers": names}
-    return table

@@ -92,7 +92,12 @@ def reveal_ranks(
         _check_profile(profile)
     given = {"tolerance": tolerance, "parameters": parameters, "increase": increase}
     given = {name: value for name, value in given.items() if value is not None}
-    _check_arguments(rule, given)
+    takes, optional = chosen.takes, not chosen.takes or chosen.tolerance is not None
+    if set(given) - set(takes) or not (len(given) == 1 or (optional and not given)):
+        needed = " or ".join(f"{name}=…" for name in takes) or "neither a tolerance nor a budget"
+        exactly = ", exactly one of them" if len(takes) > 1 else ""
+        got = ", ".join(f"{name}={value}" for name, value in given.items()) or "nothing"
+        raise ValueError(f"rule {rule!r} takes {needed}{exactly}, got {got}")
     if chosen.table == "joint":
         return chosen.choose(profile, **given)
     profile = profile.assign(layer=profile.layer.astype(str))
@@ -109,26 +114,22 @@ def reveal_ranks(
 
 
 def _rank_of(name: str, table: pd.DataFrame, rule: str, tolerance: Tolerance | None) -> int:
-    kind = RULES[rule]
-    arguments = [_epsilon(name, rule, tolerance)] if "tolerance" in kind.takes else []
+    kind, arguments = RULES[rule], []
+    if "tolerance" in kind.takes:
+        if isinstance(tolerance, Mapping) and name not in tolerance:
+            raise ValueError(f"tolerance lacks layer {name!r}; it has {', '.join(tolerance)}")
+        epsilon = tolerance[name] if isinstance(tolerance, Mapping) else tolerance
+        epsilon = kind.tolerance if epsilon is None else epsilon
+        if epsilon is None or not epsilon >= 0 or epsilon >= kind.below < math.inf:
+            limits = "at least 0" + (f" and below {kind.below:g}" if kind.below < math.inf else "")
+            raise ValueError(f"the tolerance of rule {rule!r} must be {limits}, not {epsilon}")
+        arguments = [float(epsilon)]
     full = int(table[["rows", "columns"]].iloc[0].min())
     needed = {full} if kind.ranks == "full" else set(range(1, full + 1))
     if missing := sorted(needed - set(table["rank"]))[:5]:
         ranks = f"a profile of {kind.ranks} ranks of layer {name!r}"
         raise ValueError(f"rule {rule!r} needs {ranks}; missing: {missing}")
     return min(max(int(kind.choose(table, *arguments)), 1), full)
-
-
-def _epsilon(name: str, rule: str, tolerance: Tolerance | None) -> float:
-    if isinstance(tolerance, Mapping):
-        if name not in tolerance:
-            raise ValueError(f"tolerance lacks layer {name!r}; it has {', '.join(tolerance)}")
-        tolerance = tolerance[name]
-    epsilon, below = RULES[rule].tolerance if tolerance is None else tolerance, RULES[rule].below
-    if epsilon is None or not epsilon >= 0 or epsilon >= below < math.inf:
-        limits = "at least 0" + (f" and below {below:g}" if below < math.inf else "")
-        raise ValueError(f"the tolerance of rule {rule!r} must be {limits}, not {epsilon}")
-    return float(epsilon)
 
 
 def _printed(table: pd.DataFrame, epsilon: float) -> int:
@@ -260,17 +261,6 @@ RULES = {
     "budget": Rule(_budget, ("parameters", "increase"), table="layers"),
     "level": Rule(_level, ("parameters",), table="layers"),
 }
-
-
-def _check_arguments(rule: str, given: Mapping[str, object]) -> None:
-    takes = RULES[rule].takes
-    optional = not takes or RULES[rule].tolerance is not None
-    if set(given) <= set(takes) and (len(given) == 1 or (not given and optional)):
-        return
-    needed = " or ".join(f"{name}=…" for name in takes) or "neither a tolerance nor a budget"
-    exactly = ", exactly one of them" if len(takes) > 1 else ""
-    got = ", ".join(f"{name}={value}" for name, value in given.items()) or "nothing"
-    raise ValueError(f"rule {rule!r} takes {needed}{exactly}, got {got}")
 
 
 def _check_profile(profile: pd.DataFrame) -> None:
