@@ -100,8 +100,7 @@ def compress(
     1. Sensitivity of each layer to its rank: the loss that it adds alone (`loss_profile`), if that
        is measured within ``seconds``. Otherwise, or where the loss does not rise, the share of its
        output's variance that it loses on the calibration inputs, by the eigenvalues of W C Wᵀ.
-    2. Ranks with the least total under the budget, along the lower convex hulls of cost and
-       sensitivity (Everett 1963).
+    2. Ranks with the least total under the budget (Everett 1963).
     3. Factors fitted to the calibration inputs, see `factorize`.
     4. The loss of the result, paired with the network's own on the same data, which may have
        decided on the ranks: judge the result by other data.
@@ -118,7 +117,6 @@ def compress(
         faster: layers stay dense if their factors are no faster, as timed on the first batch.
         seconds: about how long losses may be measured for the ranks, and again for single layers in
             the report. What would take longer is left out.
-        progress: show progress bars.
 
     Raises:
         ValueError: no budget or several, one that can't be met, a pattern without layers, a model
@@ -154,18 +152,17 @@ def compress(
             raise ValueError(f"calibration reaches no layer, such as {own[0]!r}")
         layers = {name: layer for name, layer in layers.items() if name in fits}
         errors = {name: lost_by(layer, fits[name]) for name, layer in layers.items()}
-        costs = counted(net, few, call)
+        costs = counted(net, few, call)[kind if kind == "multiply_adds" else "parameters"]
         if (estimate := one_pass * (GRID + 1) * len(layers)) <= seconds:
             description = f"profile of {len(layers)} layers, about {estimate:.0f} s"
             errors = sensitivities(task, layers, errors, description, progress)
-    dense_costs = costs["multiply_adds" if kind == "multiply_adds" else "parameters"].astype(float)
-    plan = plan_of(net, layers, errors, dense_costs, multiple_of, f"{kind}={budget:g}")
+    plan = plan_of(net, layers, errors, costs, multiple_of, f"{kind}={budget:g}")
     maker = _Maker(task, fits, inputs, sequential)
-    small, ranks, costs = maker.within(plan, budget, kind == "increase", few, faster)
+    small, ranks, table = maker.within(plan, budget, kind == "increase", few, faster)
     losses = added_losses(task, small, one_pass * len(ranks) <= seconds, progress)
     net.warn()
     sides = pd.DataFrame({name: layer.shape for name, layer in net.layers.items()})
-    report = sides.set_axis(["rows", "columns"]).T.join(costs, how="right").join(losses)
+    report = sides.set_axis(["rows", "columns"]).T.join(table, how="right").join(losses)
     return Compressed(small, ranks, report.rename_axis("layer").reset_index())
 
 

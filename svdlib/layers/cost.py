@@ -29,22 +29,18 @@ def cost(
 ) -> pd.DataFrame:
     """Parameters, bytes, multiply-adds and measured seconds, per layer and of the whole model.
 
-    The model runs in evaluation mode, in turns with its dense twin (`merge`), so that both suffer
-    alike from a busy machine. Seconds are medians after a run that is not counted. The whole
-    model's are from separate runs, without the clock between layers.
+    The model runs in evaluation mode, in turns with its dense twin (`merge`). Seconds are medians
+    after a run that is not counted; the whole model's are from runs without clocks between layers.
 
     Args:
-        model: any module; its layers that hold a matrix, dense or `LowRank`, have a row each.
-        x: inputs of the size whose latency matters, as ``calibration`` in `factorize`, on the
-            model's device; of an iterable of batches the first is taken.
-        call: ``call(model, batch)`` calls the model on them in another way.
+        x, call: inputs of the size whose latency matters, as ``calibration`` and ``call`` in
+            `factorize`; of an iterable of batches the first is taken.
         repeats: timed runs.
 
     Returns:
-        one row per layer, and last ``"whole model"`` with all parameters: layer, rank (NaN of a
-        dense layer), parameters, bytes, multiply_adds (with the weights of the layers, called or
-        read by the model, for all of ``x``), seconds, and for the dense twin dense_parameters,
-        dense_bytes, dense_multiply_adds, dense_seconds.
+        one row per layer with a matrix, and last ``"whole model"``: layer, rank (NaN of a dense
+        layer), parameters, bytes, multiply_adds (with the weights of the layers, for all of ``x``),
+        seconds, and for the dense twin dense_parameters and so on.
 
     Raises:
         ValueError: inputs that are empty or that the model does not take; repeats below 1.
@@ -73,11 +69,7 @@ def cost(
 
 
 def latency(model: nn.Module, x: Tensor, repeats: int = 50) -> float:
-    """The median seconds of a forward call in evaluation mode, after one that is not counted.
-
-    >>> latency(nn.Linear(3, 2), torch.rand(1, 3), repeats=3) < 1
-    True
-    """
+    """The median seconds of a forward call in evaluation mode, after one that is not counted."""
     with torch.no_grad(), evaluating(model):
         return clock.median(partial(model, x.clone()), repeats, device=x.device)
 
@@ -105,9 +97,8 @@ def counted(net: Network, x: Batch, call: Call | None) -> pd.DataFrame:
 class _Products(TorchDispatchMode):
     """Counts multiply-adds with the weights of these layers, whoever multiplies by them.
 
-    A module may read a layer's weight without calling the layer, as ``nn.MultiheadAttention``
-    does; each such reading of a factorized layer multiplies its factors. So weights are recognized
-    by their storage, which views share, and a product of two factors counts as their layer's.
+    Modules also read weights of layers they don't call, factors multiplied. So a weight is known by
+    its storage, which views share, and a product of two factors counts as their layer's.
     """
 
     def __init__(self, layers: Mapping[str, Layer]) -> None:

@@ -38,37 +38,32 @@ def factorize(
 
         W_r = U_r U_rᵀ W,    b_r = b + (W − W_r) μ,
 
-    with U_r the leading eigenvectors of W C Wᵀ (Zhang, Zou, He and Sun 2016, section 3.1), which
-    needs no inverse of C^½. C is the second moment for a layer without a bias and for a transposed
-    convolution, whose windows overlap. Layers that share a weight share the factors of W itself.
+    with U_r the leading eigenvectors of W C Wᵀ (Zhang, Zou, He and Sun 2016, section 3.1). C is the
+    second moment for a layer without a bias and for a transposed convolution, whose windows
+    overlap. Layers that share a weight share the factors of W itself.
 
     With ``sequential``, layers are cut in the order of their calls. Each is fitted on the inputs
     that the cut layers before it leave to the dense layer's outputs on its own inputs
     (reduced-rank regression, Izenman 1975), and so makes up for their errors.
 
     The singular values are shared evenly, √σ per factor. An ``nn.MultiheadAttention`` has the
-    layers q_proj, k_proj, v_proj and out_proj; if one is factorized, a subclass without torch's
-    fused operations replaces it. A factorized layer is factorized anew, where the rank is lower.
+    layers q_proj, k_proj, v_proj and out_proj. A `LowRank` layer gets lower ranks only.
 
     Args:
         ranks: {layer: rank}, as from `reveal_ranks`; one rank for all layers; or a fraction in
             (0, 1) of each layer's min(m, n).
         calibration: some hundred inputs of the model: a tensor (n, …), a tuple or mapping (of
-            keyword arguments) of tensors, or an iterable of batches. Targets are ignored: the last
-            of a tuple where the model takes one less, a mapping's "labels".
+            keyword arguments) of tensors, or an iterable of batches. Targets are ignored.
         call: ``call(model, batch)`` calls the model on a batch in another way.
         mask: ``mask(batch)`` gives the places (n, T) that count where others are padding; by
             default a mapping's "attention_mask".
         sequential: calibrate one layer after the other, reading the data twice for each.
-        progress: show a progress bar where calibration takes longer than some seconds.
 
     Raises:
         ValueError: a model without matrices, an unknown layer or impossible rank, NaN or infinite
             weights, calibration that is empty, not finite, or reaches no layer; a named layer that
-            cannot be factorized: a subclass, a parametrized layer, one with hooks or ``max_norm``,
-            a weight that the model reads itself, or shared with a layer left out or at another
-            rank. Unless named, it is left dense with a warning, like one that calibration does not
-            reach or whose factors store no less.
+            cannot be factorized, as with hooks or a weight that the model reads itself. Unless
+            named, it is left dense with a warning, as one that calibration does not reach.
 
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(100, 80), nn.ReLU(), nn.Linear(80, 60))

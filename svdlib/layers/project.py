@@ -40,8 +40,7 @@ def project_(
 
     Raises:
         ValueError: an unknown method or layer, an impossible rank, a model without matrices,
-            non-finite weights, a named layer whose weight is computed, as by ``weight_norm`` (unless
-            named, it is left with a warning), or shared with a layer that is to have another rank.
+            non-finite weights, a named layer whose weight is computed, as by ``weight_norm``.
 
     >>> model = nn.Sequential(nn.Linear(20, 15), nn.ReLU(), nn.Linear(15, 10))
     >>> _ = project_(model, rank=4)

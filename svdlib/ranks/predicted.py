@@ -47,9 +47,8 @@ def predicted_profile(
 
     Args:
         model: as in `loss_profile`; a warning names grouped and transposed convolutions, left out.
-        x, y: inputs (n, …) and labels (n,), on the model's device; no batches.
+        x, y, memory: as in `loss_profile`, inputs (n, …) and labels (n,); no batches.
         by: one of the names above.
-        memory: bytes that intermediate results may take, about.
 
     Returns:
         the columns of `loss_profile` but accuracy, for `reveal_ranks`: increase is the prediction,
@@ -58,7 +57,6 @@ def predicted_profile(
     Raises:
         ValueError: as `loss_profile`; an unknown method.
 
-    >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
     >>> profile = predicted_profile(net, torch.rand(20, 8), torch.arange(20) % 3)
     >>> profile.groupby("layer").increase.min().tolist()

@@ -45,32 +45,27 @@ def loss_profile(
             data: a tensor (n, …), a tuple (inputs …, targets) or a mapping of such, or an iterable
             of batches of any kind, such as a DataLoader, read once.
         objective: ``objective(model, batch)`` gives the losses (n,) of a batch, as does
-            `next_token_losses`. By default the cross-entropy of class scores (n, classes, …), or of
-            tokens (n, …, classes), in the model's output or its ``logits``, for targets (n, …): the
-            mean over an input's places whose target is not −100. Targets are a tuple's last part or
-            a mapping's "labels", the rest are the model's arguments.
+            `next_token_losses`. By default the cross-entropy of class scores (n, classes, …), or
+            (n, …, classes), in the model's output or its ``logits``, for targets (n, …), which are
+            a tuple's last part or a mapping's "labels": an input's mean where these are not −100.
         accuracy: ``accuracy(model, batch)`` gives right answers (n,), 0 to 1; by default those of
             the default objective, NaN with another.
         layers: names of the layers to profile, all by default, or of parameters as in `project_`.
         ranks: the ranks to evaluate, capped at each layer's min(m, n); 0 … min(m, n) by default.
         memory: bytes that the stacked intermediate results may take, about.
-        progress: show a progress bar.
 
     Returns:
         one row per layer and rank: layer, rank, loss (mean of the objective), accuracy (percent),
         increase (of the loss over the full network, paired by image), se (its standard error),
-        rows and columns (the matrix's shape m × n), sigma (its singular value σ_rank, NaN at
-        rank 0). For layers with groups, matrices is their number, and sigma the root mean square
-        over them. For layers that share a weight, shared is the first of them. ``attrs["loss"]`` is
-        the full network's loss.
+        rows and columns (the matrix's shape m × n), sigma (σ_rank, NaN at rank 0). Of layers with
+        groups, matrices is their number, and sigma the root mean square over them. Of layers that
+        share a weight, shared is the first. ``attrs["loss"]`` is the full network's loss.
 
     Raises:
         ValueError: data or an objective that do not fit the model, a model without matrices, an
-            unknown layer or one whose weight is computed, an impossible rank, NaN or infinite
-            weights or losses.
+            unknown layer, an impossible rank, NaN or infinite weights or losses.
 
     >>> import torch
-    >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
     >>> profile = loss_profile(net, torch.rand(20, 8), torch.arange(20) % 3, progress=False)
     >>> profile.groupby("layer")["rank"].max().to_dict()
@@ -137,8 +132,7 @@ def search_ranks(
 
     Args:
         x, y, objective, accuracy: as in `loss_profile`, but read several times.
-        accept: takes a profile and says of each row whether its rank is acceptable, such as
-            ``lambda rows: rows.increase <= rows.se``. Full rank always is.
+        accept: says of each row of a profile whether its rank is acceptable; full rank always is.
         window: ranks that must be refused in a row before the search ends, or an eighth of the
             rank found, if that is more.
 
@@ -146,7 +140,6 @@ def search_ranks(
         ValueError: as `loss_profile`; no ``accept``, a generator for data.
 
     >>> import torch
-    >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
     >>> x, y = torch.rand(20, 8), torch.arange(20) % 3
     >>> search_ranks(net, x, y, lambda rows: rows.increase <= rows.se).keys()

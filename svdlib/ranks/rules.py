@@ -135,8 +135,7 @@ def _rank_of(name: str, table: pd.DataFrame, rule: str, tolerance: Tolerance | N
 def _printed(table: pd.DataFrame, epsilon: float) -> int:
     loss = table.loss.to_numpy()
     gains = np.flatnonzero(loss[:-1] - loss[1:] >= epsilon)
-    ranks = table["rank"].to_numpy()
-    return ranks[gains[-1]] if len(gains) else ranks[-1]
+    return table["rank"].iloc[gains[-1] if len(gains) else -1]
 
 
 def _marginal(table: pd.DataFrame, epsilon: float) -> int:
