@@ -137,10 +137,11 @@ def export_onnx(
     shapes = tuple({0: many} if len(x) == len(inputs[0]) else None for x in inputs)
     with complete_file(path) as part, evaluating(exported), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "# The axis name")  # of inputs that share the first
+        file = part.with_name("model.onnx")  # a name like "a.json" would get another format
         torch.onnx.export(
             exported,
             tuple(inputs),
-            part,
+            file,
             dynamo=True,
             external_data=False,
             dynamic_shapes=shapes if exported is model else (shapes,),
@@ -148,7 +149,7 @@ def export_onnx(
             output_names=["y"],
             verbose=False,
         )
-        session = onnxruntime.InferenceSession(part, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
         used = {node.name for node in session.get_inputs()}
         values = zip(names, tensors(batch), strict=True)
         (found,) = session.run(None, {name: x.cpu().numpy() for name, x in values if name in used})
@@ -157,6 +158,7 @@ def export_onnx(
         largest = expected.abs().max().item()
         if not difference <= tolerance * largest:
             raise ValueError(f"onnxruntime's outputs differ by {difference:.2g} of {largest:.2g}")
+        file.replace(part)
 
 
 class _OfTensors(nn.Module):
