@@ -16,12 +16,13 @@ from svdlib import checks, clock, threads
 from svdlib.layers.calibrate import BATCH, Calibration, Fit, Mask, fits_of, lost_by
 from svdlib.layers.cost import WHOLE_MODEL, cost, counted
 from svdlib.layers.factorize import Fits, factorized, one_after_another
-from svdlib.network.batches import Batches, first_batch, refuse_generator
+from svdlib.network.batches import Batch, Batches, first_batch, refuse_generator
 from svdlib.network.calls import Call, Objective
 from svdlib.network.chain import task_of
 from svdlib.network.low_rank import low_rank_layers
 from svdlib.network.opened import Network
-from svdlib.ranks.plan import plan_of
+from svdlib.network.task import Task
+from svdlib.ranks.plan import Plan, plan_of
 from svdlib.ranks.sensitivity import GRID, added_losses, sensitivities
 
 if TYPE_CHECKING:
@@ -33,14 +34,11 @@ REPEATS = 3
 
 @dataclass(frozen=True)
 class Compressed:
-    """The result of `compress`.
+    """The result of `compress`: the smaller network, the ranks of its factorized layers, a report.
 
-    Args:
-        model: the smaller network.
-        ranks: of the factorized layers.
-        report: one row per layer and one for the whole model: rows, columns, the columns of `cost`
-            on the first batch, and the paired increase loss_added of the loss with its standard
-            error se, by this layer alone (NaN where that took too long) or by all together.
+    The ``report`` has one row per layer and one for the whole model: rows, columns, the columns of
+    `cost` on the first batch, and the paired increase loss_added of the loss with its standard
+    error se, by this layer alone (NaN where that took too long) or by all together.
     """
 
     model: nn.Module
@@ -48,7 +46,6 @@ class Compressed:
     report: pd.DataFrame
 
     def __str__(self) -> str:
-        """All in a sentence."""
         whole = self.report.set_index("layer").loc[WHOLE_MODEL]
         return (
             f"{whole.parameters / whole.dense_parameters:.1%} of {whole.dense_parameters:,.0f} "
@@ -103,8 +100,7 @@ def compress(
     1. Sensitivity of each layer to its rank: the loss that it adds alone (`loss_profile`), if that
        is measured within ``seconds``. Otherwise, or where the loss does not rise, the share of its
        output's variance that it loses on the calibration inputs, by the eigenvalues of W C Wᵀ.
-    2. Ranks with the least total under the budget, along the lower convex hulls of cost and
-       sensitivity (Everett 1963).
+    2. Ranks with the least total under the budget (Everett 1963).
     3. Factors fitted to the calibration inputs, see `factorize`.
     4. The loss of the result, paired with the network's own on the same data, which may have
        decided on the ranks: judge the result by other data.
@@ -112,23 +108,19 @@ def compress(
     Args:
         model: any module; it is not changed.
         x, y, objective, accuracy: data and losses, as in `loss_profile`, read several times.
-        parameters, multiply_adds: the largest share of the whole model's that the result may have,
-            between 0 and 1. For multiply_adds embeddings, and layers that share a weight with one,
-            stay as they are.
+        parameters, multiply_adds: the largest share of the whole model's, between 0 and 1. For
+            multiply_adds embeddings, and layers that share a weight with one, stay as they are.
         increase: the largest loss that the result, as small as is found, may add on these data.
         calibration, call, mask, sequential: as in `factorize`; by default the inputs in ``x``.
-        include, exclude: layers to factorize, all by default, and layers to leave alone, by name
-            or by pattern, such as "encoder.*".
+        include, exclude: layers by name or pattern, such as "encoder.*"; all by default.
         multiple_of: ranks are multiples of it, which some processors multiply faster.
         faster: layers stay dense if their factors are no faster, as timed on the first batch.
         seconds: about how long losses may be measured for the ranks, and again for single layers in
             the report. What would take longer is left out.
-        progress: show progress bars, with the expected time before losses are measured.
 
     Raises:
-        ValueError: no budget or several, one out of range or too small, a pattern that matches no
-            layer, a model with factorized layers or without any to factorize, calibration that
-            reaches no layer, data or an objective that do not fit the model, NaN losses.
+        ValueError: no budget or several, one that can't be met, a pattern without layers, a model
+            with factorized layers or without matrices, calibration or data that do not fit it.
 
     >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(100, 80), nn.ReLU(), nn.Linear(80, 60))
@@ -156,54 +148,68 @@ def compress(
         own = net.untied(layers)
         fits: dict[str, Fit | None] = dict.fromkeys(layers.keys() - own)
         fits |= fits_of(net, own, inputs)
-        layers = {name: layer for name, layer in layers.items() if name in fits}
-        if not layers:
+        if not fits:
             raise ValueError(f"calibration reaches no layer, such as {own[0]!r}")
+        layers = {name: layer for name, layer in layers.items() if name in fits}
         errors = {name: lost_by(layer, fits[name]) for name, layer in layers.items()}
-        costs = counted(net, few, call)
+        costs = counted(net, few, call)[kind if kind == "multiply_adds" else "parameters"]
         if (estimate := one_pass * (GRID + 1) * len(layers)) <= seconds:
             description = f"profile of {len(layers)} layers, about {estimate:.0f} s"
             errors = sensitivities(task, layers, errors, description, progress)
-    dense_costs = costs["multiply_adds" if kind == "multiply_adds" else "parameters"].astype(float)
-    plan = plan_of(net, layers, errors, dense_costs, multiple_of, f"{kind}={budget:g}")
-
-    def made(ranks: Mapping[str, int]) -> nn.Module:
-        small = Network.copy_of(net.model)
-        own = small.untied(ranks)
-        found: Fits = ((name, fits[name]) for name in own)
-        if sequential:
-            found = one_after_another(small, net, own, inputs)
-        return factorized(small, ranks, found)
-
-    def added(ranks: Mapping[str, int]) -> float:
-        small = made(ranks)
-        with net.measuring(small):
-            return task.means(lambda: [nullcontext(small)], 1)["increase"][1]
-
-    slow: list[str] = []
-    while True:
-        plan = plan.without(slow)
-        searched = kind == "increase"
-        spent = plan.smallest(added, budget, progress) if searched else budget * plan.total
-        small = made(ranks := plan.ranks(spent))
-        costs = cost(small, few, call=call, repeats=REPEATS).set_index("layer")
-        thin = costs["rank"].notna() & (costs.index != WHOLE_MODEL)
-        slow = costs.index[thin & (costs.seconds >= costs.dense_seconds)].tolist()
-        if not faster or not slow:
-            break
+    plan = plan_of(net, layers, errors, costs, multiple_of, f"{kind}={budget:g}")
+    maker = _Maker(task, fits, inputs, sequential)
+    small, ranks, table = maker.within(plan, budget, kind == "increase", few, faster)
     losses = added_losses(task, small, one_pass * len(ranks) <= seconds, progress)
     net.warn()
     sides = pd.DataFrame({name: layer.shape for name, layer in net.layers.items()})
-    report = sides.set_axis(["rows", "columns"]).T.join(costs, how="right").join(losses)
+    report = sides.set_axis(["rows", "columns"]).T.join(table, how="right").join(losses)
     return Compressed(small, ranks, report.rename_axis("layer").reset_index())
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes smaller copies of a network, and looks for the ranks that meet a budget."""
+
+    task: Task
+    fits: Mapping[str, Fit | None]
+    inputs: Calibration
+    sequential: bool
+
+    def made(self, ranks: Mapping[str, int]) -> nn.Module:
+        net = self.task.net
+        small = Network.copy_of(net.model)
+        own = small.untied(ranks)
+        found: Fits = ((name, self.fits[name]) for name in own)
+        if self.sequential:
+            found = one_after_another(small, net, own, self.inputs)
+        return factorized(small, ranks, found)
+
+    def added(self, ranks: Mapping[str, int]) -> float:
+        with self.task.net.measuring(small := self.made(ranks)):
+            return self.task.means(lambda: [nullcontext(small)], 1)["increase"][1]
+
+    def within(
+        self, plan: Plan, budget: float, searched: bool, few: Batch, faster: bool
+    ) -> tuple[nn.Module, dict[str, int], pd.DataFrame]:
+        """The smaller network, its ranks and costs; with ``faster``, slow layers become dense."""
+        slow: list[str] = []
+        while True:
+            plan, progress = plan.without(slow), self.inputs.progress
+            spent = plan.smallest(self.added, budget, progress) if searched else budget * plan.total
+            small = self.made(ranks := plan.ranks(spent))
+            costs = cost(small, few, call=self.inputs.call, repeats=REPEATS).set_index("layer")
+            thin = costs["rank"].notna() & (costs.index != WHOLE_MODEL)
+            slow = costs.index[thin & (costs.seconds >= costs.dense_seconds)].tolist()
+            if not faster or not slow:
+                return small, ranks, costs
 
 
 def _budget(**budgets: float | None) -> tuple[str, float]:
     """The name and value of the one budget that is given."""
     given = {name: value for name, value in budgets.items() if value is not None}
     if len(given) != 1:
-        names = " and ".join(given) or "none"
-        raise ValueError(f"give one budget of {', '.join(budgets)}, not {names}")
+        found = " and ".join(given) or "none"
+        raise ValueError(f"give one budget of {', '.join(budgets)}, not {found}")
     ((kind, value),) = given.items()
     value = checks.number(value, kind)
     if kind == "increase" and not 0 <= value < np.inf:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from svdlib import checks
 from svdlib.bars import bar
@@ -39,10 +40,6 @@ class Calibration:
     mask: Mask | None = None
     progress: bool = False
 
-    def batches(self) -> Iterator[Batch]:
-        """The batches, from the first on."""
-        return batches(self.data, BATCH)
-
     def kept(self, batch: Batch) -> Tensor | None:
         """The places of a batch that count, by ``mask`` or by a mapping's "attention_mask"."""
         if self.mask is not None:
@@ -59,9 +56,8 @@ class Calibration:
 class Sums:
     """Sums over a layer's input vectors x (n,): their number, Σ x, and Σ x xᵀ.
 
-    If earlier layers are cut, they are over the inputs x̃ of the cut network, and ``dense`` = Σ x
-    and ``cross`` = Σ x x̃ᵀ are kept too. With g groups all are (g, …). An Embedding's vectors are
-    one-hot, so that Σ x xᵀ is diagonal, (n,).
+    If earlier layers are cut, they are over the inputs x̃ of the cut network, with ``dense`` = Σ x
+    and ``cross`` = Σ x x̃ᵀ. With g groups all are (g, …). An Embedding's Σ x xᵀ is diagonal, (n,).
     """
 
     count: int = 0
@@ -71,13 +67,11 @@ class Sums:
     cross: Any = 0.0
 
     def add(self, count: int, *sums: Tensor) -> None:
-        """Add the sums of ``count`` more vectors, in the order of the fields."""
         self.count += count
         for name, value in zip(("total", "square", "dense", "cross"), sums, strict=False):
             setattr(self, name, getattr(self, name) + value)
 
     def check(self, name: str) -> None:
-        """Refuse NaN or infinite inputs of layer ``name``."""
         for value in (self.square, self.cross):
             checks.finite(torch.as_tensor(value), f"what calibration gives to layer {name!r}")
 
@@ -106,10 +100,10 @@ class Fit:
     def at(self, rank: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """U_r (…, m, r), U_rᵀ M (…, r, n), and the change of the bias (…, m), if there is one."""
         left = self.left[..., :rank]
-        right = left.mT @ self.target
-        if self.shift is None:
-            return left, right, None
-        return left, right, self.shift - (left @ (right @ self.mean.unsqueeze(-1))).squeeze(-1)
+        right, shift = left.mT @ self.target, self.shift
+        if shift is not None:
+            shift = shift - (left @ (right @ self.mean[..., None]))[..., 0]
+        return left, right, shift
 
 
 def fit(layer: Layer, sums: Sums) -> Fit:
@@ -127,11 +121,12 @@ def fit(layer: Layer, sums: Sums) -> Fit:
     before = sums.dense / sums.count if is_paired else mean
     shift = None
     if layer.is_centered():
-        C = C - _outer(mean, mean)
-        shift = (W @ before.unsqueeze(-1)).squeeze(-1)
+        C = C - mean[..., None] * mean[..., None, :]
+        shift = (W @ before[..., None])[..., 0]
     if is_paired:
         cross = sums.cross / sums.count
-        cross = cross if shift is None else cross - _outer(before, mean)
+        if shift is not None:
+            cross = cross - before[..., None] * mean[..., None, :]
         trace = C.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
         ridge = torch.where(trace > 0, RIDGE * trace, torch.ones_like(trace))
         L = torch.linalg.cholesky(C + ridge * torch.eye(n, dtype=C.dtype, device=C.device))
@@ -148,31 +143,22 @@ def fit(layer: Layer, sums: Sums) -> Fit:
     return Fit(M, left[..., :k], energies.flip(-1)[..., :k].clamp(min=0), shift, mean)
 
 
-def _outer(a: Tensor, b: Tensor) -> Tensor:
-    return a.unsqueeze(-1) * b.unsqueeze(-2)
-
-
 def fits_of(
     net: Network, names: Iterable[str], calibration: Calibration
 ) -> Iterator[tuple[str, Fit]]:
     """The fits of the layers that calibration reaches, one by one, so that sums can be freed."""
-    names, progress = list(names), calibration.progress
-    shown = bar(calibration.batches(), progress=progress, desc="calibration", delay=3, leave=False)
+    names, data = list(names), batches(calibration.data, BATCH)
+    shown = bar(data, progress=calibration.progress, desc="calibration", delay=3, leave=False)
     sums = input_sums(net, names, replace(calibration, data=shown))
-    unseen = [name for name in names if name not in sums]
-    net.left |= dict.fromkeys(unseen, "calibration does not reach it")
+    net.left |= {name: "calibration does not reach it" for name in names if name not in sums}
     for name in list(sums):
         yield name, fit(net.layers[name], sums.pop(name))
 
 
 def lost_by(layer: Layer, found: Fit | None) -> np.ndarray:
     """Share of its output's variance (of its own squares without a fit) lost at ranks 0, 1, … k."""
-    if found is None:
-        energies = torch.linalg.svdvals(layer.matrix().double()).square()
-    else:
-        energies = found.energies
-    kept = energies.reshape(-1, energies.shape[-1]).sum(0).cumsum(0)
-    kept = torch.cat([kept.new_zeros(1), kept])
+    energies = found.energies if found else torch.linalg.svdvals(layer.matrix().double()).square()
+    kept = pad(energies.reshape(-1, energies.shape[-1]).sum(0).cumsum(0), (1, 0))
     return (1 - kept / kept[-1] if kept[-1] > 0 else torch.zeros_like(kept)).cpu().numpy()
 
 
@@ -180,13 +166,13 @@ def _observe(
     net: Network,
     names: Iterable[str],
     calibration: Calibration,
-    start: Callable[[Batch], bool | None],
     note: Callable[[str, Tensor, Tensor | None, bool], None],
+    ended: Callable[[], bool] = lambda: False,
 ) -> None:
     """Run the batches with ``note(name, x, keep, repeated)`` at each input x of a layer.
 
-    ``keep`` are the places that count; ``repeated`` says that the previous call in this batch was
-    with the same vectors, as those of q, k and v are. A true ``start(batch)`` ends the run.
+    ``keep`` are the places that count; ``repeated``: the previous call in this batch was with the
+    same vectors, as those of q, k and v are. Each batch is preceded by ``ended()``.
     """
     keep: Tensor | None = None
     latest: tuple[Tensor, tuple[object, ...]] | None = None
@@ -196,32 +182,27 @@ def _observe(
         nonlocal latest
         x, layer = inputs[0], net.layers[name]
         vectors = (-1 if x.is_inference() else x._version, *layer.vector_kind())
-        repeated = latest is not None and latest[0] is x and latest[1] == vectors
+        note(name, x, keep, latest is not None and latest[0] is x and latest[1] == vectors)
         latest = x, vectors
-        note(name, x, keep, repeated)
         fits.add(layer.is_masked(x, keep))
 
     with torch.no_grad(), net.hooked(names, before=called):
-        for batch in calibration.batches():
-            if start(batch):
+        for batch in batches(calibration.data, BATCH):
+            if ended():
                 break
+            if torch.is_tensor(batch):
+                checks.finite(batch, "calibration")
             keep, latest = calibration.kept(batch), None
             run(net.model, batch, calibration.call)
     if calibration.mask is not None and keep is not None and fits == {False}:
-        raise ValueError(
-            f"mask gives places {tuple(keep.shape)}, and no layer has such inputs, "
-            f"{(*keep.shape, 'features')}"
-        )
+        inputs = f"no layer has such inputs, {(*keep.shape, 'features')}"
+        raise ValueError(f"mask gives places {tuple(keep.shape)}, and {inputs}")
 
 
 def input_sums(net: Network, names: Iterable[str], calibration: Calibration) -> dict[str, Sums]:
     """`Sums` of the inputs of each layer that gets any, in one pass; no input is kept."""
     sums: dict[str, Sums] = {}
     blocks: list[tuple[int, *tuple[Tensor, ...]]] = []
-
-    def start(batch: Batch) -> None:
-        if torch.is_tensor(batch):
-            checks.finite(batch, "calibration")
 
     def note(name: str, x: Tensor, keep: Tensor | None, repeated: bool) -> None:
         layer = net.layers[name]
@@ -230,7 +211,7 @@ def input_sums(net: Network, names: Iterable[str], calibration: Calibration) -> 
         for block in blocks:
             sums.setdefault(name, Sums()).add(*block)
 
-    _observe(net, names, calibration, start, note)
+    _observe(net, names, calibration, note)
     for name, found in sums.items():
         found.check(name)
     return {name: found for name, found in sums.items() if found.count}
@@ -241,17 +222,16 @@ def call_order(
 ) -> tuple[list[list[str]], set[str]]:
     """The layers in groups by their first call, and those that each batch calls at most once.
 
-    A group has one input for all its layers, each called once. Reads batches until every layer
-    was called.
+    A group has one input for all its layers, each called once.
     """
     names = list(names)
     first: list[str] = []
-    earlier: set[str] = set()  # called in batches before
     called: list[str] = []  # in this batch
+    earlier: set[str] = set()  # called in batches before
     several: set[str] = set()
     joined: set[str] = set()  # with the input of the one before in ``first``
 
-    def start(batch: Batch) -> bool:
+    def ended() -> bool:
         called.clear()
         earlier.update(first)
         return len(first) == len(names)
@@ -265,35 +245,29 @@ def call_order(
             first.append(name)
         called.append(name)
 
-    _observe(net, names, calibration, start, note)
+    _observe(net, names, calibration, note, ended)
     groups: list[list[str]] = []
     for before, name in pairwise(["", *first]):
-        if name in joined and not several & {before, name}:
-            groups[-1].append(name)
-        else:
-            groups.append([name])
+        if name not in joined or several & {before, name}:
+            groups.append([])
+        groups[-1].append(name)
     return groups, set(first) - several
 
 
-class _Reached(Exception):
-    """A call has shown all that is needed."""
+class _Reached(Exception): ...
 
 
 @torch.no_grad()
 def paired_sums(
     dense: Network, small: Network, names: Sequence[str], calibration: Calibration, once: bool
 ) -> dict[str, Sums]:
-    """`Sums` of layers' common input in a network cut before them, paired with the dense one's.
-
-    With ``once``, they are called once, so that a call can end at the first of them.
-    """
+    """`Sums` of layers' common input in a network cut before them, paired with the dense one's."""
     first, sums = names[0], Sums()
     layer = small.layers[first]
-    for batch in calibration.batches():
+    for batch in batches(calibration.data, BATCH):
         keep = calibration.kept(batch)
-        originals, inputs = (
-            _inputs(net, first, batch, calibration.call, once) for net in (dense, small)
-        )
+        originals = _inputs(dense, first, batch, calibration.call, once)
+        inputs = _inputs(small, first, batch, calibration.call, once)
         if [x.shape for x in originals] != [x.shape for x in inputs]:
             raise ValueError(
                 f"layer {first!r} has other numbers of inputs once layers before it are cut; "
@@ -307,12 +281,11 @@ def paired_sums(
 
 
 def _inputs(net: Network, name: str, batch: Batch, call: Call | None, once: bool) -> list[Tensor]:
-    """Copies of a layer's inputs in a call."""
     seen: list[Tensor] = []
 
     def note(name: str, inputs: tuple[Tensor, ...]) -> None:
         seen.append(inputs[0].clone())
-        if once:
+        if once:  # all that is needed
             raise _Reached
 
     with net.hooked([name], before=note), suppress(_Reached):

@@ -29,22 +29,18 @@ def cost(
 ) -> pd.DataFrame:
     """Parameters, bytes, multiply-adds and measured seconds, per layer and of the whole model.
 
-    The model runs in evaluation mode, in turns with its dense twin (`merge`), so that both suffer
-    alike from a busy machine. Seconds are medians after a run that is not counted. The whole
-    model's are from separate runs, without the clock between layers.
+    The model runs in evaluation mode, in turns with its dense twin (`merge`). Seconds are medians
+    after a run that is not counted; the whole model's are from runs without clocks between layers.
 
     Args:
-        model: any module; its layers that hold a matrix, dense or `LowRank`, have a row each.
-        x: inputs of the size whose latency matters, as ``calibration`` in `factorize`, on the
-            model's device; of an iterable of batches the first is taken.
-        call: ``call(model, batch)`` calls the model on them in another way.
+        x, call: inputs of the size whose latency matters, as ``calibration`` and ``call`` in
+            `factorize`; of an iterable of batches the first is taken.
         repeats: timed runs.
 
     Returns:
-        one row per layer, and last ``"whole model"`` with all parameters: layer, rank (NaN of a
-        dense layer), parameters, bytes, multiply_adds (with the weights of the layers, called or
-        read by the model, for all of ``x``), seconds, and for the dense twin dense_parameters,
-        dense_bytes, dense_multiply_adds, dense_seconds.
+        one row per layer with a matrix, and last ``"whole model"``: layer, rank (NaN of a dense
+        layer), parameters, bytes, multiply_adds (with the weights of the layers, for all of ``x``),
+        seconds, and for the dense twin dense_parameters and so on.
 
     Raises:
         ValueError: inputs that are empty or that the model does not take; repeats below 1.
@@ -59,25 +55,21 @@ def cost(
     x = first_batch(x)
     if any(tensor.ndim and len(tensor) == 0 for tensor in tensors(x)):
         raise ValueError("the inputs are empty; give as many as matter, at least one")
-    given = {"": model, "dense_": merge(model)}
-    nets = {prefix: Network.to_measure(twin, merge=False) for prefix, twin in given.items()}
-    tables = {prefix: counted(net, x, call) for prefix, net in nets.items()}
+    twins = [model, merge(model)]
+    nets = [Network.to_measure(twin, merge=False) for twin in twins]
+    own, dense = (counted(net, x, call) for net in nets)
     runs = [
-        {prefix: seconds_of(nets[prefix], twin, x, call) for prefix, twin in given.items()}
+        [seconds_of(net, twin, x, call) for net, twin in zip(nets, twins, strict=True)]
         for _ in range(1 + repeats)
     ]
-    for prefix, table in tables.items():
-        table["seconds"] = pd.DataFrame([run[prefix] for run in runs[1:]]).median()
-    dense = tables["dense_"].drop(columns="rank").add_prefix("dense_")
-    return tables[""].join(dense).rename_axis("layer").reset_index()
+    for table, seconds in zip((own, dense), zip(*runs[1:], strict=True), strict=True):
+        table["seconds"] = pd.DataFrame(seconds).median()
+    dense = dense.drop(columns="rank").add_prefix("dense_")
+    return own.join(dense).rename_axis("layer").reset_index()
 
 
 def latency(model: nn.Module, x: Tensor, repeats: int = 50) -> float:
-    """The median seconds of a forward call in evaluation mode, after one that is not counted.
-
-    >>> latency(nn.Linear(3, 2), torch.rand(1, 3), repeats=3) < 1
-    True
-    """
+    """The median seconds of a forward call in evaluation mode, after one that is not counted."""
     with torch.no_grad(), evaluating(model):
         return clock.median(partial(model, x.clone()), repeats, device=x.device)
 
@@ -90,24 +82,23 @@ def counted(net: Network, x: Batch, call: Call | None) -> pd.DataFrame:
     leave = lambda name, *_: products.called.remove(name)
     with net.hooked(net.layers, leave, enter), products:
         run(net.model, x, call)
-    work = products.work
-    layers = net.layers.values()
+    work, layers = products.work.values(), net.layers.values()
     parts = [list(part.parameters()) for part in (*(layer.module for layer in layers), net.model)]
-    table = pd.DataFrame(index=[*net.layers, WHOLE_MODEL])
     ranks = [layer.max_rank if layer.is_factorized else math.nan for layer in layers]
-    table["rank"] = [*ranks, math.nan]
-    table["parameters"] = [sum(p.numel() for p in part) for part in parts]
-    table["bytes"] = [sum(p.nbytes for p in part) for part in parts]
-    table["multiply_adds"] = [*work.values(), sum(work.values())]
-    return table
+    columns = {
+        "rank": [*ranks, math.nan],
+        "parameters": [sum(p.numel() for p in part) for part in parts],
+        "bytes": [sum(p.nbytes for p in part) for part in parts],
+        "multiply_adds": [*work, sum(work)],
+    }
+    return pd.DataFrame(columns, [*net.layers, WHOLE_MODEL])
 
 
 class _Products(TorchDispatchMode):
     """Counts multiply-adds with the weights of these layers, whoever multiplies by them.
 
-    A module may read a layer's weight without calling the layer, as ``nn.MultiheadAttention``
-    does; each such reading of a factorized layer multiplies its factors. So weights are recognized
-    by their storage, which views share, and a product of two factors counts as their layer's.
+    Modules also read weights of layers they don't call, factors multiplied. So a weight is known by
+    its storage, which views share, and a product of two factors counts as their layer's.
     """
 
     def __init__(self, layers: Mapping[str, Layer]) -> None:

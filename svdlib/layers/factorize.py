@@ -10,15 +10,7 @@ from torch import nn
 
 from svdlib import checks, threads
 from svdlib.bars import bar
-from svdlib.layers.calibrate import (
-    BATCH,
-    Calibration,
-    Mask,
-    call_order,
-    fit,
-    fits_of,
-    paired_sums,
-)
+from svdlib.layers.calibrate import BATCH, Calibration, Mask, call_order, fit, fits_of, paired_sums
 from svdlib.network.attention import pack_
 from svdlib.network.batches import Batches, batches, refuse_generator
 from svdlib.network.calls import Call
@@ -46,39 +38,32 @@ def factorize(
 
         W_r = U_r U_rᵀ W,    b_r = b + (W − W_r) μ,
 
-    with U_r the leading eigenvectors of W C Wᵀ (Zhang, Zou, He and Sun 2016, section 3.1), which
-    needs no inverse of C^½. C is the second moment for a layer without a bias and for a transposed
-    convolution, whose windows overlap. Layers that share a weight share the factors of W itself.
+    with U_r the leading eigenvectors of W C Wᵀ (Zhang, Zou, He and Sun 2016, section 3.1). C is the
+    second moment for a layer without a bias and for a transposed convolution, whose windows
+    overlap. Layers that share a weight share the factors of W itself.
 
     With ``sequential``, layers are cut in the order of their calls. Each is fitted on the inputs
     that the cut layers before it leave to the dense layer's outputs on its own inputs
     (reduced-rank regression, Izenman 1975), and so makes up for their errors.
 
-    The singular values are shared evenly, √σ per factor. Factors keep the weight's type, device,
-    mode and ``requires_grad``. An ``nn.MultiheadAttention`` has the layers q_proj, k_proj, v_proj
-    and out_proj; if one is factorized, a subclass without torch's fused operations replaces it. A
-    factorized layer is factorized anew from its product, where the rank is lower.
+    The singular values are shared evenly, √σ per factor. An ``nn.MultiheadAttention`` has the
+    layers q_proj, k_proj, v_proj and out_proj. A `LowRank` layer gets lower ranks only.
 
     Args:
         ranks: {layer: rank}, as from `reveal_ranks`; one rank for all layers; or a fraction in
             (0, 1) of each layer's min(m, n).
         calibration: some hundred inputs of the model: a tensor (n, …), a tuple or mapping (of
-            keyword arguments) of tensors, or an iterable of batches, such as a DataLoader. Targets
-            are ignored: the last of a tuple where the model takes one less, a mapping's "labels".
+            keyword arguments) of tensors, or an iterable of batches. Targets are ignored.
         call: ``call(model, batch)`` calls the model on a batch in another way.
         mask: ``mask(batch)`` gives the places (n, T) that count where others are padding; by
             default a mapping's "attention_mask".
         sequential: calibrate one layer after the other, reading the data twice for each.
-        progress: show a progress bar where calibration takes longer than some seconds.
 
     Raises:
-        ValueError: a model without matrices, an unknown layer, a rank that is not whole and
-            positive (or a fraction), NaN or infinite weights, calibration that is empty, not
-            finite, or reaches no layer; a named layer that cannot be factorized: a subclass, a
-            parametrized layer, one with hooks or ``max_norm``, a parameter that a module reads
-            itself, a weight that the model reads without calling the layer, or that is shared with
-            a layer left out or at another rank. Unless named, it is left dense with a warning, like
-            one that calibration does not reach or whose factors store no less, r (m + n) ≥ m n.
+        ValueError: a model without matrices, an unknown layer or impossible rank, NaN or infinite
+            weights, calibration that is empty, not finite, or reaches no layer; a named layer that
+            cannot be factorized, as with hooks or a weight that the model reads itself. Unless
+            named, it is left dense with a warning, as one that calibration does not reach.
 
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(100, 80), nn.ReLU(), nn.Linear(80, 60))
@@ -104,9 +89,7 @@ def factorize(
             few = next(data)
             for name in net.weights_read(chosen, few, call):
                 if named:
-                    raise ValueError(
-                        f"can't factorize layer {name!r}: {READ}; leave it out of the ranks"
-                    )
+                    raise ValueError(f"can't factorize layer {name!r}: {READ}; leave it out")
                 net.leave(name, READ)
             chosen = {name: rank for name, rank in chosen.items() if name not in net.left}
             own = net.untied(chosen)
@@ -124,29 +107,26 @@ def factorize(
     return small
 
 
-# Layers' fits, None for the truncated SVD. Each layer is replaced before the next fit is asked for;
-# a layer without a fit is one that calibration does not reach.
+# Layers' fits, None for the truncated SVD. Each layer is replaced before the next is asked for.
 Fits = Iterable[tuple[str, Approximations | None]]
 
 
 def _chosen(
     net: Network, ranks: float | Mapping[str, int], earlier: Mapping[str, LowRank]
 ) -> dict[str, int]:
-    """The ranks at which layers are to be factorized; why others are not is in ``net.left``."""
+    """The ranks of layers to factorize; why others are not is in ``net.left``."""
     layers = net.choose(ranks if isinstance(ranks, Mapping) else None, "factorize", replace=True)
     wanted = _ranks(layers, ranks)
     net.check_ties(wanted, "factorize")
     chosen: dict[str, int] = {}
     for name, rank in wanted.items():
-        layer = layers[name]
-        size = layer.weight.numel()
+        layer, size = layers[name], layers[name].weight.numel()
         if name in earlier and rank >= earlier[name].rank:
             net.left[name] = f"it has rank {earlier[name].rank} already"
         elif layer.stored(rank) == size:
             factors = layer.groups * rank * sum(layer.shape)
-            net.left[name] = (
-                f"rank {rank} stores {factors:,} numbers as factors, {size:,} as a matrix"
-            )
+            reason = f"rank {rank} stores {factors:,} numbers as factors, {size:,} as a matrix"
+            net.left[name] = reason
         else:
             checks.finite(layer.weight, f"the weight of layer {name!r}")
             chosen[name] = rank
@@ -201,10 +181,7 @@ def one_after_another(
 def merge(model: nn.Module) -> nn.Module:
     """A copy of a model in which each `LowRank` layer is one dense layer again.
 
-    >>> small = factorize(nn.Sequential(nn.Linear(100, 80)), 10)
-    >>> merge(small)
-    Sequential(
-      (0): Linear(in_features=100, out_features=80, bias=True)
-    )
+    >>> merge(factorize(nn.Sequential(nn.Linear(100, 80)), 10))[0]
+    Linear(in_features=100, out_features=80, bias=True)
     """
     return pack_(merge_(duplicate(model)))

@@ -25,27 +25,22 @@ def project_(
 ) -> nn.Module:
     """Replace weight matrices of any module by low-rank approximations, in place.
 
-    This is done to every Linear, Embedding, convolution (as its out × (in·kh·kw) matrix, one per
-    group), transposed convolution, and Conv1D of the transformers library, or to those named. An
+    Every Linear, Embedding, convolution (as its out × (in·kh·kw) matrix, one per group), transposed
+    convolution, and Conv1D of the transformers library, or those named. An
     ``nn.MultiheadAttention`` has the layers q_proj, k_proj, v_proj and out_proj. Of a `LowRank`
     layer the second factor is projected, so that the product is the best of that rank. A shared
-    weight is cut for all its layers. A matrix that can have no higher rank stays as it is.
-
-    A parameter that a module reads without a layer is cut only by name, as "lstm.weight_hh_l0" of
-    an LSTM or "bag.weight" of an EmbeddingBag: its rows by all the rest.
+    weight is cut for all its layers. A parameter that a module reads without a layer is cut only by
+    name, as "lstm.weight_hh_l0" of an LSTM: its rows by all the rest.
 
     Args:
-        model: the module, changed in place and returned; no optimizer state or ``requires_grad``
-            changes.
+        model: the module, changed in place and returned.
         rank: one for all layers, or {layer or parameter name: rank}, as from `reveal_ranks`.
         method: "truncsvd", or "rsvd" with ``oversample``, ``power_iters`` and ``generator`` as in
             `randomized_svd`.
 
     Raises:
-        ValueError: an unknown method or layer, a rank below 1 or not whole, a model without
-            matrices, non-finite weights, a named layer whose weight is computed from other
-            parameters, as by ``weight_norm`` or pruning (unless named, it is left with a warning),
-            or shared with a layer that is to have another rank. The model is then untouched.
+        ValueError: an unknown method or layer, an impossible rank, a model without matrices,
+            non-finite weights, a named layer whose weight is computed, as by ``weight_norm``.
 
     >>> model = nn.Sequential(nn.Linear(20, 15), nn.ReLU(), nn.Linear(15, 10))
     >>> _ = project_(model, rank=4)
@@ -60,8 +55,7 @@ def project_(
     projected: dict[Tensor, Tensor] = {}
     for name, k in ranks.items():
         k = checks.positive_int(k, f"the rank of layer {name!r}")
-        layer = layers[name]
-        A = layer.matrix()
+        layer, A = layers[name], layers[name].matrix()
         checks.finite(A, f"the weight of layer {name!r}")
         if k >= layer.max_rank or layer.weights[-1] in projected:
             continue

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +14,7 @@ from safetensors.torch import load_file, load_model, save_model
 from torch import Tensor, nn
 
 from svdlib import checks, threads
+from svdlib.files import complete_file
 from svdlib.network.batches import Batch, Batches, copied, first_batch, rebuilt, tensors
 from svdlib.network.calls import Call, prepared
 from svdlib.network.low_rank import low_rank_layers, thin_twins
@@ -26,28 +25,25 @@ FORMAT = 2
 
 
 def save_factorized(model: nn.Module, path: str | Path) -> None:
-    """Write a model's tensors and ranks to ``path``, one safetensors file.
+    """Write a model's tensors, and ranks in the metadata, to one safetensors file.
 
-    The ranks are in the file's metadata, as JSON under "svdlib". An existing file is replaced once
-    the new one is complete.
+    An existing file is replaced once the new one is complete.
 
     Raises:
         ValueError: ``path`` exists and is no file, or its folder does not exist.
 
+    >>> import tempfile
     >>> from svdlib import factorize
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     path = f"{folder}/small.safetensors"
-    ...     save_factorized(factorize(nn.Sequential(nn.Linear(9, 9)), 2), path)
-    ...     with safe_open(path, "pt") as file:
-    ...         print(file.metadata()["svdlib"])
-    {"format": 2, "ranks": {"0": 2}}
+    ...     save_factorized(factorize(nn.Sequential(nn.Linear(9, 9)), 2), f"{folder}/a")
+    ...     safe_open(f"{folder}/a", "pt").metadata()["svdlib"]
+    '{"format": 2, "ranks": {"0": 2}}'
     """
     path = _place(path)
     ranks = {name: layer.rank for name, layer in low_rank_layers(model).items()}
     metadata = {"svdlib": json.dumps({"format": FORMAT, "ranks": ranks})}
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".part-") as part:
-        save_model(model, f"{part}/tensors", metadata=metadata)
-        _put(Path(part, "tensors"), path)
+    with complete_file(path) as part:
+        save_model(model, str(part), metadata=metadata)
 
 
 @threads.making()
@@ -55,18 +51,18 @@ def load_factorized(model: nn.Module, path: str | Path) -> nn.Module:
     """The model that `save_factorized` wrote: a copy of a dense one with the factors put in.
 
     Args:
-        model: of the same architecture, dense, with any weights; not changed. The copy is on its
-            device.
+        model: of the same architecture, dense, with any weights, on the device of the copy.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: a damaged file, or layers, shapes, types or ranks that do not fit the model.
 
+    >>> import tempfile
     >>> from svdlib import factorize
     >>> model = nn.Sequential(nn.Linear(9, 9))
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_factorized(factorize(model, 2), f"{folder}/small.safetensors")
-    ...     load_factorized(model, f"{folder}/small.safetensors")[0].rank
+    ...     save_factorized(factorize(model, 2), f"{folder}/a")
+    ...     load_factorized(model, f"{folder}/a")[0].rank
     2
     """
     path = Path(path)
@@ -78,10 +74,8 @@ def load_factorized(model: nn.Module, path: str | Path) -> nn.Module:
         if name not in net.layers:
             raise ValueError(f"{path} factorizes layer {name!r}, which the model does not have")
         if rank > (limit := net.layers[name].full_rank):
-            raise ValueError(
-                f"{path} has layer {name!r} at rank {rank}, but in the model its rank is {limit} "
-                "at most"
-            )
+            found = f"{path} has layer {name!r} at rank {rank}"
+            raise ValueError(f"{found}, but in the model it is {limit} at most")
     for name, thin in thin_twins({name: net.layers[name] for name in ranks}, ranks).items():
         net.put(name, thin)
     loaded = net.closed()
@@ -104,14 +98,13 @@ def export_onnx(
     call: Call | None = None,
     tolerance: float = 1e-4,
 ) -> None:
-    """Write a model as ONNX for inputs like ``x`` (any batch size), checked by onnxruntime.
+    """Write a model as ONNX for inputs like ``x`` (any batch size), if onnxruntime agrees with it.
 
-    Needs the extra ``svdlib[onnx]``. The file is kept if onnxruntime gives the model's outputs.
+    Needs the extra ``svdlib[onnx]``.
 
     Args:
-        x: at least two example inputs on the model's device, as in `cost`. In the file one tensor
-            is "x"; several are "x0", "x1", … or have a mapping's names. The output is "y".
-        call: ``call(model, batch)`` calls the model on them in another way.
+        x, call: as in `cost`, at least two inputs. In the file one tensor is "x"; several are "x0",
+            "x1", … or have a mapping's names. The output is "y".
         tolerance: largest admissible difference, relative to the largest output.
 
     Raises:
@@ -136,13 +129,15 @@ def export_onnx(
         batch, expected = exported.batch, getattr(expected, "logits", expected)
     if not torch.is_tensor(expected):
         raise ValueError(f"the model must put out one tensor, not {type(expected).__name__}")
-    inputs, names = tensors(copied(batch)), _names(batch)
+    inputs = tensors(copied(batch))
+    names = [f"x{place}" for place in range(len(inputs))] if len(inputs) > 1 else ["x"]
+    if isinstance(batch, Mapping) and len(inputs) == len(batch):
+        names = [str(name) for name in batch]
     many = torch.export.Dim("batch")
     shapes = tuple({0: many} if len(x) == len(inputs[0]) else None for x in inputs)
-    folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=".part-")
-    with folder as part, evaluating(exported), warnings.catch_warnings():
+    with complete_file(path) as part, evaluating(exported), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "# The axis name")  # of inputs that share the first
-        file = f"{part}/model.onnx"
+        file = part.with_name("model.onnx")  # a name like "a.json" would get another format
         torch.onnx.export(
             exported,
             tuple(inputs),
@@ -162,10 +157,8 @@ def export_onnx(
         difference = (torch.from_numpy(found).double() - expected).abs().max().item()
         largest = expected.abs().max().item()
         if not difference <= tolerance * largest:
-            raise ValueError(
-                f"onnxruntime's outputs differ by {difference:.2g}; the largest is {largest:.2g}"
-            )
-        _put(Path(file), path)
+            raise ValueError(f"onnxruntime's outputs differ by {difference:.2g} of {largest:.2g}")
+        file.replace(part)
 
 
 class _OfTensors(nn.Module):
@@ -186,30 +179,13 @@ class _OfTensors(nn.Module):
         return getattr(output, "logits", output)
 
 
-def _names(batch: Batch) -> list[str]:
-    """The names of a batch's tensors in the file."""
-    number = len(tensors(batch))
-    if isinstance(batch, Mapping) and number == len(batch):
-        return [str(name) for name in batch]
-    return ["x"] if number == 1 else [f"x{place}" for place in range(number)]
-
-
 def _place(path: str | Path) -> Path:
-    """Where to write: the file itself where a link points at it."""
     place = Path(path).resolve()
     if place.exists() and not place.is_file():
         raise ValueError(f"{path} is there and no regular file; give the path of a file")
     if not place.parent.is_dir():
         raise ValueError(f"there is no folder {Path(path).parent} to write {place.name} into")
     return place
-
-
-def _put(file: Path, path: Path) -> None:
-    """Move a file to its place, with the mode that files of this user have."""
-    usual = file.with_name("usual")
-    usual.touch()
-    file.chmod(usual.stat().st_mode)
-    os.replace(file, path)
 
 
 def _read_ranks(file: Path) -> dict[str, int]:
@@ -224,9 +200,6 @@ def _read_ranks(file: Path) -> dict[str, int]:
         content = json.loads(metadata["svdlib"])
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r}, this version reads {FORMAT}")
-        return {
-            name: checks.positive_int(rank, f"the rank of layer {name!r}")
-            for name, rank in content["ranks"].items()
-        }
+        return {n: checks.positive_int(r, f"rank of {n!r}") for n, r in content["ranks"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} has no table of ranks: {error}") from None

@@ -11,10 +11,7 @@ from scipy.optimize import bisect
 
 @dataclass(frozen=True)
 class Choices:
-    """What a layer may become: its ranks (R,), what each costs and what error it leaves.
-
-    The first is the cheapest.
-    """
+    """What a layer may become: ranks (R,), what each costs and its error, the cheapest first."""
 
     ranks: np.ndarray
     costs: np.ndarray
@@ -26,10 +23,7 @@ def choices(
 ) -> Choices:
     """The ranks of an m × n layer at which two factors cost less than it, and the layer as it is.
 
-    Args:
-        errors: at ranks 0, 1, … min(m, n). The layer as it is has none.
-        cost: that of the layer, its m n numbers by default; factors cost their share of it.
-        multiple_of: ranks are multiples of this, but for the layer's own.
+    The ``errors`` are at ranks 0, 1, … min(m, n). The layer as it is has none.
 
     >>> choices(4, 4, np.array([1.0, 0.5, 0.2, 0.1, 0.0])).ranks
     array([1, 4])
@@ -46,28 +40,21 @@ def choices(
 
 
 def least(layers: Mapping[str, Choices]) -> float:
-    """What the cheapest choices cost together.
-
-    >>> least({"a": Choices(np.array([1, 9]), np.array([2, 9]), np.array([0.5, 0.0]))})
-    2.0
-    """
+    """What the cheapest choices cost together."""
     return float(sum(layer.costs[0] for layer in layers.values()))
 
 
 def allocate(layers: Mapping[str, Choices], budget: float, *, of: str = "cost") -> dict[str, int]:
     """The ranks with the smallest total error whose total cost is within a budget, exactly.
 
-    Or, with a budget of ``"error"``, those with the smallest total cost. Errors are taken to add
-    up. Of equally good ranks the cheapest win, or those with the smallest error.
+    Or, with a budget of ``"error"``, those with the smallest total cost. Of equally good ranks the
+    cheapest win, or those with the smallest error.
 
     At a price p, a choice has the excess x = e + p c − min(e + p c) ≥ 0 in its layer, and ranks
     exceed the lower bound of their total e + p c by Σ x (Everett 1963). So ranks within a width of
     the bound are made of few choices. Their Pareto front is built layer by layer, and the width
     doubled until the front holds the optimum. For 75 layers of 300 ranks this takes some 20 ms;
     `scipy.optimize.milp` takes 1 to 2 s, and stops within an absolute tolerance of the optimum.
-
-    Raises:
-        ValueError: a budget below the least, NaN or infinite costs or errors.
 
     >>> layer = Choices(np.array([1, 2, 9]), np.array([2, 4, 9]), np.array([0.5, 0.1, 0.0]))
     >>> allocate({"a": layer, "b": layer}, 13), allocate({"a": layer, "b": layer}, 0.2, of="error")
@@ -99,8 +86,7 @@ def allocate(layers: Mapping[str, Choices], budget: float, *, of: str = "cost") 
 def _price(options: Sequence[np.ndarray], row: int, budget: float) -> float:
     """The price at which the choices with the smallest e + p c come closest to the budget."""
 
-    def missing(price: float) -> float:
-        """Above 0 if the price is too low."""
+    def missing(price: float) -> float:  # above 0 if the price is too low
         best = [option[row, np.argmin(price * option[0] + option[1])] for option in options]
         return float(budget - sum(best) if row else sum(best) - budget)
 
@@ -120,10 +106,9 @@ def _best_within(
     budget: float,
     unit: float,
 ) -> list[int] | None:
-    """The places of the best choices, if these are within a width of the lower bound.
+    """The places of the best choices, by (3, R) costs, errors, and excesses of each layer's.
 
-    Args:
-        options: (3, R) a layer: cost, error and excess of its choices.
+    None if these are not within a width of the lower bound.
     """
     near = [np.flatnonzero(option[2] <= width + rounding) for option in options]
     options = [option[:, places] for option, places in zip(options, near, strict=True)]

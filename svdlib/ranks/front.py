@@ -19,8 +19,7 @@ def front(joint: pd.DataFrame, cost: str = "parameters") -> pd.DataFrame:
 
     Returns:
         The rows of ``joint`` in the order of their cost, with ``excess``: by how much a row's
-        loss is above the smallest at its cost or less, 0 on the front. Rows off the front are
-        within one standard error, their own.
+        loss is above the smallest at its cost or less, 0 on the front, else at most the row's se.
 
     Raises:
         ValueError: a table that `joint_profile` didn't make, NaN losses, an unknown cost.
@@ -39,11 +38,7 @@ def front(joint: pd.DataFrame, cost: str = "parameters") -> pd.DataFrame:
 
 
 def layers_of(joint: pd.DataFrame) -> list[str]:
-    """The columns of ranks: those that stand before the loss.
-
-    Raises:
-        ValueError: a table that `joint_profile` didn't make, NaN losses, ranks that come twice.
-    """
+    """The columns of ranks: those that stand before the loss."""
     _check(joint, ["loss", "increase", "se", "parameters"])
     layers = [str(name) for name in joint.columns[: joint.columns.get_loc("loss")]]
     if joint.duplicated(layers).any():
@@ -61,11 +56,7 @@ def _check(joint: pd.DataFrame, needed: list[str]) -> None:
 
 
 def optimal(joint: pd.DataFrame, **budget: float) -> dict[str, int]:
-    """The combination with the smallest loss, or the fewest parameters, under a budget.
-
-    Args:
-        budget: parameters or increase.
-    """
+    """The combination with the smallest loss, or the fewest parameters, under a budget."""
     layers = layers_of(joint)
     ((limited, limit),) = budget.items()
     eligible = _within(joint, limited, limit)
@@ -75,10 +66,7 @@ def optimal(joint: pd.DataFrame, **budget: float) -> dict[str, int]:
 
 
 def walk(joint: pd.DataFrame, parameters: int, rising: bool) -> dict[str, int]:
-    """From one end of the table towards a budget, a step of the grid in one layer at a time.
-
-    Each step is the best by the change of the verified loss per parameter.
-    """
+    """The ranks at the end of greedy steps in one layer each, by change of loss per parameter."""
     layers = layers_of(joint)
     grids = [sorted(joint[name].unique()) for name in layers]
     shape = tuple(map(len, grids))
@@ -107,7 +95,6 @@ def walk(joint: pd.DataFrame, parameters: int, rising: bool) -> dict[str, int]:
 
 
 def _within(joint: pd.DataFrame, limited: str, limit: float) -> pd.DataFrame:
-    """The combinations that meet a budget, at least one."""
     eligible = joint[joint[limited] <= limit]
     if eligible.empty:
         raise ValueError(

@@ -42,43 +42,34 @@ def joint_profile(
     """The loss of a perceptron with all its layers cut at once, at every combination of ranks.
 
     With W_l = Σ_j σ_j u_j v_jᵀ, layer l at rank r gives z = b + Σ_{j≤r} σ_j u_j (v_jᵀ h), a nested
-    sum over r. So each rank of a layer is reached from the one before, v_jᵀ h is taken once for all
-    its ranks, and only the layers behind start anew. With |R_l| ranks of layer l, an m_l × n_l
-    matrix, that takes for each image, in multiply-adds,
+    sum over r, so that each rank is reached from the one before. With |R_l| ranks of layer l, an
+    m_l × n_l matrix, that takes for each image, in multiply-adds,
 
         Σ_l |R_1| ⋯ |R_{l−1}| k_l (m_l + n_l),    k_l the highest rank in R_l,
 
-    and the softmax of |R_1| ⋯ |R_L| outputs. The losses are those of the weights replaced, to
-    rounding.
+    and the softmax of |R_1| ⋯ |R_L| outputs. Losses are those of the weights replaced, to rounding.
 
     Args:
-        model: Linear layers in an ``nn.Sequential`` with activations between, used in evaluation
-            mode and left as it was.
+        model: Linear layers in an ``nn.Sequential`` with activations between.
         x, y: inputs (n, …) and labels (n,), on the model's device. Or, without y, ``x`` is a tuple
             of both, or an iterable of such batches, read once.
         ranks: those to combine, for all layers or {layer: ranks}, capped at each layer's
             min(m, n); a layer that is not named stays whole. By default all, from 0, where these
             are at most 20,000 combinations; else a geometric grid that is.
         memory: bytes that intermediate results may take, about.
-        progress: show a progress bar.
 
     Returns:
-        One row per combination: a column per layer with its rank, loss (mean cross-entropy),
-        accuracy (percent), increase (of the loss over the full network, paired by image), se (its
-        standard error), parameters (of the model, each layer stored as two factors where that is
-        smaller), multiply_adds (for one input). ``attrs`` has the full network's ``loss``, and
+        One row per combination: a column per layer with its rank, loss, accuracy, increase, and se
+        as in `loss_profile`, parameters (of the model, each layer stored as two factors where that
+        is smaller), multiply_adds (for one input). ``attrs`` has the full network's ``loss``, and
         ``layers``, the names of the columns of ranks.
 
     Raises:
-        ValueError: a model that is no perceptron, weights that are shared, computed, NaN or
-            infinite, data that are empty or don't fit, ranks that are below 0 or not whole, an
-            unknown layer, more than a million combinations, NaN or infinite losses.
+        ValueError: a model that is no perceptron, shared or computed weights, data that don't fit,
+            impossible ranks, more than a million combinations, NaN or infinite losses.
 
-    >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
     >>> joint = joint_profile(net, torch.rand(20, 8), torch.arange(20) % 3, progress=False)
-    >>> len(joint), joint.attrs["layers"]
-    (28, ['0', '2'])
     >>> joint[(joint["0"] == 2) & (joint["2"] == 3)].parameters.item()
     55
     """
@@ -116,11 +107,20 @@ def joint_profile(
                     stop,
                 )
     full = torch.cat(losses)
-    return _table(net, links, grids, sum(parts[1:], parts[0]).means(len(full)), full)
+    means = sum(parts[1:], parts[0]).means(len(full))
+    if not all(map(math.isfinite, means["loss"])):
+        raise ValueError("some combination of ranks gives NaN or infinite losses on these data")
+    names = [link.name for link in links]
+    table = pd.MultiIndex.from_product(grids, names=names).to_frame(index=False)
+    stored = sum(table[link.name].map(link.layer.stored) for link in links)
+    others = sum(parameter.numel() for parameter in net.model.parameters())
+    others -= sum(link.layer.weight.numel() for link in links)
+    table = table.assign(**means, parameters=stored + others, multiply_adds=stored)
+    table.attrs = {"loss": full.double().mean().item(), "layers": names}
+    return table
 
 
 def _labelled(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Inputs and labels."""
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise ValueError(f"joint_profile takes batches (inputs, labels), not {described(batch)}")
     x, y = batch
@@ -135,12 +135,7 @@ def _moments(
     stop: Event,
     share: tuple[Tensor, Tensor, Tensor],
 ) -> Moments:
-    """Of every combination, over a share of the inputs, labels and losses of the network itself.
-
-    Args:
-        images: how many to take at once.
-        done: receives how many images each step of the tree has seen.
-    """
+    """Of every combination, over a share of the inputs, labels, and losses of the whole network."""
     combinations = math.prod(len(link.ranks) for link in links)
     moments = Moments.zeros(combinations, share[0].device)
     for h, y, full in zip(*(t.split(images) for t in share), strict=True):
@@ -161,12 +156,7 @@ def _images(links: Sequence[Link], x: Tensor, memory: int) -> int:
 
 
 def _visit(links: Sequence[Link], h: Tensor, start: int) -> Iterator[tuple[slice, Tensor]]:
-    """The logits (R, b, classes) at every combination, the last layer's R ranks at a time.
-
-    Args:
-        links: the layers that are left, the first of which takes h (columns, b).
-        start: the number of the first combination of their ranks.
-    """
+    """The logits (R, b, classes) at all combinations from number ``start`` on, R at a time."""
     link, *behind = links
     for step in link.before:
         # In place it would change the sum that the next rank grows from.
@@ -184,20 +174,8 @@ def _visit(links: Sequence[Link], h: Tensor, start: int) -> Iterator[tuple[slice
 
 def _grids(links: Sequence[Link], ranks: Ranks) -> list[list[int]]:
     """The ranks of each layer, in rising order."""
-    grids = _fitting(links) if ranks is None else _asked(links, ranks)
-    number = math.prod(map(len, grids))
-    if number > MOST:
-        raise ValueError(
-            f"{' × '.join(str(len(grid)) for grid in grids)} = {number:,} combinations are more "
-            f"than {MOST:,}; {int(MOST ** (1 / len(links)) + 1e-9)} ranks a layer would fit"
-        )
-    return grids
-
-
-def _asked(
-    links: Sequence[Link], ranks: Iterable[int] | Mapping[str, Iterable[int]]
-) -> list[list[int]]:
-    """The ranks asked for; a layer that is not named stays whole."""
+    if ranks is None:
+        return _fitting(links)
     names = [link.name for link in links]
     wanted = ranks if isinstance(ranks, Mapping) else dict.fromkeys(names, tuple(ranks))
     if unknown := wanted.keys() - set(names):
@@ -211,6 +189,11 @@ def _asked(
         if not given:
             raise ValueError(f"layer {link.name!r} has no ranks; give one at least")
         grids.append(sorted(given))
+    if (number := math.prod(map(len, grids))) > MOST:
+        raise ValueError(
+            f"{' × '.join(str(len(grid)) for grid in grids)} = {number:,} combinations are more "
+            f"than {MOST:,}; {int(MOST ** (1 / len(links)) + 1e-9)} ranks a layer would fit"
+        )
     return grids
 
 
@@ -219,8 +202,7 @@ def _fitting(links: Sequence[Link]) -> list[list[int]]:
     size = max(link.limit for link in links) + 1
     while True:
         grids = [geometric(link.limit, size) for link in links]
-        number = math.prod(map(len, grids))
-        if number <= ALL or size == 3:
+        if (number := math.prod(map(len, grids))) <= ALL or size == 3:
             return grids
         size = max(3, min(size - 1, int(size * (ALL / number) ** (1 / len(links)))))
 
@@ -234,22 +216,3 @@ def geometric(limit: int, number: int) -> list[int]:
     if number > limit:
         return list(range(limit + 1))
     return sorted({0, *np.geomspace(1, limit, number - 1).round().astype(int).tolist()})
-
-
-def _table(
-    net: Network,
-    links: Sequence[Link],
-    grids: Sequence[Sequence[int]],
-    means: Mapping[str, list[float]],
-    full: Tensor,
-) -> pd.DataFrame:
-    if not all(map(math.isfinite, means["loss"])):
-        raise ValueError("some combination of ranks gives NaN or infinite losses on these data")
-    names = [link.name for link in links]
-    table = pd.MultiIndex.from_product(grids, names=names).to_frame(index=False)
-    stored = sum(table[link.name].map(link.layer.stored) for link in links)
-    others = sum(parameter.numel() for parameter in net.model.parameters())
-    others -= sum(link.layer.weight.numel() for link in links)
-    table = table.assign(**means, parameters=stored + others, multiply_adds=stored)
-    table.attrs = {"loss": full.double().mean().item(), "layers": names}
-    return table

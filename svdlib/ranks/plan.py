@@ -29,7 +29,6 @@ class Plan:
 
     @property
     def smallest_cost(self) -> float:
-        """Cost of the model with the lowest ranks."""
         return self.fixed + least(self.options)
 
     def ranks(self, spent: float) -> dict[str, int]:
@@ -66,10 +65,7 @@ class Plan:
             return low
         for _ in bar(range(HALVINGS), progress=progress, desc="budgets", leave=False):
             middle = (low + high) / 2
-            if added(self.ranks(middle)) <= increase:
-                high = middle
-            else:
-                low = middle
+            low, high = (low, middle) if added(self.ranks(middle)) <= increase else (middle, high)
         return high
 
 

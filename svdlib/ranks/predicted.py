@@ -35,9 +35,9 @@ def predicted_profile(
     """A loss profile that is predicted, for layers of any module: no rank is tried.
 
     Cutting W = Σ σ_i u_i v_iᵀ to rank j takes Σ_{i>j} σ_i u_i (v_iᵀ h) from the layer's output z.
-    With δ = ∂ℓ/∂z, the gradient of an image's loss, it changes to first order by −Σ_{i>j} t_i,
-    where t_i = σ_i (u_iᵀ δ)(v_iᵀ h), summed over the places of a layer that is applied at several
-    and over the layers that share the weight. One forward and backward pass gives all t_i.
+    With δ = ∂ℓ/∂z, an image's loss changes to first order by −Σ_{i>j} t_i, where
+    t_i = σ_i (u_iᵀ δ)(v_iᵀ h), summed over the places of a layer that is applied at several and
+    over the layers that share the weight. One forward and backward pass gives all t_i.
 
     - ``"output"``: E‖Σ_{i>j} σ_i u_i v_iᵀ h‖² / E‖W h‖², the part of the output's square that is
       cut (Yuan et al. 2023, ASVD; exact for a cut at the layer's own singular vectors), no loss.
@@ -47,9 +47,8 @@ def predicted_profile(
 
     Args:
         model: as in `loss_profile`; a warning names grouped and transposed convolutions, left out.
-        x, y: inputs (n, …) and labels (n,), on the model's device; no batches.
+        x, y, memory: as in `loss_profile`, inputs (n, …) and labels (n,); no batches.
         by: one of the names above.
-        memory: bytes that intermediate results may take, about.
 
     Returns:
         the columns of `loss_profile` but accuracy, for `reveal_ranks`: increase is the prediction,
@@ -58,7 +57,6 @@ def predicted_profile(
     Raises:
         ValueError: as `loss_profile`; an unknown method.
 
-    >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
     >>> profile = predicted_profile(net, torch.rand(20, 8), torch.arange(20) % 3)
     >>> profile.groupby("layer").increase.min().tolist()
@@ -76,9 +74,7 @@ def predicted_profile(
     net.left |= {name: "it has no one matrix" for name in layers if not layers[name].has_code()}
     layers = {name: layer for name, layer in layers.items() if name not in net.left}
     if not layers:
-        raise ValueError(
-            "no layer can be predicted; loss_profile measures convolutions of any kind"
-        )
+        raise ValueError("no layer can be predicted; loss_profile measures convolutions too")
     net.warn()
     with net.measuring(), threads.making():
         task = task_of(net, x, y, memory=memory)
@@ -126,7 +122,6 @@ def _terms(
 
     with torch.set_grad_enabled(by != "output"), net.hooked(layers, after=note):
         losses = class_losses(net.model, copied(batch))[0].sum()
-    gradients: dict[str, Tensor] = {}
     if by != "output":
         found = torch.autograd.grad(losses, list(outputs.values()))
         gradients = dict(zip(outputs, found, strict=True))

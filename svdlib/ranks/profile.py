@@ -31,48 +31,41 @@ def loss_profile(
     """The network's loss with one layer at a time cut to each rank, and the others as they are.
 
     The paper's Algorithm 3 takes an SVD and a whole forward pass for each layer and rank. Here, in
-    an ``nn.Sequential``, each layer takes one SVD W = Σ σ_j u_j v_jᵀ and its input X once, its
-    output at rank j is a nested sum
+    an ``nn.Sequential``, each layer takes one SVD W = Σ σ_j u_j v_jᵀ, its output at rank j is a
+    nested sum of its input X,
 
         Z_0 = b,    Z_j = Z_{j−1} + σ_j u_j (v_jᵀ X),
 
-    and only the layers behind it run again. In other modules, for other data, and for layers that
-    share their weight or hold several matrices, the whole model runs for each rank with the weight
-    replaced. Both agree to rounding.
+    and only the layers behind it run again. Elsewhere, and for layers that share their weight or
+    hold several matrices, the whole model runs with the weight replaced. Both agree to rounding.
 
     Args:
-        model: a module with layers as in `factorize`, called in evaluation mode and left as it was.
-            A factorized layer counts as the dense one that it replaced.
+        model: a module with layers as in `factorize`; a factorized one counts as the dense one.
         x, y: inputs (n, …) and labels (n,), on the model's device. Or, without y, ``x`` is all
             data: a tensor (n, …), a tuple (inputs …, targets) or a mapping of such, or an iterable
-            of batches of any kind, such as a list or a DataLoader, read once.
+            of batches of any kind, such as a DataLoader, read once.
         objective: ``objective(model, batch)`` gives the losses (n,) of a batch, as does
-            `next_token_losses`. By default the cross-entropy of class scores (n, classes, …), or of
-            tokens (n, …, classes), in the model's output or its ``logits``, for targets (n, …): the
-            mean over an input's places whose target is not −100. Targets are a tuple's last part or
-            a mapping's "labels", the rest are the model's arguments.
+            `next_token_losses`. By default the cross-entropy of class scores (n, classes, …), or
+            (n, …, classes), in the model's output or its ``logits``, for targets (n, …), which are
+            a tuple's last part or a mapping's "labels": an input's mean where these are not −100.
         accuracy: ``accuracy(model, batch)`` gives right answers (n,), 0 to 1; by default those of
             the default objective, NaN with another.
         layers: names of the layers to profile, all by default, or of parameters as in `project_`.
         ranks: the ranks to evaluate, capped at each layer's min(m, n); 0 … min(m, n) by default.
         memory: bytes that the stacked intermediate results may take, about.
-        progress: show a progress bar.
 
     Returns:
         one row per layer and rank: layer, rank, loss (mean of the objective), accuracy (percent),
         increase (of the loss over the full network, paired by image), se (its standard error),
-        rows and columns (the matrix's shape m × n), sigma (its singular value σ_rank, NaN at
-        rank 0). For layers with groups, matrices is their number, and sigma the root mean square
-        over them. For layers that share a weight, shared is the first of them. ``attrs["loss"]`` is
-        the full network's loss.
+        rows and columns (the matrix's shape m × n), sigma (σ_rank, NaN at rank 0). Of layers with
+        groups, matrices is their number, and sigma the root mean square over them. Of layers that
+        share a weight, shared is the first. ``attrs["loss"]`` is the full network's loss.
 
     Raises:
         ValueError: data or an objective that do not fit the model, a model without matrices, an
-            unknown layer or one whose weight is computed from other parameters, a rank below 0 or
-            not whole, NaN or infinite weights or losses.
+            unknown layer, an impossible rank, NaN or infinite weights or losses.
 
     >>> import torch
-    >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
     >>> profile = loss_profile(net, torch.rand(20, 8), torch.arange(20) % 3, progress=False)
     >>> profile.groupby("layer")["rank"].max().to_dict()
@@ -134,14 +127,12 @@ def search_ranks(
 ) -> dict[str, int]:
     """The smallest acceptable rank of each layer, without the whole profile.
 
-    Loss is nearly but not quite monotone in rank. So: a geometric grid of ranks, bisection between
-    its last refused and first accepted rank, and then windows of ranks below that, since a smaller
-    rank may be acceptable again, until a whole window is refused.
+    A geometric grid of ranks, bisection between its last refused and first accepted rank, and then
+    windows of ranks below that, since loss is not quite monotone, until a whole window is refused.
 
     Args:
         x, y, objective, accuracy: as in `loss_profile`, but read several times.
-        accept: takes a profile and says of each row whether its rank is acceptable, such as
-            ``lambda rows: rows.increase <= rows.se``. Full rank always is.
+        accept: says of each row of a profile whether its rank is acceptable; full rank always is.
         window: ranks that must be refused in a row before the search ends, or an eighth of the
             rank found, if that is more.
 
@@ -149,17 +140,14 @@ def search_ranks(
         ValueError: as `loss_profile`; no ``accept``, a generator for data.
 
     >>> import torch
-    >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
     >>> x, y = torch.rand(20, 8), torch.arange(20) % 3
     >>> search_ranks(net, x, y, lambda rows: rows.increase <= rows.se).keys()
     dict_keys(['0', '2'])
     """
     if accept is None or not callable(accept):
-        raise ValueError(
-            "accept must say which rows of a profile would do, such as "
-            f"lambda rows: rows.increase <= rows.se, not {accept!r}"
-        )
+        example = "lambda rows: rows.increase <= rows.se"
+        raise ValueError(f"accept must say which rows would do, such as {example}, not {accept!r}")
     window = checks.positive_int(window, "window")
     net = Network.to_measure(model)
     with net.measuring():
@@ -189,10 +177,7 @@ def _smallest(
     low = max((rank for rank in grid if rank < best), default=0)
     while best - low > 1:
         middle = (low + best) // 2
-        if accepted([middle]):
-            best = middle
-        else:
-            low = middle
+        low, best = (low, middle) if accepted([middle]) else (middle, best)
     while best > 1 and (better := accepted(range(max(1, best - max(window, best // 8)), best))):
         best = min(better)
     return best

@@ -32,26 +32,22 @@ def reveal_ranks(
     From what `joint_profile` measured, all layers at once:
 
     - ``"optimal"``: the smallest loss of a model with at most so many ``parameters``, or the
-      fewest parameters with at most so much ``increase`` of the loss. No other ranks in the table
-      do better.
+      fewest parameters with at most so much ``increase`` of the loss.
     - ``"removal"`` with ``parameters``: from the highest ranks down, always in the layer where the
-      loss then rises least per parameter saved, measured anew after each step.
+      loss then rises least per parameter saved.
     - ``"gain"`` with ``parameters``: from the lowest ranks up, always in the layer where the loss
       then falls most per parameter spent; the best ranks on that way.
 
-    The other rules take what `loss_profile` measured or `predicted_profile` predicted.
+    From `loss_profile` or `predicted_profile`, one layer at a time, by the loss ℓ_j at every rank:
 
-    One layer at a time, by the loss ℓ_j at every rank j, so that no plateau or bump ends a search:
-
-    - ``"printed"`` with ``tolerance`` ε: Algorithm 3 of the paper to the letter, which assigns rank
-      j wherever ℓ_j − ℓ_{j+1} ≥ ε: the last such j stands, one short of where the gain arrives;
-      full rank if there is none.
+    - ``"printed"`` with ``tolerance`` ε: Algorithm 3 of the paper to the letter, the last j with
+      ℓ_j − ℓ_{j+1} ≥ ε, one short of where the gain arrives; full rank if there is none.
     - ``"marginal"`` with ``tolerance`` ε: its sensible reading, the smallest j beyond which no
       further rank gains ε: ℓ_j − min_{i>j} ℓ_i < ε.
     - ``"one-se"``: the smallest rank whose loss increase, paired by image, is within one
       standard error of the full network (Breiman et al. 1984, section 3.4.3).
 
-    From the singular values σ alone:
+    From its singular values σ alone:
 
     - ``"energy"``: the smallest j with Σ_{i>j} σ_i² ≤ ε Σ σ_i², with ``tolerance`` ε = 0.01 by
       default. With √ε for the tail it is the truncation of dynamical low-rank training
@@ -64,8 +60,8 @@ def reveal_ranks(
     - ``"evbmf"``: the global analytic solution of empirical variational Bayes matrix
       factorization, its noise variance estimated (Nakajima et al. 2013, Theorems 2 and 3).
 
-    All layers at once, their increases taken to add up, which `verify_ranks` can check. Rank j
-    stores min(j (m+n), m n) weights. Layers that share a weight count once and get one rank.
+    From the same, all layers at once, their increases taken to add up. Rank j stores
+    min(j (m+n), m n) weights. Layers that share a weight count once and get one rank.
 
     - ``"budget"``: the smallest total increase with at most so many weights, ``parameters``, or
       the fewest weights with at most so much total ``increase``.
@@ -80,18 +76,15 @@ def reveal_ranks(
         parameters, increase: the budget.
 
     Raises:
-        ValueError: an unknown rule, a profile that lacks columns, layers or ranks, has NaN losses
-            or singular values, or the same rank twice, as those of several networks together have;
-            a missing, negative or unused tolerance; no budget, two, or one that can't be met.
+        ValueError: an unknown rule, a profile that lacks columns, layers or ranks, has NaN values
+            or several networks; an impossible or unused tolerance; a budget that can't be met.
 
     >>> profile = pd.DataFrame({
     ...     "layer": "a", "rank": [0, 1, 2, 3], "loss": [9.0, 4.0, 1.1, 1.0],
     ...     "increase": [8.0, 3.0, 0.1, 0.0], "se": [0.2, 0.2, 0.2, 0.0],
     ...     "rows": 3, "columns": 5, "sigma": [float("nan"), 3.0, 2.0, 0.1]})
-    >>> reveal_ranks(profile), reveal_ranks(profile, "marginal", tolerance=0.5)
-    ({'a': 2}, {'a': 2})
-    >>> reveal_ranks(profile, "printed", tolerance=0.5)
-    {'a': 1}
+    >>> reveal_ranks(profile), reveal_ranks(profile, "printed", tolerance=0.5)
+    ({'a': 2}, {'a': 1})
     """
     checks.one_of(rule, tuple(RULES), "rule")
     chosen = RULES[rule]
@@ -99,7 +92,12 @@ def reveal_ranks(
         _check_profile(profile)
     given = {"tolerance": tolerance, "parameters": parameters, "increase": increase}
     given = {name: value for name, value in given.items() if value is not None}
-    _check_arguments(rule, given)
+    takes, optional = chosen.takes, not chosen.takes or chosen.tolerance is not None
+    if set(given) - set(takes) or not (len(given) == 1 or (optional and not given)):
+        needed = " or ".join(f"{name}=…" for name in takes) or "neither a tolerance nor a budget"
+        exactly = ", exactly one of them" if len(takes) > 1 else ""
+        got = ", ".join(f"{name}={value}" for name, value in given.items()) or "nothing"
+        raise ValueError(f"rule {rule!r} takes {needed}{exactly}, got {got}")
     if chosen.table == "joint":
         return chosen.choose(profile, **given)
     profile = profile.assign(layer=profile.layer.astype(str))
@@ -116,37 +114,28 @@ def reveal_ranks(
 
 
 def _rank_of(name: str, table: pd.DataFrame, rule: str, tolerance: Tolerance | None) -> int:
-    """The rank of one layer, by a rule that looks at layers alone."""
-    kind = RULES[rule]
-    arguments = [_epsilon(name, rule, tolerance)] if "tolerance" in kind.takes else []
+    kind, arguments = RULES[rule], []
+    if "tolerance" in kind.takes:
+        if isinstance(tolerance, Mapping) and name not in tolerance:
+            raise ValueError(f"tolerance lacks layer {name!r}; it has {', '.join(tolerance)}")
+        epsilon = tolerance[name] if isinstance(tolerance, Mapping) else tolerance
+        epsilon = kind.tolerance if epsilon is None else epsilon
+        if epsilon is None or not epsilon >= 0 or epsilon >= kind.below < math.inf:
+            limits = "at least 0" + (f" and below {kind.below:g}" if kind.below < math.inf else "")
+            raise ValueError(f"the tolerance of rule {rule!r} must be {limits}, not {epsilon}")
+        arguments = [float(epsilon)]
     full = int(table[["rows", "columns"]].iloc[0].min())
     needed = {full} if kind.ranks == "full" else set(range(1, full + 1))
-    if missing := sorted(needed - set(table["rank"])):
-        raise ValueError(
-            f"rule {rule!r} needs a profile of {kind.ranks} ranks of layer {name!r}; "
-            f"missing: {missing[:5]}"
-        )
+    if missing := sorted(needed - set(table["rank"]))[:5]:
+        ranks = f"a profile of {kind.ranks} ranks of layer {name!r}"
+        raise ValueError(f"rule {rule!r} needs {ranks}; missing: {missing}")
     return min(max(int(kind.choose(table, *arguments)), 1), full)
-
-
-def _epsilon(name: str, rule: str, tolerance: Tolerance | None) -> float:
-    """The tolerance of a layer: its own, that of all, or the rule's."""
-    if isinstance(tolerance, Mapping) and name not in tolerance:
-        raise ValueError(f"tolerance lacks layer {name!r}; it has {', '.join(tolerance)}")
-    epsilon = tolerance[name] if isinstance(tolerance, Mapping) else tolerance
-    epsilon = RULES[rule].tolerance if epsilon is None else epsilon
-    below = RULES[rule].below
-    if epsilon is None or not epsilon >= 0 or epsilon >= below < math.inf:
-        limits = "at least 0" + (f" and below {below:g}" if below < math.inf else "")
-        raise ValueError(f"the tolerance of rule {rule!r} must be {limits}, not {epsilon}")
-    return float(epsilon)
 
 
 def _printed(table: pd.DataFrame, epsilon: float) -> int:
     loss = table.loss.to_numpy()
     gains = np.flatnonzero(loss[:-1] - loss[1:] >= epsilon)
-    ranks = table["rank"].to_numpy()
-    return ranks[gains[-1]] if len(gains) else ranks[-1]
+    return table["rank"].iloc[gains[-1] if len(gains) else -1]
 
 
 def _marginal(table: pd.DataFrame, epsilon: float) -> int:
@@ -190,8 +179,7 @@ def _gavish_donoho(table: pd.DataFrame) -> int:
 
 def _evbmf(table: pd.DataFrame) -> int:
     sigma = _sigma(table)
-    sides = table[["rows", "columns"]].iloc[0]
-    small, large = int(sides.min()), int(sides.max())
+    small, large = sorted(map(int, table[["rows", "columns"]].iloc[0]))
     alpha = small / large
     tau_bound = 2.5129 * math.sqrt(alpha)
     x_bound = (1 + tau_bound) * (1 + alpha / tau_bound)
@@ -234,7 +222,6 @@ def _level(layers: Mapping[str, pd.DataFrame], parameters: int) -> dict[str, int
 
 
 def _options(layers: Mapping[str, pd.DataFrame]) -> dict[str, Choices]:
-    """Each layer's ranks above 0, with the weights they store and the increases they cost."""
     options = {}
     for name, profile in layers.items():
         table = profile[profile["rank"] > 0]
@@ -248,23 +235,14 @@ def _options(layers: Mapping[str, pd.DataFrame]) -> dict[str, Choices]:
 
 
 class Rule(NamedTuple):
-    """A rule for ranks, and what it needs.
-
-    Args:
-        choose: the rule, as a function of its table and of the argument it takes.
-        takes: of tolerance, parameters, and increase those that it takes, one at a time.
-        tolerance, below: the tolerance if none is given, and what it must be below.
-        table: "layer", one layer's profile at a time; "layers", {layer: profile};
-            or "joint", what `joint_profile` returns.
-        ranks: those that it needs in a layer's profile, "all" or "full".
-    """
+    """A rule for ranks, as a function of its table and of one argument, and what it needs."""
 
     choose: Callable[..., Any]
-    takes: tuple[str, ...] = ()
-    tolerance: float | None = None
-    below: float = math.inf
-    table: str = "layer"
-    ranks: str = "all"
+    takes: tuple[str, ...] = ()  # the arguments to choose from
+    tolerance: float | None = None  # by default
+    below: float = math.inf  # what the tolerance must be
+    table: str = "layer"  # one profile; or "layers", {layer: profile}; or "joint"
+    ranks: str = "all"  # in a layer's profile; or "full"
 
 
 RULES = {
@@ -284,18 +262,6 @@ RULES = {
 }
 
 
-def _check_arguments(rule: str, given: Mapping[str, object]) -> None:
-    """Refuse arguments that a rule does not take, and the lack of one that it needs."""
-    takes = RULES[rule].takes
-    optional = not takes or RULES[rule].tolerance is not None
-    if set(given) <= set(takes) and (len(given) == 1 or (not given and optional)):
-        return
-    needed = " or ".join(f"{name}=…" for name in takes) or "neither a tolerance nor a budget"
-    exactly = ", exactly one of them" if len(takes) > 1 else ""
-    got = ", ".join(f"{name}={value}" for name, value in given.items()) or "nothing"
-    raise ValueError(f"rule {rule!r} takes {needed}{exactly}, got {got}")
-
-
 def _check_profile(profile: pd.DataFrame) -> None:
     columns = {"layer", "rank", "loss", "increase", "se", "rows", "columns", "sigma"}
     if missing := sorted(columns - set(profile.columns)):
@@ -307,7 +273,5 @@ def _check_profile(profile: pd.DataFrame) -> None:
     if not np.isfinite(_sigma(profile).astype(float)).all():
         raise ValueError("the profile has NaN or infinite singular values, sigma")
     for layer, rank in profile.loc[profile.duplicated(["layer", "rank"]), ["layer", "rank"]].values:
-        raise ValueError(
-            f"the profile has rank {rank} of layer {layer!r} more than once; give one network's "
-            "profile at a time"
-        )
+        twice = f"rank {rank} of layer {layer!r} more than once"
+        raise ValueError(f"the profile has {twice}; give one network's at a time")

@@ -34,7 +34,6 @@ def sensitivities(
     """The rise of the loss at ranks 0, 1, … of each layer alone, measured at some of them.
 
     Where a higher rank makes the loss no better, the share ``lost`` of the layer's output decides.
-    ``description`` is for the progress bar.
     """
     rises: dict[str, np.ndarray] = {}
     with bar(progress=progress, desc=description, leave=False) as shown:
@@ -42,12 +41,12 @@ def sensitivities(
             limit, full = max(1, layer.max_factor_rank), layer.full_rank
             grid = np.unique(np.linspace(1, limit, GRID).round().astype(int)).tolist()
             table = profile_of(task, {name: layer}, grid, progress=False)
-            ranks, rise = [*table["rank"], full], [*table["increase"], 0.0]
-            rises[name] = np.interp(np.arange(full + 1), ranks, rise)
+            ranks, increases = [*table["rank"], full], [*table["increase"], 0.0]
+            rise = np.interp(np.arange(full + 1), ranks, increases)
+            rises[name] = np.minimum.accumulate(rise).clip(min=0)
             shown.update()
-    falling = {name: np.minimum.accumulate(rise).clip(min=0) for name, rise in rises.items()}
-    share = LITTLE * (max(rise.max() for rise in falling.values()) or 1.0)
-    return {name: rise + share * lost[name] for name, rise in falling.items()}
+    share = LITTLE * (max(rise.max() for rise in rises.values()) or 1.0)
+    return {name: rise + share * lost[name] for name, rise in rises.items()}
 
 
 def added_losses(task: Task, small: nn.Module, single: bool, progress: bool) -> pd.DataFrame:
