@@ -67,7 +67,7 @@ def complete_file(path: Path) -> Iterator[Path]:
     path = path.resolve()  # of a link, the file it points to
     tidy(path.parent)
     with unfinished(path.parent) as stage:
-        part, usual = stage / path.name, stage / "usual"
+        part, usual = stage / path.name, stage / f"{path.name}.usual"
         yield part
         usual.touch()
         part.chmod(usual.stat().st_mode)  # some writers leave a file to its owner alone
