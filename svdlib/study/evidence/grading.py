@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pandas as pd
 from torch import Tensor, nn
@@ -16,7 +15,6 @@ from svdlib.ranks.profile import loss_profile
 from svdlib.ranks.reduced import refine_ranks
 from svdlib.ranks.rules import RULES, reveal_ranks
 
-Choices = Mapping[str, Mapping[str, int]]  # ranks by layer, by rule
 Labeled = tuple[Tensor, Tensor]  # images and labels
 
 
@@ -28,16 +26,11 @@ def grade(
     tolerance: float,
     shares: Sequence[float],
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Every rule's ranks for one perceptron, and what they lose against the best ranks.
+    """Every rule's ranks for a perceptron and their `regrets`, and the test's `joint_profile`.
 
-    Args:
-        validation, test: images and labels to choose ranks by, and to measure them by.
-        tolerance: the loss that ranks may cost, for rules that need one.
-        shares: budgets, as shares of the model's parameters.
-
-    Returns:
-        `regrets` of the rules that choose their own size (share NaN) and of those under each
-        budget; and the `joint_profile` on the test images.
+    Rules that choose their own size may cost the ``tolerance`` of loss and have the share NaN; the
+    others take ``shares`` of the model's parameters. Regrets may be negative: the best ranks are
+    chosen on the validation images, and measured on the test images.
     """
     x, y = validation
     joint = joint_profile(model, x, y, progress=False)  # type: ignore[arg-type]
@@ -70,40 +63,29 @@ def grade(
 
 
 def regrets(
-    joint: pd.DataFrame, test: pd.DataFrame, choices: Choices, budget: int | None = None
+    joint: pd.DataFrame,
+    test: pd.DataFrame,
+    choices: Mapping[str, Mapping[str, int]],
+    budget: int | None = None,
 ) -> pd.DataFrame:
-    """What rules' ranks lose against the best of as many parameters, and how few would be enough.
+    """Test loss and error of each rule's ranks, and what they lose against the best ranks.
 
-    The best are chosen on validation images and measured on test images: regrets may be negative.
-
-    Args:
-        joint, test: `joint_profile` at the same ranks, on validation and on test images.
-        budget: the parameters that the optimum may have; by default as many as each rule's.
-
-    Returns:
-        A row per rule: rule, the layers' ranks, parameters; loss and error (percent) on test;
-        regret and error_regret, these minus the optimum's; needed, the parameters of the smallest
-        combination with no more validation loss.
+    The best have the ``budget``, or as many parameters as the rule's ranks; ``needed`` are those of
+    the smallest combination with no more validation loss.
     """
     layers = layers_of(joint)
     validated, tested = joint.set_index(layers), test.set_index(layers)
-
-    def optimum(**limit: Any) -> tuple[int, ...]:
-        best = reveal_ranks(joint, "optimal", **limit)
-        return tuple(best[name] for name in layers)
-
     rows = []
     for rule, ranks in choices.items():
         at = tuple(ranks[name] for name in layers)
         spent = int(validated.parameters[at])
-        best = optimum(parameters=spent if budget is None else budget)
-        smallest = optimum(increase=float(validated.increase[at]))
+        limits = {"parameters": budget or spent}, {"increase": float(validated.increase[at])}
+        found = [reveal_ranks(joint, "optimal", **limit) for limit in limits]  # type: ignore[arg-type]
+        best, smallest = (tuple(ranks[name] for name in layers) for ranks in found)
         loss, accuracy = tested.loss[at], tested.accuracy[at]
         row = {"rule": rule, **ranks, "parameters": spent, "loss": loss, "error": 100 - accuracy}
-        row |= {
-            "regret": loss - tested.loss[best],
-            "error_regret": tested.accuracy[best] - accuracy,
-        }
+        row["regret"] = loss - tested.loss[best]
+        row["error_regret"] = tested.accuracy[best] - accuracy
         rows.append(row | {"needed": int(validated.parameters[smallest])})
     return pd.DataFrame(rows)
 
@@ -111,13 +93,7 @@ def regrets(
 def summed_increases(joint: pd.DataFrame) -> pd.Series:
     """The sum of the increases that each layer's rank costs alone, for every combination.
 
-    If layers were independent, it would equal the combination's own increase. The `joint_profile`
-    must have every layer's full rank.
-
-    >>> joint = pd.DataFrame({"a": [1, 1, 2, 2], "b": [1, 2, 1, 2], "loss": [5.0, 2.0, 3.0, 1.0],
-    ...                       "increase": [4.0, 1.0, 2.0, 0.0], "se": 0.1, "parameters": 9})
-    >>> summed_increases(joint).tolist()
-    [3.0, 1.0, 2.0, 0.0]
+    If layers were independent, it would equal the combination's own increase.
     """
     ranks = joint[layers_of(joint)]
     full, total = ranks.eq(ranks.max()), pd.Series(0.0, joint.index)

@@ -27,7 +27,6 @@ def render() -> str:
 
 
 def write(path: Path = ROOT / "README.md") -> None:
-    """Render the README into a file."""
     files.put(path, render())
 
 
@@ -48,7 +47,6 @@ def _headline() -> dict[str, Any]:
     added = {epoch: _differences(part, "test_error", "stock", "method") for epoch, part in epochs}
     accuracy = {key: prediction(part) for key, part in runs.groupby(["epoch", "method"]).accuracy}
     cheapest = min(added, key=lambda epoch: added[epoch]["truncsvd"]["mean"])
-    numbers = {"added": added, "accuracy": accuracy, "cheapest": cheapest}
     paper, values, by = records.from_paper("keene"), ["accuracy", "loss"], ["method", "epoch"]
     text, code = (
         locate(table[table.every == every], paper, values, by) for every in ("epoch", "published")
@@ -56,8 +54,9 @@ def _headline() -> dict[str, Any]:
     first = (text.method == "rsvd") & (text.epoch == 1)
     edge = code.query("method == 'stock' and value == 'accuracy' and epoch == 10").iloc[0]
     start = text[first & (text.value == "accuracy")].iloc[0]
+    numbers = {"added": added, "accuracy": accuracy, "cheapest": cheapest, "first": start}
     numbers |= {"headline_seeds": runs.seed.nunique(), "in_text": text[~first], "in_code": code}
-    return numbers | {"first": start, "edge": edge}
+    return numbers | {"edge": edge}
 
 
 def _ranks_below_ten() -> dict[str, Any]:

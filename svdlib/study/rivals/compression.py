@@ -92,7 +92,6 @@ def fisher(
 def _factorized(
     net: Network, ranks: Mapping[str, int], factors: Callable[[str, Tensor], Product]
 ) -> nn.Module:
-    """The model with the factors of each layer's name and matrix."""
     matrices = {name: net.layers[name].matrix().double() for name in ranks}
     return factorized(net, ranks, ((name, factors(name, W)) for name, W in matrices.items()))
 
@@ -130,7 +129,6 @@ def check(
 
 
 def _check_thin(name: str, rank: int, widths: Sequence[int], of: str) -> None:
-    """Refuse a rank at which two factors of a layer store no less than its matrix."""
     largest, m, n = min(((m * n - 1) // (m + n), m, n) for n, m in pairwise(widths))
     why = f"where two factors of the {m} × {n} matrix store less than it does"
     inputs.at_most(name, rank, largest, why, f"{of} = {list(widths)}")

@@ -25,11 +25,9 @@ def profile_race(
 ) -> dict[str, float]:
     """Seconds of the loss profile of a perceptron, at every rank of every layer.
 
-    Returns:
-        ``paper``: an SVD and a forward pass for every layer and rank; ``one SVD``: an SVD per layer
-        and a pass for every rank, both timed at ``sample`` ranks per layer and scaled to all;
-        ``nested``: `loss_profile`; ``search``: `search_ranks` by one standard error; ``bound``:
-        the products behind each layer alone, at this machine's best rate.
+    The paper takes an SVD and a forward pass for every layer and rank, "one SVD" an SVD per layer;
+    both are timed at ``sample`` ranks per layer and scaled to all. "nested" is `loss_profile`,
+    "search" `search_ranks`; the bound are the products behind each layer at the machine's best rate.
     """
     torch.manual_seed(0)
     model = perceptron(sizes).to(x.device)

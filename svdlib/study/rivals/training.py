@@ -124,10 +124,7 @@ def torch_func_epoch(
 def jax_epoch(
     sizes: Sequence[int], networks: int, data: Data, projection: Projection | None = None
 ) -> Epoch:
-    """JAX: value_and_grad under vmap, the epoch one compiled `scan`; batched `jnp.linalg.svd`.
-
-    The randomized method is that of `torch.svd_lowrank`, its sketch drawn in JAX.
-    """
+    """JAX: value_and_grad under vmap, the epoch one compiled `scan`, SVDs as in `_low_rank`."""
     import jax
     import jax.numpy as jnp
 
@@ -198,9 +195,6 @@ def entrants(
     """An epoch of every way, for every number of networks; the paper's way trains one at a time.
 
     `product_bound` takes part as "the products alone"; ``name`` is the projection's in the table.
-
-    Raises:
-        ValueError: a projection that does not follow every step, which the other ways require.
     """
     if projection and projection.every != "step":
         raise ValueError(f"the race is of projections every step, not every {projection.every!r}")
@@ -215,13 +209,10 @@ def entrants(
 
 
 def race(entrants: Entrants, repeats: int = 5, progress: bool = True) -> pd.DataFrame:
-    """Each entrant in turn, again and again, after a round that compiles and is not counted.
+    """Seconds per network and epoch of each entrant in turn, after a round that compiles.
 
     Whatever disturbs the machine then disturbs all, and a ratio can be taken within a round. A
     turn lasts `TURN` or an epoch: threads of the one before may wait actively for milliseconds.
-
-    Returns:
-        Columns projection, way, networks, round, seconds (per network and epoch, turn's median).
     """
     rows = []
     for number in bar(range(1 + repeats), progress=progress, unit="round", desc="race"):
@@ -236,13 +227,10 @@ def race(entrants: Entrants, repeats: int = 5, progress: bool = True) -> pd.Data
 
 
 def ratios(table: pd.DataFrame) -> pd.DataFrame:
-    """How many times as long the others take as svdlib, round by round, from a race's table.
+    """How many times as long the others take as svdlib: median, least, and most over the rounds.
 
-    Those that train one network at a time are compared per network.
-
-    Returns:
-        A row per other way and number of networks: the ratio's median, least and most over the
-        rounds, and which of the two is faster; "none", where the rounds disagree.
+    Those that train one network at a time are compared per network. Where the rounds disagree, the
+    faster is "none".
 
     >>> table = pd.DataFrame({"projection": "stock", "way": ["svdlib", "JAX"] * 2, "networks": 8,
     ...                       "round": [1, 1, 2, 2], "seconds": [1.0, 2.0, 1.0, 3.0]})

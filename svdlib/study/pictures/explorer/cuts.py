@@ -20,18 +20,6 @@ class Cuts:
 
     With the first layer's W = U Σ Vᵀ, the numbers Vᵀ x of all images are computed once. A forward
     pass at ranks (r_1, r_2, …) starts from their first r_1, so that little is left to do.
-
-    Attributes:
-        layers, full: names of the layers, and their full ranks.
-        factors, biases: (U, σ, Vᵀ) of each layer, and its bias, 0 without one.
-        x, y: images (n, features) and labels (n,).
-        joint, best: the `joint_profile`, and the best combinations of its `front`.
-
-    >>> _ = torch.manual_seed(0)
-    >>> net = nn.Sequential(nn.Linear(9, 4), nn.ReLU(), nn.Linear(4, 3))
-    >>> cuts = Cuts(net, torch.rand(20, 9), torch.arange(20) % 3)
-    >>> cuts.layers, cuts.full, len(cuts.joint)
-    (['0', '2'], (4, 3), 20)
     """
 
     @torch.no_grad()
@@ -75,22 +63,16 @@ class Cuts:
         return self.best.iloc[max(int(count) - 1, 0)]
 
     def misread(self, ranks: Sequence[int], count: int = 12) -> tuple[Tensor, Tensor, Tensor]:
-        """Images that the full network reads correctly and this cut most clearly misreads.
+        """Images that only the cut misreads, the clearest first, and logits before and after it.
 
         The margin sorts them: the correct class's logit minus the largest other, below 0 if misread.
-
-        Returns:
-            their indices (count,), and the logits (count, classes) before and after the cut.
         """
-        before, after = self._full_logits, self.logits(ranks)
-        margin = _margin(after, self.y).where(_margin(before, self.y) > 0, torch.inf)
-        at = margin.argsort(stable=True)[:count]
-        return at, before[at], after[at]
-
-
-def _margin(logits: Tensor, y: Tensor) -> Tensor:
-    own = logits.gather(1, y[:, None])[:, 0]
-    return own - logits.scatter(1, y[:, None], -torch.inf).amax(1)
+        logits, own = torch.stack([self._full_logits, self.logits(ranks)]), self.y[None, :, None]
+        own = own.expand(2, -1, 1)
+        others = logits.scatter(2, own, -torch.inf).amax(2)
+        before, after = logits.gather(2, own)[..., 0] - others
+        at = after.where(before > 0, torch.inf).argsort(stable=True)[:count]
+        return at, logits[0, at], logits[1, at]
 
 
 @inputs.refusing(whole="rank seeds epochs", widths="sizes")

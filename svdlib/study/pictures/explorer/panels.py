@@ -21,7 +21,6 @@ TABLE_STYLE = (
     "<style>.ranks * {padding-left:1em; text-align:right; white-space:nowrap}"
     ".ranks tbody th {padding-left:0; text-align:left}</style>"
 )
-
 # The fields that matter for a method; all do for rSVD.
 NEEDED = {"": ["seeds"], "truncsvd": ["rank", "every", "seeds"]}
 
@@ -47,10 +46,7 @@ def _follow(sliders: Sequence[widgets.Widget], update: Callable[[object], None])
 
 
 def ranks_panel(cuts: Cuts, start: Sequence[int]) -> tuple[widgets.VBox, list[widgets.IntSlider]]:
-    """One slider per layer: the cost of these ranks, the best of that size, and what is left.
-
-    The sliders are returned as well: another panel can follow them.
-    """
+    """A panel of these ranks' cost and the best of that size, and its sliders, one per layer."""
     sliders = [
         _slider(f"layer {name}", rank, 0, full)
         for name, full, rank in zip(cuts.layers, cuts.full, start, strict=True)

@@ -54,8 +54,7 @@ def png(drawn: Image.Image) -> bytes:
 
 def ranks_picture(cuts: Cuts) -> Callable[[Sequence[int]], bytes]:
     """A function that draws a choice of ranks: its place among all, and its part of the spectra."""
-    count = len(cuts.layers)
-    figure = Figure(figsize=(11, 3.5), dpi=100)
+    count, figure = len(cuts.layers), Figure(figsize=(11, 3.5), dpi=100)
     cloud, *axes = figure.subplots(1, 1 + count, width_ratios=[3, *[1.25] * count])
     joint, everything = cuts.joint, f"all {len(cuts.joint):,} combinations"
     cloud.plot(joint.parameters, joint.loss, ".", color="0.82", markersize=3, label=everything)
@@ -93,13 +92,14 @@ def ranks_picture(cuts: Cuts) -> Callable[[Sequence[int]], bytes]:
     return draw
 
 
-def weights_picture(cuts: Cuts, rank: int, columns: int = 5) -> bytes:
+def weights_picture(cuts: Cuts, rank: int) -> bytes:
     """The first layer's rows at a rank as pictures: red is positive, blue negative."""
     limit = float(cuts.weights(cuts.full[0]).abs().max())
     shades = ((cuts.weights(rank) / limit).clamp(-1, 1) + 1) / 2
     count, side = len(shades), round(shades.shape[1] ** 0.5)
     pixels = mpl.colormaps["RdBu_r"](shades.view(count, side, side).numpy(), bytes=True)[..., :3]
-    rows, gap = -(-count // columns), 2
+    columns, gap = 5, 2
+    rows = -(-count // columns)
     pads = ((0, rows * columns - count), (0, gap), (0, gap), (0, 0))
     grid = np.pad(pixels, pads, constant_values=255).reshape(rows, columns, *[side + gap] * 2, 3)
     mosaic = grid.swapaxes(1, 2).reshape(rows * (side + gap), columns * (side + gap), 3)
@@ -131,10 +131,7 @@ def sketch_picture(max_side: int) -> Callable[[Sketch], bytes]:
 
 
 def curves_picture(runs: Sequence[pd.DataFrame], epochs: int) -> bytes:
-    """Test error and loss by epoch of every run's networks (`Session`): means and ranges.
-
-    Stock networks are drawn of the last run only; a method's first run has the method's color.
-    """
+    """Test error and loss by epoch of every run (`Session`), stock networks of the last run only."""
     figure = Figure(figsize=(10, 3.8))
     with DRAWING:
         panels = (("test_error", "test error (%)"), ("test_loss", "test loss"))
@@ -160,9 +157,14 @@ def curves_picture(runs: Sequence[pd.DataFrame], epochs: int) -> bytes:
 def digits_html(x: Tensor, y: Tensor, before: Tensor, after: Tensor) -> str:
     """Images (n, pixels) with labels, and their logits before (gray) and after a cut, as HTML."""
     style = "display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:12px"
-    scale = max(before.abs().max().item(), after.abs().max().item(), 1e-9)
-    logits = before.tolist(), after.tolist()
-    cells = (_digit(*row, scale) for row in zip(map(_uri, x), y.tolist(), *logits, strict=True))
+    scale, side = (
+        max(before.abs().max().item(), after.abs().max().item(), 1e-9),
+        round(x.shape[1] ** 0.5),
+    )
+    grays = (255 * (1 - x.clamp(0, 1))).byte().view(-1, side, side).numpy()  # dark on white
+    uris = [data_uri(png(Image.fromarray(gray).convert("RGB"))) for gray in grays]
+    rows = zip(uris, y.tolist(), before.tolist(), after.tolist(), strict=True)
+    cells = (_digit(*row, scale) for row in rows)
     return f'<div style="{style}">{"".join(cells)}</div>'
 
 
@@ -189,13 +191,6 @@ def _digit(uri: str, label: int, before: list[float], after: list[float], scale:
         f'<svg width="{10 * width}" height="{2 * half + 14}" font-size="10" role="img" '
         f'aria-label="logits before and after">{bars}</svg></figure>'
     )
-
-
-def _uri(image: Tensor) -> str:
-    """A digit, dark on white, as a data URI."""
-    side = round(len(image) ** 0.5)
-    gray = (255 * (1 - image.clamp(0, 1))).byte().view(side, side).numpy()
-    return data_uri(png(Image.fromarray(gray).convert("RGB")))
 
 
 def data_uri(picture: bytes) -> str:

@@ -49,15 +49,6 @@ class Session:
 
         ``watch`` is called after every epoch with the history so far. The history of the complete
         epochs is returned, and added to ``runs`` unless it is empty.
-
-        Raises:
-            RuntimeError: another training is under way.
-
-        >>> import svdlib
-        >>> session = Session(svdlib.load("MNIST", device="cpu").head(640, 100), epochs=2)
-        >>> history = session.train(svdlib.Projection("truncsvd", 5), seeds=2)
-        >>> sorted(set(history.run)), len(session.runs)
-        (['stock', 'truncSVD, rank 5, every epoch'], 1)
         """
         if not self._busy.acquire(blocking=False):
             raise RuntimeError("a training is under way; stop it, or wait for its end")
@@ -93,10 +84,7 @@ class Session:
         self._stop.set()
 
     def table(self) -> pd.DataFrame:
-        """One row per run: networks, epochs, test error after them, and what its projection adds.
-
-        Differences are paired by seed, with 95% intervals.
-        """
+        """One row per run: networks, epochs, test error after them, and what its projection adds."""
         rows = []
         for history in self.runs:
             last = history[history.epoch == history.epoch.max()]

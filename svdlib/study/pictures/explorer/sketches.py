@@ -29,14 +29,7 @@ class Sketch(NamedTuple):
 def sketch(
     m: int, n: int, decay: float, rank: int, oversample: int, power_iters: int, seed: int = 0
 ) -> Sketch:
-    """Sketch a random matrix (m, n) with σ_i = i^(−decay).
-
-    A rank that is too high is replaced by min(m, n) − 1, and the note says so.
-
-    >>> drawn = sketch(60, 40, decay=1.0, rank=5, oversample=5, power_iters=1)
-    >>> drawn.sigma[10] <= drawn.error <= drawn.bound
-    True
-    """
+    """Sketch a random matrix (m, n) with σ_i = i^(−decay), of rank min(m, n) − 1 at most."""
     side, note = min(m, n), ""
     if rank >= side:
         note = f"A {m} × {n} matrix has no rank above {side}; k = {side - 1} is shown."

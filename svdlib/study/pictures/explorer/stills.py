@@ -39,8 +39,8 @@ def save(panel: widgets.Widget, name: str, data: pd.DataFrame, folder: str | Pat
     """Write the panel's pictures in one column, and its data; nothing if ``folder`` is empty."""
     if not str(folder):
         return
-    images = [w.value for w in _leaves(panel) if isinstance(w, widgets.Image)]
-    pictures = [Image.open(io.BytesIO(image)) for image in images]
+    images = (w for w in _leaves(panel) if isinstance(w, widgets.Image))
+    pictures = [Image.open(io.BytesIO(image.value)) for image in images]
     size = max(p.width for p in pictures), sum(p.height for p in pictures)
     page, top = Image.new("RGB", size, "white"), 0
     for picture in pictures:
