@@ -25,10 +25,8 @@ from svdlib.study.running.inputs import refusing
 
 # The packages whose docstrings calibrate and train, and those whose docstrings test.
 LEARNED, TESTED = ("numpy", "pandas", "torch"), ("scipy", "sklearn")
-
 # Modules that are tests, tools, or by other authors.
 IGNORED = re.compile(r"test|\.(_|externals|setup|onnx|distributed|utils\.bench|ao|f2py|distutils)")
-
 TOKENS = 128  # of the encoder's longest text
 INPUTS = ("input_ids", "attention_mask")  # of a batch, for the encoder
 MIN_SHARE = 0.02  # of the encoder's weights that may be left
@@ -45,10 +43,7 @@ def missing() -> str | None:
 
 
 def encoder(device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
-    """MiniLM-L6 (Wang et al. 2020), as all-MiniLM-L6-v2 was trained, and its tokenizer.
-
-    Its six layers have 10.6 of the 22.7 million parameters. Nothing is downloaded.
-    """
+    """MiniLM-L6 (Wang et al. 2020), as all-MiniLM-L6-v2 was trained, and its tokenizer, on disk."""
     if reason := missing():
         raise ModuleNotFoundError(reason)
     from transformers import AutoModel, AutoTokenizer
@@ -63,10 +58,7 @@ def encoder(device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
 
 
 def docstrings(packages: Iterable[str], number: int | None = None) -> list[tuple[str, str]]:
-    """Pairs (first sentence, the rest) of packages' public docstrings, in a fixed random order.
-
-    Only sentences of four words or more whose rest has twenty or more, each once.
-    """
+    """Different pairs (first sentence, rest) of public docstrings, in a fixed random order."""
     pairs: dict[str, str] = {}
     for package in packages:
         for first, rest in map(_split, sorted(_docs(package))):
@@ -78,7 +70,6 @@ def docstrings(packages: Iterable[str], number: int | None = None) -> list[tuple
 
 
 def _docs(package: str) -> set[str]:
-    """The docstrings of a package's own functions and classes."""
     docs = set()
     for module in _modules(package):
         for name, value in list(vars(module).items()):
@@ -179,10 +170,7 @@ def even_ranks(encoder: nn.Module, share: float) -> dict[str, int]:
 def train_on(
     model: nn.Module, dense: nn.Module, tokenizer: Any, texts: Sequence[str], epochs: int
 ) -> nn.Module:
-    """Train a model in place towards the dense network's embeddings, without labels.
-
-    Adam with learning rate 1e-3, batches of 128, a warm-up of 100 steps and a linear decay.
-    """
+    """Train a model in place towards the dense network's embeddings, without labels."""
     generator = torch.Generator().manual_seed(0)
     targets, device = embeddings(dense, tokenizer, texts), next(dense.parameters()).device
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)

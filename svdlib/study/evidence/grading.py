@@ -91,10 +91,7 @@ def regrets(
 
 
 def summed_increases(joint: pd.DataFrame) -> pd.Series:
-    """The sum of the increases that each layer's rank costs alone, for every combination.
-
-    If layers were independent, it would equal the combination's own increase.
-    """
+    """The increases that each layer's rank costs alone, summed: exact if layers were independent."""
     ranks = joint[layers_of(joint)]
     full, total = ranks.eq(ranks.max()), pd.Series(0.0, joint.index)
     for name in ranks:

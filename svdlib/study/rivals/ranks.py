@@ -26,8 +26,8 @@ def profile_race(
     """Seconds of the loss profile of a perceptron, at every rank of every layer.
 
     The paper takes an SVD and a forward pass for every layer and rank, "one SVD" an SVD per layer;
-    both are timed at ``sample`` ranks per layer and scaled to all. "nested" is `loss_profile`,
-    "search" `search_ranks`; the bound are the products behind each layer at the machine's best rate.
+    both are timed at ``sample`` ranks per layer and scaled to all. "nested" is `loss_profile`; the
+    bound is the products behind each layer at this machine's best rate.
     """
     torch.manual_seed(0)
     model = perceptron(sizes).to(x.device)

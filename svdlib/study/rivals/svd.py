@@ -75,10 +75,7 @@ def products(A: Tensor, columns: int, power_iters: int) -> None:
 def svd_race(
     shapes: Sequence[tuple[int, int]], ranks: Sequence[int], repeats: int = 3, progress: bool = True
 ) -> pd.DataFrame:
-    """Median seconds of every way on a `slow_decay` matrix of each shape, and Frobenius errors.
-
-    Ways that take over 0.3 s run once. Errors are over the smallest of that shape and rank.
-    """
+    """Median seconds of every way on `slow_decay` matrices, and Frobenius errors over the least."""
     rows, generator = [], torch.Generator().manual_seed(0)
     cases = list(itertools.product(shapes, ranks))
     for (m, n), rank in bar(cases, progress=progress, unit="case", desc="race"):

@@ -192,10 +192,7 @@ def entrants(
     projection: Projection | None = None,
     name: str = "stock",
 ) -> Entrants:
-    """An epoch of every way, for every number of networks; the paper's way trains one at a time.
-
-    `product_bound` takes part as "the products alone"; ``name`` is the projection's in the table.
-    """
+    """An epoch of every way, by projection ``name``; the paper's way trains one network at a time."""
     if projection and projection.every != "step":
         raise ValueError(f"the race is of projections every step, not every {projection.every!r}")
     epochs: Entrants = {
@@ -227,10 +224,7 @@ def race(entrants: Entrants, repeats: int = 5, progress: bool = True) -> pd.Data
 
 
 def ratios(table: pd.DataFrame) -> pd.DataFrame:
-    """How many times as long the others take as svdlib: median, least, and most over the rounds.
-
-    Those that train one network at a time are compared per network. Where the rounds disagree, the
-    faster is "none".
+    """How many times as long the others take as svdlib, per network: "none" where rounds disagree.
 
     >>> table = pd.DataFrame({"projection": "stock", "way": ["svdlib", "JAX"] * 2, "networks": 8,
     ...                       "round": [1, 1, 2, 2], "seconds": [1.0, 2.0, 1.0, 3.0]})

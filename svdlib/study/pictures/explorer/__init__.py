@@ -12,14 +12,6 @@ from svdlib.study.pictures.explorer.sketches import sketch
 from svdlib.study.pictures.explorer.stills import save, show
 
 __all__ = [
-    "Cuts",
-    "Session",
-    "check",
-    "digits_panel",
-    "matrix_panel",
-    "ranks_panel",
-    "runs_panel",
-    "save",
-    "show",
-    "sketch",
-]
+    "Cuts", "Session", "check", "digits_panel", "matrix_panel", "ranks_panel", "runs_panel",
+    "save", "show", "sketch",
+]  # fmt: skip

@@ -68,9 +68,11 @@ def ranks_panel(cuts: Cuts, start: Sequence[int]) -> tuple[widgets.VBox, list[wi
 
 def _ranks_table(cuts: Cuts, ranks: Sequence[int]) -> str:
     here = cuts.at(ranks)
-    best, full = cuts.best_within(here.parameters), cuts.at(cuts.full)
-    rows = {"these ranks": here, "the best with no more parameters": best, "full": full}
-    table = pd.DataFrame(rows).T
+    rows = {
+        "these ranks": here,
+        "the best with no more parameters": cuts.best_within(here.parameters),
+    }
+    table = pd.DataFrame(rows | {"full": cuts.at(cuts.full)}).T
     columns = {
         "ranks": table[cuts.layers].astype(int).astype(str).agg(", ".join, axis=1),
         "parameters": table.parameters.map("{:,.0f}".format),
@@ -102,14 +104,9 @@ def digits_panel(cuts: Cuts, sliders: Sequence[widgets.IntSlider], count: int = 
 
 def matrix_panel(max_side: int = 300) -> widgets.HBox:
     """A matrix with a chosen spectrum: a sketch's error, the best error, the bound, the time."""
-    controls = [
-        _slider("rows", 200, 20, max_side, 20),
-        _slider("columns", 100, 20, max_side, 20),
-        _slider("decay a", 1.0, 0, 2, 0.05),
-        _slider("rank k", 10, 1, 100),
-        _slider("p", 5, 0, 100),
-        _slider("q", 0, 0, 4),
-    ]
+    sides = [_slider("rows", 200, 20, max_side, 20), _slider("columns", 100, 20, max_side, 20)]
+    decay, rank = _slider("decay a", 1.0, 0, 2, 0.05), _slider("rank k", 10, 1, 100)
+    controls = [*sides, decay, rank, _slider("p", 5, 0, 100), _slider("q", 0, 0, 4)]
     words, chart = widgets.HTML(), _picture()
     draw = pictures.sketch_picture(max_side)
 
@@ -183,7 +180,6 @@ def runs_panel(session: Session) -> widgets.HBox:
 
 
 def _fields(full: int) -> dict[str, Field]:
-    """The fields of a training; ``full`` is the largest full rank of a layer."""
     rank, oversample = Field("rank", str(min(10, full)), 1, full), Field("p", "2", 0, 1000)
 
     def note(_: object) -> None:
@@ -215,7 +211,6 @@ class Field(widgets.HBox):
         _follow([self.text], self.check)
 
     def check(self, _: object = None) -> None:
-        """Read the text: ``value`` is the number or word, or None and the message says why."""
         text = self.text.value.strip()
         number = text.removeprefix("-").isdecimal() and self.low <= int(text) <= self.high
         self.value = int(text) if number else text if text in self.words else None

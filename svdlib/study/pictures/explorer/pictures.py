@@ -194,5 +194,4 @@ def _digit(uri: str, label: int, before: list[float], after: list[float], scale:
 
 
 def data_uri(picture: bytes) -> str:
-    """A PNG as the source of an <img>."""
     return "data:image/png;base64," + base64.b64encode(picture).decode()

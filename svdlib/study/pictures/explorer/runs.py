@@ -24,11 +24,7 @@ class Stopped(Exception):
 
 @dataclass
 class Session:
-    """What was trained on one data set, one training at a time, all of the same length.
-
-    ``runs`` has the trainings' histories (`train`) with a column ``run``: the projection in words,
-    or "stock". ``nets`` are the networks trained last, the stock networks first.
-    """
+    """Trainings on one data set, all of the same length: their histories, and the last networks."""
 
     data: Data
     sizes: Sequence[int] = (784, 15, 15, 10)
@@ -47,8 +43,8 @@ class Session:
     ) -> pd.DataFrame:
         """Train ``seeds`` stock networks, and as many with this projection from the same seeds.
 
-        ``watch`` is called after every epoch with the history so far. The history of the complete
-        epochs is returned, and added to ``runs`` unless it is empty.
+        ``watch`` is called after every epoch with the history so far; its column ``run`` has the
+        projection in words. That of the complete epochs is added to ``runs`` unless it is empty.
         """
         if not self._busy.acquire(blocking=False):
             raise RuntimeError("a training is under way; stop it, or wait for its end")
