@@ -29,7 +29,7 @@ LEARNED, TESTED = ("numpy", "pandas", "torch"), ("scipy", "sklearn")
 IGNORED = re.compile(r"test|\.(_|externals|setup|onnx|distributed|utils\.bench|ao|f2py|distutils)")
 TOKENS = 128  # of the encoder's longest text
 INPUTS = ("input_ids", "attention_mask")  # of a batch, for the encoder
-MIN_SHARE = 0.02  # of the encoder's weights that may be left
+MIN_SHARE = 0.02  # of the encoder's weights, at which each layer still has a rank
 
 Batch = dict[str, Tensor]
 
@@ -244,7 +244,5 @@ def recall_table(table: pd.DataFrame) -> pd.DataFrame:
 def check(shares: Sequence[float]) -> None:
     """Refuse what 10_your_network could not use."""
     if min(shares) < MIN_SHARE:
-        raise ValueError(
-            f"each of shares must be at least {MIN_SHARE} of the encoder's weights, where each "
-            f"layer still has a rank, not {min(shares)}"
-        )
+        least = f"{MIN_SHARE}, where each layer of the encoder still has a rank"
+        raise ValueError(f"each of shares must be at least {least}, not {min(shares)}")

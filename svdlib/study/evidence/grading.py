@@ -15,22 +15,18 @@ from svdlib.ranks.profile import loss_profile
 from svdlib.ranks.reduced import refine_ranks
 from svdlib.ranks.rules import RULES, reveal_ranks
 
+Choices = Mapping[str, Mapping[str, int]]  # ranks by layer, by rule
 Labeled = tuple[Tensor, Tensor]  # images and labels
 
 
 def grade(
-    model: nn.Module,
-    validation: Labeled,
-    test: Labeled,
-    *,
-    tolerance: float,
-    shares: Sequence[float],
+    model: nn.Module, validation: Labeled, test: Labeled, tolerance: float, shares: Sequence[float]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Every rule's ranks for a perceptron and their `regrets`, and the test's `joint_profile`.
 
     Rules that choose their own size may cost the ``tolerance`` of loss and have the share NaN; the
-    others take ``shares`` of the model's parameters. Regrets may be negative: the best ranks are
-    chosen on the validation images, and measured on the test images.
+    others take ``shares`` of the model's parameters. The best ranks are chosen on the validation
+    images, so that regrets, measured on the test images, may be negative.
     """
     x, y = validation
     joint = joint_profile(model, x, y, progress=False)  # type: ignore[arg-type]
@@ -63,10 +59,7 @@ def grade(
 
 
 def regrets(
-    joint: pd.DataFrame,
-    test: pd.DataFrame,
-    choices: Mapping[str, Mapping[str, int]],
-    budget: int | None = None,
+    joint: pd.DataFrame, test: pd.DataFrame, choices: Choices, budget: int | None = None
 ) -> pd.DataFrame:
     """Test loss and error of each rule's ranks, and what they lose against the best ranks.
 

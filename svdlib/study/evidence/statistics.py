@@ -12,11 +12,7 @@ from scipy import stats
 
 
 def interval(values: ArrayLike) -> pd.Series:
-    """n, mean, and the ends of Student's 95% interval for the mean; NaN for a single value.
-
-    >>> interval([1.0, 2.0, 3.0]).round(2).to_dict()
-    {'n': 3.0, 'mean': 2.0, 'low': -0.48, 'high': 4.48}
-    """
+    """n, mean, and the ends of Student's 95% interval for the mean; NaN for a single value."""
     x = np.asarray(values, float)
     n, mean = len(x), x.mean()
     half = stats.t.ppf(0.975, n - 1) * stats.sem(x) if n > 1 else np.nan
@@ -72,8 +68,7 @@ def locate(
 ) -> pd.DataFrame:
     """Whether the single runs, one per group ``by``, lie where 95% of many ``runs`` do.
 
-    A row per group of two or more runs and per value: `prediction`, single, below (the percentage
-    of the runs under it), inside.
+    ``below`` is the percentage of the runs under it. Groups of fewer than two runs are left out.
     """
     rows = []
     for run in single.to_dict("records"):

@@ -18,6 +18,8 @@ from svdlib.network.modes import evaluating
 from svdlib.network.opened import Network
 from svdlib.study.running import inputs
 
+Ranks = Mapping[str, int]
+
 
 @dataclass(frozen=True)
 class Product:
@@ -30,7 +32,7 @@ class Product:
         return self.left[:, :rank], self.right[:rank], None
 
 
-def svd_llm(model: nn.Module, ranks: Mapping[str, int], data: Sequence[Batch]) -> nn.Module:
+def svd_llm(model: nn.Module, ranks: Ranks, data: Sequence[Batch]) -> nn.Module:
     """SVD-LLM's data whitening (Wang et al. 2024, section 3.1): the SVD of W S, X Xᵀ = S Sᵀ."""
     net = Network.copy_of(model)
     sums = input_sums(net, ranks, Calibration(data))
@@ -45,9 +47,7 @@ def svd_llm(model: nn.Module, ranks: Mapping[str, int], data: Sequence[Batch]) -
     return _factorized(net, ranks, factors)
 
 
-def asvd(
-    model: nn.Module, ranks: Mapping[str, int], data: Sequence[Batch], alpha: float = 0.5
-) -> nn.Module:
+def asvd(model: nn.Module, ranks: Ranks, data: Sequence[Batch], alpha: float = 0.5) -> nn.Module:
     """ASVD (Yuan et al. 2023, section 3.2): the SVD of W D, D the inputs' mean sizes to the α."""
     net = Network.copy_of(model)
     sizes: dict[str, Any] = dict.fromkeys(ranks, 0)
@@ -67,9 +67,7 @@ def asvd(
     return _factorized(net, ranks, factors)
 
 
-def fisher(
-    model: nn.Module, ranks: Mapping[str, int], data: Iterable[Batch], loss: Objective
-) -> nn.Module:
+def fisher(model: nn.Module, ranks: Ranks, data: Iterable[Batch], loss: Objective) -> nn.Module:
     """FWSVD (Hsu et al. 2022, section 3.2): the SVD of D W, D the roots of each row's Fisher sum."""
     net = Network.copy_of(model)
     weights = {name: net.layers[name].weight for name in ranks}
@@ -89,9 +87,7 @@ def fisher(
     return _factorized(net, ranks, factors)
 
 
-def _factorized(
-    net: Network, ranks: Mapping[str, int], factors: Callable[[str, Tensor], Product]
-) -> nn.Module:
+def _factorized(net: Network, ranks: Ranks, factors: Callable[[str, Tensor], Product]) -> nn.Module:
     matrices = {name: net.layers[name].matrix().double() for name in ranks}
     return factorized(net, ranks, ((name, factors(name, W)) for name, W in matrices.items()))
 

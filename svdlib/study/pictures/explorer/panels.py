@@ -56,7 +56,17 @@ def ranks_panel(cuts: Cuts, start: Sequence[int]) -> tuple[widgets.VBox, list[wi
 
     def update(_: object) -> None:
         ranks = [slider.value for slider in sliders]
-        table.value = _ranks_table(cuts, ranks)
+        here, full = cuts.at(ranks), cuts.at(cuts.full)
+        best = cuts.best_within(here.parameters)
+        found = {"these ranks": here, "the best with no more parameters": best, "full": full}
+        cells = pd.DataFrame(found).T
+        columns = {
+            "ranks": cells[cuts.layers].astype(int).astype(str).agg(", ".join, axis=1),
+            "parameters": cells.parameters.map("{:,.0f}".format),
+            "test error": (100 - cells.accuracy).map("{:.2f} %".format),
+            "test loss": cells.loss.map("{:.4f}".format),
+        }
+        table.value = TABLE_STYLE + pd.DataFrame(columns).to_html(classes="ranks", border=0)
         chart.value = draw(ranks)
         rows.value = pictures.weights_picture(cuts, ranks[0])
 
@@ -64,22 +74,6 @@ def ranks_panel(cuts: Cuts, start: Sequence[int]) -> tuple[widgets.VBox, list[wi
     controls = widgets.VBox([*sliders, table], layout={"flex": "1 1 24em"})
     top = widgets.HBox([controls, rows], layout={"flex_flow": "row wrap"})
     return widgets.VBox([top, chart]), sliders
-
-
-def _ranks_table(cuts: Cuts, ranks: Sequence[int]) -> str:
-    here = cuts.at(ranks)
-    rows = {
-        "these ranks": here,
-        "the best with no more parameters": cuts.best_within(here.parameters),
-    }
-    table = pd.DataFrame(rows | {"full": cuts.at(cuts.full)}).T
-    columns = {
-        "ranks": table[cuts.layers].astype(int).astype(str).agg(", ".join, axis=1),
-        "parameters": table.parameters.map("{:,.0f}".format),
-        "test error": (100 - table.accuracy).map("{:.2f} %".format),
-        "test loss": table.loss.map("{:.4f}".format),
-    }
-    return TABLE_STYLE + pd.DataFrame(columns).to_html(classes="ranks", border=0)
 
 
 def digits_panel(cuts: Cuts, sliders: Sequence[widgets.IntSlider], count: int = 12) -> widgets.VBox:
