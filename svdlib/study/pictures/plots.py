@@ -101,7 +101,6 @@ def epoch_axis(axis: Axes) -> None:
 
 
 def _label_values(axis: Axes, values: pd.Series) -> None:
-    """Only a column's own values as ticks of the x axis, and no minor ticks."""
     ticks = sorted(values.unique())
     axis.set_xticks(ticks, list(map(str, ticks)))
     axis.minorticks_off()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
@@ -35,16 +35,16 @@ class Product:
 def svd_llm(model: nn.Module, ranks: Ranks, data: Sequence[Batch]) -> nn.Module:
     """SVD-LLM's data whitening (Wang et al. 2024, section 3.1): the SVD of W S, X Xᵀ = S Sᵀ."""
     net = Network.copy_of(model)
-    sums = input_sums(net, ranks, Calibration(data))
-
-    def factors(name: str, W: Tensor) -> Product:
+    sums, products = input_sums(net, ranks, Calibration(data)), {}
+    for name in ranks:
+        W = net.layers[name].matrix().double()
         C = cast(Tensor, sums[name].square) / sums[name].count
         ridge = 1e-10 * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device)
         S = torch.linalg.cholesky(C + ridge)
         U, s, Vh = torch.linalg.svd(W @ S, full_matrices=False)
-        return Product(U * s, torch.linalg.solve_triangular(S.mT, Vh.mT, upper=True).mT)
-
-    return _factorized(net, ranks, factors)
+        right = torch.linalg.solve_triangular(S.mT, Vh.mT, upper=True).mT
+        products[name] = Product(U * s, right)
+    return factorized(net, ranks, products.items())
 
 
 def asvd(model: nn.Module, ranks: Ranks, data: Sequence[Batch], alpha: float = 0.5) -> nn.Module:
@@ -58,13 +58,13 @@ def asvd(model: nn.Module, ranks: Ranks, data: Sequence[Batch], alpha: float = 0
     with torch.no_grad(), net.hooked(ranks, before=add_sizes):
         for batch in data:
             run(net.model, batch, None)
-
-    def factors(name: str, W: Tensor) -> Product:
+    products = {}
+    for name in ranks:
+        W = net.layers[name].matrix().double()
         D = (sizes[name] / sizes[name].mean()).clamp(min=1e-6) ** alpha
         U, s, Vh = torch.linalg.svd(W * D, full_matrices=False)
-        return Product(U * s, Vh / D)
-
-    return _factorized(net, ranks, factors)
+        products[name] = Product(U * s, Vh / D)
+    return factorized(net, ranks, products.items())
 
 
 def fisher(model: nn.Module, ranks: Ranks, data: Iterable[Batch], loss: Objective) -> nn.Module:
@@ -77,19 +77,14 @@ def fisher(model: nn.Module, ranks: Ranks, data: Iterable[Batch], loss: Objectiv
             gradients = torch.autograd.grad(loss(net.model, batch), list(weights.values()))
             for name, gradient in zip(weights, gradients, strict=True):
                 sums[name] += gradient.double().square()
-
-    def factors(name: str, W: Tensor) -> Product:
+    products = {}
+    for name in ranks:
+        W = net.layers[name].matrix().double()
         D = sums[name].sum(1, keepdim=True).sqrt()
         D = (D / D.mean()).clamp(min=1e-6)
         U, s, Vh = torch.linalg.svd(D * W, full_matrices=False)
-        return Product(U * s / D, Vh)
-
-    return _factorized(net, ranks, factors)
-
-
-def _factorized(net: Network, ranks: Ranks, factors: Callable[[str, Tensor], Product]) -> nn.Module:
-    matrices = {name: net.layers[name].matrix().double() for name in ranks}
-    return factorized(net, ranks, ((name, factors(name, W)) for name, W in matrices.items()))
+        products[name] = Product(U * s / D, Vh)
+    return factorized(net, ranks, products.items())
 
 
 @inputs.refusing(

@@ -203,13 +203,12 @@ def race(entrants: Entrants, repeats: int = 5, progress: bool = True) -> pd.Data
     """
     rows = []
     for number in bar(range(1 + repeats), progress=progress, unit="round", desc="race"):
-        for (name, way, networks), epoch in entrants.items():
-            start = clock.now()
-            taken = [epoch()]
+        for key, epoch in entrants.items():
+            start, taken = clock.now(), [epoch()]
             while number and clock.now() - start < TURN:
                 taken.append(epoch())
             if number:
-                rows.append((name, way, networks, number, statistics.median(taken) / networks))
+                rows.append((*key, number, statistics.median(taken) / key[-1]))
     return pd.DataFrame(rows, columns=["projection", "way", "networks", "round", "seconds"])
 
 

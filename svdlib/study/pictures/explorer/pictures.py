@@ -53,7 +53,6 @@ def png(drawn: Image.Image) -> bytes:
 
 
 def ranks_picture(cuts: Cuts) -> Callable[[Sequence[int]], bytes]:
-    """A function that draws a choice of ranks: its place among all, and its part of the spectra."""
     count, figure = len(cuts.layers), Figure(figsize=(11, 3.5), dpi=100)
     cloud, *axes = figure.subplots(1, 1 + count, width_ratios=[3, *[1.25] * count])
     joint, everything = cuts.joint, f"all {len(cuts.joint):,} combinations"
@@ -93,7 +92,6 @@ def ranks_picture(cuts: Cuts) -> Callable[[Sequence[int]], bytes]:
 
 
 def weights_picture(cuts: Cuts, rank: int) -> bytes:
-    """The first layer's rows at a rank as pictures: red is positive, blue negative."""
     limit = float(cuts.weights(cuts.full[0]).abs().max())
     shades = ((cuts.weights(rank) / limit).clamp(-1, 1) + 1) / 2
     count, side = len(shades), round(shades.shape[1] ** 0.5)
@@ -107,7 +105,6 @@ def weights_picture(cuts: Cuts, rank: int) -> bytes:
 
 
 def sketch_picture(max_side: int) -> Callable[[Sketch], bytes]:
-    """A function that draws a sketch: the spectrum, what was found, the errors, the bound."""
     figure = Figure(figsize=(7.5, 4), dpi=100)
     axis = figure.subplots()
     (spectrum,) = axis.plot([], [], color="0.6", label="singular values σᵢ")

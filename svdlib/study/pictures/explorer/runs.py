@@ -17,6 +17,8 @@ from svdlib.ensemble.training import train
 from svdlib.study.evidence.statistics import paired, with_interval
 from svdlib.study.pictures.plots import LABELS
 
+Watch = Callable[[pd.DataFrame], object]
+
 
 class Stopped(Exception):
     """A training was stopped by its user."""
@@ -38,7 +40,7 @@ class Session:
         self,
         choice: Projection | None,
         seeds: int,
-        watch: Callable[[pd.DataFrame], object] | None = None,
+        watch: Watch | None = None,
         progress: bool = False,
     ) -> pd.DataFrame:
         """Train ``seeds`` stock networks, and as many with this projection from the same seeds.

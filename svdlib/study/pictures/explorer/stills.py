@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -50,9 +49,7 @@ def save(panel: widgets.Widget, name: str, data: pd.DataFrame, folder: str | Pat
     plots.save(None, name, data, folder)
 
 
-def _leaves(widget: widgets.Widget) -> Iterator[widgets.Widget]:
-    if isinstance(widget, widgets.Box):
-        for child in widget.children:
-            yield from _leaves(child)
-    else:
-        yield widget
+def _leaves(widget: widgets.Widget) -> list[widgets.Widget]:
+    if not isinstance(widget, widgets.Box):
+        return [widget]
+    return [leaf for child in widget.children for leaf in _leaves(child)]
