@@ -11,10 +11,7 @@ from svdlib.study.evidence.statistics import with_interval
 
 
 def claims_table(claims: Mapping[str, tuple[object, object]]) -> pd.DataFrame:
-    """A row per claim of {sentence: (measured, holds)}: a number, a text, or an `interval`.
-
-    Whether a claim holds is "unknown" where a single run leaves the interval empty.
-    """
+    """A row per claim {sentence: (measured, holds)}; "unknown" holds where an `interval` is empty."""
     rows = []
     for sentence, (measured, holds) in claims.items():
         text, known = str(measured), True

@@ -69,8 +69,7 @@ def larger(
 def collect(out: str | Path, notebook: str, table: str) -> pd.DataFrame:
     """One table of all runs of a notebook in ``out``, with their parameters as columns.
 
-    ``table`` names the CSV file that each run has, without ``.csv``. A parameter named as a column
-    of that file becomes the column ``NAME (parameter)``. FileNotFoundError: no run has the table.
+    A parameter named as a column of the runs' ``table`` becomes the column ``NAME (parameter)``.
     """
     places = sorted(path.parent for path in Path(out, notebook).glob("*/run.json"))
     complete = [p for p in places if p.suffix != ".failed" and not p.name.startswith(".")]

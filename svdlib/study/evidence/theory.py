@@ -49,10 +49,9 @@ def random_basis(side: int, columns: int, generator: torch.Generator) -> Tensor:
 
 
 def stepped(m: int, n: int, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Matrices (m, n) on which a bad sketch fails: k singular values of 10⁶, then a tail.
+    """Matrices (m, n) of k singular values of 10⁶, and then a flat, slow, or fast tail.
 
-    The tail is flat (σ_{k+i} = 1), slow (1/√i) or fast (0.8^(i−1)). A Q that ignores A errs by
-    about 10⁶ σ_{k+1}, far above every bound.
+    A Q that ignores A errs by about 10⁶ σ_{k+1}, far above every bound.
     """
     i = torch.arange(min(m, n) - rank, dtype=torch.float64)
     tails = {"flat tail": torch.ones_like(i), "slow tail": (1 + i).rsqrt(), "fast tail": 0.8**i}
@@ -95,9 +94,7 @@ def sketch_errors(
     Without power iterations its mean is at most 1 + 4 √(k+p) / (p−1) · √min(m, n), p ≥ 2, and it
     exceeds 1 + 11 √(k+p) · √min(m, n), p ≥ 4, with probability 6 p^(−p) at most: Halko, Martinsson
     and Tropp (2011), equations 1.8 and 1.9. Another printed version of 1.9 has 9 and 3 p^(−p).
-
-    ``basis`` returns Q for A, Ω and q. A row is a draw; worst is σ_1 / σ_{k+1}, which no
-    orthonormal Q exceeds.
+    ``basis`` returns Q for A, Ω and q; worst is σ_1 / σ_{k+1}, which no orthonormal Q exceeds.
     """
     m, n = A.shape
     check_sketches(rank, oversamples, min(m, n))

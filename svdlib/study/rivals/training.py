@@ -203,12 +203,12 @@ def race(entrants: Entrants, repeats: int = 5, progress: bool = True) -> pd.Data
     """
     rows = []
     for number in bar(range(1 + repeats), progress=progress, unit="round", desc="race"):
-        for key, epoch in entrants.items():
+        for (*names, networks), epoch in entrants.items():
             start, taken = clock.now(), [epoch()]
             while number and clock.now() - start < TURN:
                 taken.append(epoch())
             if number:
-                rows.append((*key, number, statistics.median(taken) / key[-1]))
+                rows.append((*names, networks, number, statistics.median(taken) / networks))
     return pd.DataFrame(rows, columns=["projection", "way", "networks", "round", "seconds"])
 
 

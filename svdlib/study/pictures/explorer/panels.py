@@ -12,9 +12,8 @@ import pandas as pd
 
 from svdlib.ensemble.projection import Projection
 from svdlib.study.pictures.explorer import pictures
-from svdlib.study.pictures.explorer.cuts import Cuts
+from svdlib.study.pictures.explorer.cuts import Cuts, sketch
 from svdlib.study.pictures.explorer.runs import Session, describe
-from svdlib.study.pictures.explorer.sketches import sketch
 
 WIDE = {"description_width": "7em"}
 TABLE_STYLE = (

@@ -1,4 +1,4 @@
-"""Frames for widgets, as PNG or HTML, in milliseconds."""
+"""Pictures of panels: frames in milliseconds, and stills where no kernel answers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import io
 import itertools
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import ipywidgets as widgets
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from IPython.display import display
 from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -18,8 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from svdlib.study.pictures import plots
-from svdlib.study.pictures.explorer.cuts import Cuts
-from svdlib.study.pictures.explorer.sketches import Sketch
+from svdlib.study.pictures.explorer.cuts import Cuts, Sketch
 
 HERE, BEST = "#882255", "#000000"  # the current choice and the best one, unlike any method
 DRAWING = threading.Lock()  # a training draws from its own thread; matplotlib is not thread-safe
@@ -192,3 +194,44 @@ def _digit(uri: str, label: int, before: list[float], after: list[float], scale:
 
 def data_uri(picture: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(picture).decode()
+
+
+def show(panel: widgets.Widget) -> None:
+    """Display a panel; where no kernel answers for it, `static_html` stands in its place."""
+    views = {"text/plain": "a panel of widgets", "text/html": static_html(panel)}
+    display({**panel._repr_mimebundle_(), **views}, raw=True)
+
+
+def static_html(panel: widgets.Widget) -> str:
+    """A panel's words and pictures as they are now, as HTML."""
+    parts = []
+    for widget in _leaves(panel):
+        if isinstance(widget, widgets.HTML) and widget.value:
+            parts.append(f"<div>{widget.value}</div>")
+        elif isinstance(widget, widgets.Image):
+            packed = io.BytesIO()
+            Image.open(io.BytesIO(widget.value)).save(packed, "png", optimize=True)
+            source = f'style="max-width:100%" src="{data_uri(packed.getvalue())}"'
+            parts.append(f'<img alt="a picture of the panel" {source}>')
+    return "".join(parts)
+
+
+def save(panel: widgets.Widget, name: str, data: pd.DataFrame, folder: str | Path) -> None:
+    """Write the panel's pictures in one column, and its data; nothing if ``folder`` is empty."""
+    if not str(folder):
+        return
+    images = (w for w in _leaves(panel) if isinstance(w, widgets.Image))
+    pictures = [Image.open(io.BytesIO(image.value)) for image in images]
+    size = max(p.width for p in pictures), sum(p.height for p in pictures)
+    page, top = Image.new("RGB", size, "white"), 0
+    for picture in pictures:
+        page.paste(picture, (0, top))
+        top += picture.height
+    page.save(Path(folder) / f"{name}.png", optimize=True)
+    plots.save(None, name, data, folder)
+
+
+def _leaves(widget: widgets.Widget) -> list[widgets.Widget]:
+    if not isinstance(widget, widgets.Box):
+        return [widget]
+    return [leaf for child in widget.children for leaf in _leaves(child)]
