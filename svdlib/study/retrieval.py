@@ -155,11 +155,7 @@ def contrastive_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def even_ranks(encoder: nn.Module, share: float) -> dict[str, int]:
-    """Ranks that leave a share of an encoder's parameters, by the same share of each matrix.
-
-    >>> even_ranks(nn.Sequential(nn.Linear(30, 30, bias=False)), 0.5)
-    {'0': 7}
-    """
+    """Ranks that leave a share of an encoder's parameters, by the same share of each matrix."""
     shapes = {name: layer.weight.shape for name, layer in find_layers(encoder).items()}
     weights = sum(m * n for m, n in shapes.values())
     total = sum(parameter.numel() for parameter in encoder.parameters())

@@ -74,7 +74,7 @@ def regrets(
         spent = int(validated.parameters[at])
         limits = {"parameters": budget or spent}, {"increase": float(validated.increase[at])}
         found = [reveal_ranks(joint, "optimal", **limit) for limit in limits]  # type: ignore[arg-type]
-        best, smallest = (tuple(ranks[name] for name in layers) for ranks in found)
+        best, smallest = (tuple(chosen[name] for name in layers) for chosen in found)
         loss, accuracy = tested.loss[at], tested.accuracy[at]
         row = {"rule": rule, **ranks, "parameters": spent, "loss": loss, "error": 100 - accuracy}
         row["regret"] = loss - tested.loss[best]

@@ -51,11 +51,6 @@ def larger(
     """The committed table, if it has the live one's ``keys`` and more rows; else the live one.
 
     With it the largest difference of the two in the mean ``value`` over a group ``by``, or None.
-
-    >>> live = pd.DataFrame({"seed": [0], "error": [9.0], "method": "a"})
-    >>> table = pd.DataFrame({"seed": [0, 1], "error": [9.5, 8.0], "method": "a"})
-    >>> larger(live, table, ["seed", "method"], "error", "method")[1]
-    0.5
     """
     if committed is None or len(live) >= len(committed):
         return live, None

@@ -35,11 +35,7 @@ def prediction(values: ArrayLike) -> pd.Series:
 
 
 def with_interval(summary: Mapping[str, Any] | pd.Series, digits: int = 2) -> str:
-    """A mean with its interval, if any, as text.
-
-    >>> with_interval(interval([1.0, 2.0, 3.0])), with_interval(interval([1.0]))
-    ('2.00 [-0.48, 4.48]', '1.00')
-    """
+    """A mean with its interval, if any, as text."""
     # Zero is added so that nothing reads −0.00.
     mean, low, high = (
         "" if np.isnan(summary[key]) else f"{round(summary[key], digits) + 0.0:.{digits}f}"
@@ -66,10 +62,7 @@ def paired(table: pd.DataFrame, value: str, against: Any, column: str = "method"
 def locate(
     runs: pd.DataFrame, single: pd.DataFrame, values: Sequence[str], by: Sequence[str]
 ) -> pd.DataFrame:
-    """Whether the single runs, one per group ``by``, lie where 95% of many ``runs`` do.
-
-    ``below`` is the percentage of the runs under it. Groups of fewer than two runs are left out.
-    """
+    """Whether single runs, one per group ``by``, lie where 95% of many do (``below``: in percent)."""
     rows = []
     for run in single.to_dict("records"):
         key = {name: run[name] for name in by}

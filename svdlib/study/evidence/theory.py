@@ -106,10 +106,8 @@ def sketch_errors(
         errors = residual_norms(A, basis(A.expand(draws, m, n), omega, q)) / sigma[rank]
         draw = {"error": errors.tolist(), "oversample": p, "power_iters": q}
         root, side = (rank + p) ** 0.5, min(m, n) ** 0.5
-        mean = {
-            "bound": 1 + 4 * root / (p - 1) * side,
-            "sharp_bound": sharp_bound(sigma, rank, p, q),
-        }
+        sharp = sharp_bound(sigma, rank, p, q)
+        mean = {"bound": 1 + 4 * root / (p - 1) * side, "sharp_bound": sharp}
         tail = {"tail_bound": 1 + 11 * root * side, "tail_chance": min(1.0, 6.0 * p**-p)}
         tables.append(pd.DataFrame(draw | mean | tail | {"worst": worst}))
     return pd.concat(tables, ignore_index=True)

@@ -246,9 +246,8 @@ def effects(table: DataFrame, title: str = "") -> Figure:
         axis.errorbar(rows["mean"], range(len(names)), xerr=spread, fmt="o", capsize=3)
         axis.axvline(0, color="0.3", linewidth=1)
         axis.set_yticks(range(len(names)), names)
-        axis.set(
-            xlabel="points of test error", title=f"epoch {epoch}", ylim=(-0.6, len(names) - 0.4)
-        )
+        axis.set(xlabel="points of test error", title=f"epoch {epoch}")
+        axis.set_ylim(-0.6, len(names) - 0.4)
     return figure
 
 
@@ -303,10 +302,7 @@ def loss_profiles(profile: DataFrame, title: str = "") -> Figure:
 
 
 def front(grades: DataFrame, full: tuple[int, float], title: str = "") -> Figure:
-    """Rules for ranks beside the best ones (`grade`): of their own size left, by budget right.
-
-    ``full`` has the full network's parameters and test error.
-    """
+    """Rules for ranks beside the best (`grade`); ``full``: all parameters, and their test error."""
     figure, (left, right) = _row(2, title, (12, 4.6), width_ratios=(3, 2))
     colors, markers = cycle(sns.color_palette("colorblind")), cycle(MARKERS + "*X<>p")
     looks = {rule: (next(colors), next(markers)) for rule in grades.rule.unique()}

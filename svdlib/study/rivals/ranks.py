@@ -23,9 +23,8 @@ from svdlib.study.running import inputs
 def profile_race(sizes: Sequence[int], x: Tensor, y: Tensor, sample: int = 6) -> dict[str, float]:
     """Seconds of the loss profile of a perceptron, at every rank of every layer.
 
-    The paper takes an SVD and a forward pass for every layer and rank, "one SVD" an SVD per layer;
-    both are timed at ``sample`` ranks per layer and scaled to all. "nested" is `loss_profile`; the
-    bound is the products behind each layer at this machine's best rate.
+    The paper takes an SVD per rank, "one SVD" one per layer; both are timed at ``sample`` ranks per
+    layer and scaled to all. The bound is the products behind each layer alone.
     """
     torch.manual_seed(0)
     model = perceptron(sizes).to(x.device)

@@ -103,9 +103,8 @@ def exact_or_randomized(
 ) -> pd.DataFrame:
     """Median seconds of torch's full SVD, `truncated_svd`, and `randomized_svd`, with its errors.
 
-    Each shape has a `slow_decay` matrix and a Gaussian one, whose spectrum is nearly flat. Exact
-    ways find all terms whatever the rank: they are timed once per matrix. The sketch never spans
-    everything; its Frobenius error is over ‖A − A_k‖, as is the zero matrix's.
+    Each shape has a `slow_decay` matrix and a Gaussian one, whose spectrum is nearly flat. Errors
+    are Frobenius, over ‖A − A_k‖, of sketches that never span everything, and of the zero matrix.
     """
     if not any(rank < min(shape) for rank in ranks for shape in shapes):
         raise ValueError(f"none of the ranks {list(ranks)} is below the shorter side of a shape")

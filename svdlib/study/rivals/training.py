@@ -213,13 +213,7 @@ def race(entrants: Entrants, repeats: int = 5, progress: bool = True) -> pd.Data
 
 
 def ratios(table: pd.DataFrame) -> pd.DataFrame:
-    """How many times as long the others take as svdlib, per network: "none" where rounds disagree.
-
-    >>> table = pd.DataFrame({"projection": "stock", "way": ["svdlib", "JAX"] * 2, "networks": 8,
-    ...                       "round": [1, 1, 2, 2], "seconds": [1.0, 2.0, 1.0, 3.0]})
-    >>> ratios(table)[["way", "median", "least", "most", "faster"]].values.tolist()
-    [['JAX', 2.5, 2.0, 3.0, 'svdlib']]
-    """
+    """How many times as long as svdlib the others take; faster is "none" where rounds disagree."""
     ours = table[table.way == "svdlib"].drop(columns="way")
     others = table[table.way != "svdlib"]
     pairs = others.merge(ours, on=["projection", "round"], suffixes=("_theirs", ""))

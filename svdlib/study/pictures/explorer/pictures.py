@@ -156,10 +156,8 @@ def curves_picture(runs: Sequence[pd.DataFrame], epochs: int) -> bytes:
 def digits_html(x: Tensor, y: Tensor, before: Tensor, after: Tensor) -> str:
     """Images (n, pixels) with labels, and their logits before (gray) and after a cut, as HTML."""
     style = "display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:12px"
-    scale, side = (
-        max(before.abs().max().item(), after.abs().max().item(), 1e-9),
-        round(x.shape[1] ** 0.5),
-    )
+    scale = max(before.abs().max().item(), after.abs().max().item(), 1e-9)
+    side = round(x.shape[1] ** 0.5)
     grays = (255 * (1 - x.clamp(0, 1))).byte().view(-1, side, side).numpy()  # dark on white
     uris = [data_uri(png(Image.fromarray(gray).convert("RGB"))) for gray in grays]
     rows = zip(uris, y.tolist(), before.tolist(), after.tolist(), strict=True)

@@ -96,11 +96,7 @@ class Session:
 
 
 def describe(choice: Projection | None) -> str:
-    """A projection in words.
-
-    >>> describe(Projection("rsvd", 10, every="epoch", oversample=2, power_iters=0))
-    'rSVD, rank 10, p = 2, q = 0, every epoch'
-    """
+    """A projection in words."""
     if choice is None:
         return "stock"
     every = f"{choice.every} steps" if isinstance(choice.every, int) else choice.every
