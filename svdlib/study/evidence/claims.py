@@ -11,7 +11,7 @@ from svdlib.study.evidence.statistics import with_interval
 
 
 def claims_table(claims: Mapping[str, tuple[object, object]]) -> pd.DataFrame:
-    """A row per claim {sentence: (measured, holds)}; "unknown" holds where an `interval` is empty."""
+    """A row per claim {sentence: (measured, holds)}; "unknown" where an `interval` is empty."""
     rows = []
     for sentence, (measured, holds) in claims.items():
         text, known = str(measured), True

@@ -72,8 +72,8 @@ def regrets(
     for rule, ranks in choices.items():
         at = tuple(ranks[name] for name in layers)
         spent = int(validated.parameters[at])
-        limits = {"parameters": budget or spent}, {"increase": float(validated.increase[at])}
-        found = [reveal_ranks(joint, "optimal", **limit) for limit in limits]  # type: ignore[arg-type]
+        caps = {"parameters": budget or spent}, {"increase": float(validated.increase[at])}
+        found = [reveal_ranks(joint, "optimal", **cap) for cap in caps]  # type: ignore[arg-type]
         best, smallest = (tuple(chosen[name] for name in layers) for chosen in found)
         loss, accuracy = tested.loss[at], tested.accuracy[at]
         row = {"rule": rule, **ranks, "parameters": spent, "loss": loss, "error": 100 - accuracy}
@@ -84,7 +84,7 @@ def regrets(
 
 
 def summed_increases(joint: pd.DataFrame) -> pd.Series:
-    """The increases that each layer's rank costs alone, summed: exact if layers were independent."""
+    """The sum of what each layer's rank costs alone: exact if layers were independent."""
     ranks = joint[layers_of(joint)]
     full, total = ranks.eq(ranks.max()), pd.Series(0.0, joint.index)
     for name in ranks:

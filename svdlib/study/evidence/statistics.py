@@ -62,7 +62,7 @@ def paired(table: pd.DataFrame, value: str, against: Any, column: str = "method"
 def locate(
     runs: pd.DataFrame, single: pd.DataFrame, values: Sequence[str], by: Sequence[str]
 ) -> pd.DataFrame:
-    """Whether single runs, one per group ``by``, lie where 95% of many do (``below``: in percent)."""
+    """Whether single runs, one per group, lie where 95% of many do (``below``: in percent)."""
     rows = []
     for run in single.to_dict("records"):
         key = {name: run[name] for name in by}

@@ -114,7 +114,7 @@ def sketch_errors(
 
 
 def against_bounds(errors: pd.DataFrame) -> pd.DataFrame:
-    """`interval` of the `sketch_errors` of each matrix, q and p, and how many are beyond_… a bound."""
+    """`interval` of `sketch_errors` by matrix, q, and p, and how many are beyond_… a bound."""
     by, bounds = ["matrix", "power_iters", "oversample"], ["bound", "sharp_bound", "tail_bound"]
     errors = errors.reset_index(drop=True)
     beyond = errors[bounds].lt(errors.error, axis=0).add_prefix("beyond_")

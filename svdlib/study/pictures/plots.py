@@ -162,7 +162,7 @@ def against_stock(history: DataFrame, title: str = "") -> Figure:
 
 
 def reproduction(places: Mapping[str, DataFrame], title: str = "") -> Figure:
-    """Single runs (crosses) among each group's many, of which bands hold 95%: tables of `locate`."""
+    """Single runs (crosses) among each group's, of which bands hold 95%: tables of `locate`."""
     table = pd.concat(places, names=["group"]).reset_index("group")
     methods, groups = list(table.method.unique()), list(places)
     alphas = np.linspace(0.25, 0.6, len(groups))

@@ -41,7 +41,7 @@ def busy_core() -> Iterator[None]:
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Print, on leaving, whether other processes were at work meanwhile: then times are no results."""
+    """Print at the end whether other processes were at work: then times are no results."""
     before = _spent()
     yield
     wall, everyone, own = (after - start for after, start in zip(_spent(), before, strict=True))
@@ -79,7 +79,7 @@ class _Stopwatch(TorchDispatchMode):
 
 
 def operations(run: Callable[[], object], steps: int) -> pd.DataFrame:
-    """Torch's operations in ``run``, which takes ``steps`` steps, with calls and microseconds per step."""
+    """Torch's operations in ``run``, with calls and microseconds per step of ``steps``."""
     run()
     with _Stopwatch() as watch:
         run()

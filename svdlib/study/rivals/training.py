@@ -182,7 +182,7 @@ def product_bound(sizes: Sizes, data: Data) -> float:
 def entrants(
     sizes: Sizes, counts: Sequence[int], data: Data, projection: Choice = None, name: str = "stock"
 ) -> Entrants:
-    """An epoch of every way, by projection ``name``; the paper's way trains one network at a time."""
+    """An epoch of every way, by projection ``name``; the paper's trains one network at a time."""
     if projection and projection.every != "step":
         raise ValueError(f"the race is of projections every step, not every {projection.every!r}")
     epochs: Entrants = {

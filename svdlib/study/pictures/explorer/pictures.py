@@ -130,7 +130,7 @@ def sketch_picture(max_side: int) -> Callable[[Sketch], bytes]:
 
 
 def curves_picture(runs: Sequence[pd.DataFrame], epochs: int) -> bytes:
-    """Test error and loss by epoch of every run (`Session`), stock networks of the last run only."""
+    """Test error and loss by epoch of every run (`Session`); stock networks of the last only."""
     figure = Figure(figsize=(10, 3.8))
     with DRAWING:
         panels = (("test_error", "test error (%)"), ("test_loss", "test loss"))

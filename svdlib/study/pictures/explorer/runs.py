@@ -82,7 +82,7 @@ class Session:
         self._stop.set()
 
     def table(self) -> pd.DataFrame:
-        """One row per run: networks, epochs, test error after them, and what its projection adds."""
+        """One row per run: networks, epochs, test error, and what its projection adds to it."""
         rows = []
         for history in self.runs:
             last = history[history.epoch == history.epoch.max()]
