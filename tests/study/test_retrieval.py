@@ -169,3 +169,8 @@ def test_similar_sentences_are_nearer_than_others():
     assert similarity[0, 1] > 0.6 and similarity[:2, 2].max() < 0.3
     alone = retrieval.embeddings(model, tokenizer, texts[:1])  # padding counts for nothing
     torch.testing.assert_close(alone, found[:1], atol=1e-5, rtol=1e-4)
+
+
+def test_even_ranks_leave_a_share():
+    encoder = torch.nn.Sequential(torch.nn.Linear(30, 30, bias=False))
+    assert retrieval.even_ranks(encoder, 0.5) == {"0": 7}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pandas as pd
 from torch import Tensor, nn
@@ -21,23 +20,13 @@ Labeled = tuple[Tensor, Tensor]  # images and labels
 
 
 def grade(
-    model: nn.Module,
-    validation: Labeled,
-    test: Labeled,
-    *,
-    tolerance: float,
-    shares: Sequence[float],
+    model: nn.Module, validation: Labeled, test: Labeled, tolerance: float, shares: Sequence[float]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Every rule's ranks for one perceptron, and what they lose against the best ranks.
+    """Every rule's ranks for a perceptron and their `regrets`, and the test's `joint_profile`.
 
-    Args:
-        validation, test: images and labels to choose ranks by, and to measure them by.
-        tolerance: the loss that ranks may cost, for rules that need one.
-        shares: budgets, as shares of the model's parameters.
-
-    Returns:
-        `regrets` of the rules that choose their own size (share NaN) and of those under each
-        budget; and the `joint_profile` on the test images.
+    Rules that choose their own size may cost the ``tolerance`` of loss and have the share NaN; the
+    others take ``shares`` of the model's parameters. The best ranks are chosen on the validation
+    images, so that regrets, measured on the test images, may be negative.
     """
     x, y = validation
     joint = joint_profile(model, x, y, progress=False)  # type: ignore[arg-type]
@@ -72,53 +61,30 @@ def grade(
 def regrets(
     joint: pd.DataFrame, test: pd.DataFrame, choices: Choices, budget: int | None = None
 ) -> pd.DataFrame:
-    """What rules' ranks lose against the best of as many parameters, and how few would be enough.
+    """Test loss and error of each rule's ranks, and what they lose against the best ranks.
 
-    The best are chosen on validation images and measured on test images: regrets may be negative.
-
-    Args:
-        joint, test: `joint_profile` at the same ranks, on validation and on test images.
-        budget: the parameters that the optimum may have; by default as many as each rule's.
-
-    Returns:
-        A row per rule: rule, the layers' ranks, parameters; loss and error (percent) on test;
-        regret and error_regret, these minus the optimum's; needed, the parameters of the smallest
-        combination with no more validation loss.
+    The best have the ``budget``, or as many parameters as the rule's ranks; ``needed`` are those of
+    the smallest combination with no more validation loss.
     """
     layers = layers_of(joint)
     validated, tested = joint.set_index(layers), test.set_index(layers)
-
-    def optimum(**limit: Any) -> tuple[int, ...]:
-        best = reveal_ranks(joint, "optimal", **limit)
-        return tuple(best[name] for name in layers)
-
     rows = []
     for rule, ranks in choices.items():
         at = tuple(ranks[name] for name in layers)
         spent = int(validated.parameters[at])
-        best = optimum(parameters=spent if budget is None else budget)
-        smallest = optimum(increase=float(validated.increase[at]))
+        caps = {"parameters": budget or spent}, {"increase": float(validated.increase[at])}
+        found = [reveal_ranks(joint, "optimal", **cap) for cap in caps]  # type: ignore[arg-type]
+        best, smallest = (tuple(chosen[name] for name in layers) for chosen in found)
         loss, accuracy = tested.loss[at], tested.accuracy[at]
         row = {"rule": rule, **ranks, "parameters": spent, "loss": loss, "error": 100 - accuracy}
-        row |= {
-            "regret": loss - tested.loss[best],
-            "error_regret": tested.accuracy[best] - accuracy,
-        }
+        row["regret"] = loss - tested.loss[best]
+        row["error_regret"] = tested.accuracy[best] - accuracy
         rows.append(row | {"needed": int(validated.parameters[smallest])})
     return pd.DataFrame(rows)
 
 
 def summed_increases(joint: pd.DataFrame) -> pd.Series:
-    """The sum of the increases that each layer's rank costs alone, for every combination.
-
-    If layers were independent, it would equal the combination's own increase. The `joint_profile`
-    must have every layer's full rank.
-
-    >>> joint = pd.DataFrame({"a": [1, 1, 2, 2], "b": [1, 2, 1, 2], "loss": [5.0, 2.0, 3.0, 1.0],
-    ...                       "increase": [4.0, 1.0, 2.0, 0.0], "se": 0.1, "parameters": 9})
-    >>> summed_increases(joint).tolist()
-    [3.0, 1.0, 2.0, 0.0]
-    """
+    """The sum of what each layer's rank costs alone: exact if layers were independent."""
     ranks = joint[layers_of(joint)]
     full, total = ranks.eq(ranks.max()), pd.Series(0.0, joint.index)
     for name in ranks:

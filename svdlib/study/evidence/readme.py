@@ -16,7 +16,6 @@ ROOT = Path(__file__).parents[3]
 
 
 def render() -> str:
-    """The README's text, from its template and the tables in ``results/``."""
     options: dict[str, Any] = {"trim_blocks": True, "keep_trailing_newline": True}
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, **options)
     environment.filters["with_interval"] = with_interval
@@ -27,7 +26,6 @@ def render() -> str:
 
 
 def write(path: Path = ROOT / "README.md") -> None:
-    """Render the README into a file."""
     files.put(path, render())
 
 
@@ -48,20 +46,18 @@ def _headline() -> dict[str, Any]:
     added = {epoch: _differences(part, "test_error", "stock", "method") for epoch, part in epochs}
     accuracy = {key: prediction(part) for key, part in runs.groupby(["epoch", "method"]).accuracy}
     cheapest = min(added, key=lambda epoch: added[epoch]["truncsvd"]["mean"])
-    numbers = {"added": added, "accuracy": accuracy, "cheapest": cheapest}
     paper, values, by = records.from_paper("keene"), ["accuracy", "loss"], ["method", "epoch"]
-    text, code = (
-        locate(table[table.every == every], paper, values, by) for every in ("epoch", "published")
-    )
+    text = locate(runs, paper, values, by)
+    code = locate(table[table.every == "published"], paper, values, by)
     first = (text.method == "rsvd") & (text.epoch == 1)
     edge = code.query("method == 'stock' and value == 'accuracy' and epoch == 10").iloc[0]
     start = text[first & (text.value == "accuracy")].iloc[0]
+    numbers = {"added": added, "accuracy": accuracy, "cheapest": cheapest, "first": start}
     numbers |= {"headline_seeds": runs.seed.nunique(), "in_text": text[~first], "in_code": code}
-    return numbers | {"first": start, "edge": edge}
+    return numbers | {"edge": edge}
 
 
 def _ranks_below_ten() -> dict[str, Any]:
-    """Test error by rank, and the rank under which it rises most."""
     table = _results("error_by_rank").query("dataset == 'MNIST' and method == 'truncsvd'")
     errors = table.pivot(index="seed", columns="rank", values="test_error")
     below = {rank: interval(errors[rank] - errors[10]) for rank in (9, 5)}
@@ -70,7 +66,6 @@ def _ranks_below_ten() -> dict[str, Any]:
 
 
 def _rules() -> dict[str, Any]:
-    """What each rule for ranks chose and lost: by its own size, and under budgets by a knapsack."""
     grades, joint = (_results(name).query("dataset == 'MNIST'") for name in ("ranks", "joint"))
     full = joint.iloc[-1]
     shares = 100 * grades[["parameters", "needed"]] / full.parameters
@@ -92,7 +87,6 @@ def _forms() -> dict[str, Any]:
 
 
 def _recall() -> dict[str, Any]:
-    """The sentence encoder's recall against the dense one's, by share of its weights and form."""
     names = {"more_recall": "mean", "more_recall_low": "low", "more_recall_high": "high"}
     table = _results("10_your_network").rename(columns=names)
     shares = []

@@ -14,18 +14,14 @@ from svdlib.linalg.bases import orthonormal, range_basis
 from svdlib.study.evidence.statistics import summarize
 
 
-def sharp_bound(sigma: Tensor, rank: int, oversample: int, power_iters: int = 0) -> float:
+def sharp_bound(sigma: Tensor, rank: int, oversample: int, power_iters: int) -> float:
     """Sharper upper bound of the mean of ‖A − Q Qᵀ A‖ / σ_{k+1}, from A's singular values (m,).
 
-    Halko, Martinsson and Tropp (2011), Theorem 10.6, and 10.10 for q power iterations:
+    Halko, Martinsson and Tropp (2011), Theorem 10.6, and 10.10 for q power iterations, have
 
         E ‖A − Q Qᵀ A‖ ≤ [(1 + √(k/(p−1))) σ_{k+1}^s + e √(k+p) / p · (Σ_{j>k} σ_j^{2s})^½]^{1/s}
 
     with s = 2q + 1, k ≥ 2 and p ≥ 2.
-
-    >>> sigma = torch.ones(100, dtype=torch.float64)
-    >>> [round(sharp_bound(sigma, rank=10, oversample=6, power_iters=q), 1) for q in (0, 1)]
-    [19.6, 2.7]
     """
     s = 2 * power_iters + 1
     tail = (sigma[rank:] / sigma[rank]).double().pow(s).norm().item()
@@ -53,14 +49,9 @@ def random_basis(side: int, columns: int, generator: torch.Generator) -> Tensor:
 
 
 def stepped(m: int, n: int, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Matrices (m, n) on which a bad sketch fails: k singular values of 10⁶, then a tail.
+    """Matrices (m, n) of k singular values of 10⁶, and then a flat, slow, or fast tail.
 
-    The tail is flat (σ_{k+i} = 1), slow (1/√i) or fast (0.8^(i−1)). A Q that ignores A errs by
-    about 10⁶ σ_{k+1}, far above every bound.
-
-    >>> A = stepped(4, 5, rank=2, generator=torch.Generator().manual_seed(0))["slow tail"]
-    >>> torch.linalg.svdvals(A)[2:]
-    tensor([1.0000, 0.7071], dtype=torch.float64)
+    A Q that ignores A errs by about 10⁶ σ_{k+1}, far above every bound.
     """
     i = torch.arange(min(m, n) - rank, dtype=torch.float64)
     tails = {"flat tail": torch.ones_like(i), "slow tail": (1 + i).rsqrt(), "fast tail": 0.8**i}
@@ -73,10 +64,7 @@ def stepped(m: int, n: int, rank: int, generator: torch.Generator) -> dict[str, 
 
 
 def blind_basis(A: Tensor, omega: Tensor, power_iters: int) -> Tensor:
-    """A broken sketch: orthonormal columns that ignore A (…, m, n), m ≤ n, for a given Ω.
-
-    A bound that they satisfy, too, says nothing about sketches.
-    """
+    """A broken sketch, which bounds must refuse: columns that ignore A (…, m, n), m ≤ n."""
     return orthonormal(omega[..., : A.shape[-2], :])
 
 
@@ -84,10 +72,6 @@ def residual_norms(A: Tensor, Q: Tensor) -> Tensor:
     """‖A − Q Qᵀ A‖ (draws,), in float64, of A (m, n) and orthonormal bases Q (draws, m, l).
 
     With A = L Pᵀ and orthonormal columns in P it is ‖L − Q Qᵀ L‖, the root of an eigenvalue.
-
-    >>> A = torch.diag(torch.tensor([3.0, 2.0]))
-    >>> residual_norms(A, torch.tensor([[[1.0], [0.0]], [[0.0], [1.0]]]))
-    tensor([2., 3.], dtype=torch.float64)
     """
     L, Q = torch.linalg.qr(A.double().mT).R.mT, Q.double()
     # Not (I − Q Qᵀ) A Aᵀ (I − Q Qᵀ): what is under 1e-8 σ_1 would be rounded away.
@@ -110,16 +94,7 @@ def sketch_errors(
     Without power iterations its mean is at most 1 + 4 √(k+p) / (p−1) · √min(m, n), p ≥ 2, and it
     exceeds 1 + 11 √(k+p) · √min(m, n), p ≥ 4, with probability 6 p^(−p) at most: Halko, Martinsson
     and Tropp (2011), equations 1.8 and 1.9. Another printed version of 1.9 has 9 and 3 p^(−p).
-
-    Args:
-        basis: returns Q, given A, Ω and q.
-
-    Returns:
-        A row per draw: error, oversample, power_iters; bound (of the mean), `sharp_bound`,
-        tail_bound, tail_chance; and worst: σ_1 / σ_{k+1}, which no orthonormal Q exceeds.
-
-    Raises:
-        ValueError: see `check_sketches`.
+    ``basis`` returns Q for A, Ω and q; worst is σ_1 / σ_{k+1}, which no orthonormal Q exceeds.
     """
     m, n = A.shape
     check_sketches(rank, oversamples, min(m, n))
@@ -139,12 +114,7 @@ def sketch_errors(
 
 
 def against_bounds(errors: pd.DataFrame) -> pd.DataFrame:
-    """Mean errors beside the bounds, from tables of `sketch_errors` with a column matrix.
-
-    Returns:
-        A row per matrix, power_iters and oversample: n, mean, low, high (95%), the bounds, and
-        beyond_bound, beyond_sharp_bound, beyond_tail_bound: how many of the n draws exceed them.
-    """
+    """`interval` of `sketch_errors` by matrix, q, and p, and how many are beyond_… a bound."""
     by, bounds = ["matrix", "power_iters", "oversample"], ["bound", "sharp_bound", "tail_bound"]
     errors = errors.reset_index(drop=True)
     beyond = errors[bounds].lt(errors.error, axis=0).add_prefix("beyond_")

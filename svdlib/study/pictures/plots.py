@@ -35,8 +35,7 @@ COLORS: dict[Any, str] = {
 OTHERS = ("#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933", "#000000")
 LABELS: dict[Any, str] = {"stock": "stock", "rsvd": "rSVD", "truncsvd": "truncSVD"}
 MARKERS = "osD^vP"
-
-# SVD implementations, in other colors than the methods.
+PUBLISHED = ("plain", "FWSVD", "ASVD", "SVD-LLM")  # compression methods of others, drawn in gray
 SVD_STYLES: dict[Any, dict[str, Any]] = {
     "products alone": {"color": "0.3", "linestyle": ":"},
     "svdlib": {"color": "#000000", "marker": "o"},
@@ -46,9 +45,6 @@ SVD_STYLES: dict[Any, dict[str, Any]] = {
     "SciPy svds": {"color": "0.6", "marker": "v"},
     "SciPy interpolative": {"color": "0.6", "marker": "x", "linestyle": "--"},
 }
-
-# Compression methods from the literature, drawn in gray.
-PUBLISHED = ("plain", "FWSVD", "ASVD", "SVD-LLM")
 
 
 def style() -> None:
@@ -60,11 +56,10 @@ def style() -> None:
 
 def save(figure: Figure | None, name: str, data: DataFrame, folder: str | Path) -> None:
     """Write ``name``.png (if there is a figure) and ``name``.csv; nothing if ``folder`` is empty."""
-    if not str(folder):
-        return
-    if figure is not None:  # without metadata, so that equal figures are equal files
-        figure.savefig(Path(folder) / f"{name}.png", metadata={"Software": None})
-    data.to_csv(Path(folder) / f"{name}.csv", index=False, float_format="%.6g")
+    if str(folder):
+        if figure is not None:  # without metadata, so that equal figures are equal files
+            figure.savefig(Path(folder) / f"{name}.png", metadata={"Software": None})
+        data.to_csv(Path(folder) / f"{name}.csv", index=False, float_format="%.6g")
 
 
 def _panels(
@@ -72,13 +67,11 @@ def _panels(
 ) -> tuple[Figure, list[tuple[Axes, Any, DataFrame]]]:
     """A row of panels (axes, key, rows), one per group of the table in order of appearance."""
     groups = list(table.groupby(by, sort=False))
-    figsize = (size[0] * len(groups) + pad, size[1])
-    figure, axes = _row(len(groups), title, figsize, **options)
+    figure, axes = _row(len(groups), title, (size[0] * len(groups) + pad, size[1]), **options)
     return figure, [(axis, *group) for axis, group in zip(axes, groups, strict=True)]
 
 
 def _row(count: int, title: str, size: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
-    """A figure with a title at its left, and its axes, side by side."""
     figure, axes = plt.subplots(1, count, figsize=size, squeeze=False, **options)
     figure.suptitle(title, x=0.01, ha="left")
     return figure, axes[0]
@@ -108,14 +101,12 @@ def epoch_axis(axis: Axes) -> None:
 
 
 def _label_values(axis: Axes, values: pd.Series) -> None:
-    """Only a column's own values as ticks of the x axis, and no minor ticks."""
     ticks = sorted(values.unique())
     axis.set_xticks(ticks, list(map(str, ticks)))
     axis.minorticks_off()
 
 
 def _mean_lines(axis: Axes, summary: DataFrame, x: str) -> None:
-    """Means and their 95% intervals (columns method, x, mean, low, high), one line per method."""
     others = cycle(OTHERS)
     for method, part in summary.groupby("method", sort=False):
         color, label = COLORS.get(method) or next(others), LABELS.get(method, method)
@@ -124,7 +115,7 @@ def _mean_lines(axis: Axes, summary: DataFrame, x: str) -> None:
 
 
 def _error_bars(axis: Axes, x: Any, rows: DataFrame, fmt: str, **line: Any) -> Line2D:
-    """Means with error bars (columns mean, low, high). Returns the line without its bars."""
+    """The line of means; its error bars go from the column low to the column high."""
     spread = np.stack([rows["mean"] - rows.low, rows.high - rows["mean"]])
     return axis.errorbar(x, rows["mean"], spread, fmt=fmt, **line).lines[0]
 
@@ -171,10 +162,7 @@ def against_stock(history: DataFrame, title: str = "") -> Figure:
 
 
 def reproduction(places: Mapping[str, DataFrame], title: str = "") -> Figure:
-    """Single runs (crosses) among many, of which bands hold 95%: `locate` by method and epoch.
-
-    ``places`` has such a table for each group of runs.
-    """
+    """Single runs (crosses) among each group's, of which bands hold 95%: tables of `locate`."""
     table = pd.concat(places, names=["group"]).reset_index("group")
     methods, groups = list(table.method.unique()), list(places)
     alphas = np.linspace(0.25, 0.6, len(groups))
@@ -314,11 +302,7 @@ def loss_profiles(profile: DataFrame, title: str = "") -> Figure:
 
 
 def front(grades: DataFrame, full: tuple[int, float], title: str = "") -> Figure:
-    """Rules for ranks against the best ranks of the same size: `grade` of several networks.
-
-    Left the test error of rules that choose their own size; right, for rules that take a budget,
-    the test loss above the best's. ``full`` has the full network's parameters and test error.
-    """
+    """Rules for ranks beside the best (`grade`); ``full``: all parameters, and their test error."""
     figure, (left, right) = _row(2, title, (12, 4.6), width_ratios=(3, 2))
     colors, markers = cycle(sns.color_palette("colorblind")), cycle(MARKERS + "*X<>p")
     looks = {rule: (next(colors), next(markers)) for rule in grades.rule.unique()}
@@ -448,10 +432,7 @@ def svd_race(table: DataFrame, title: str = "") -> Figure:
 def compression(
     table: DataFrame, published: DataFrame | None = None, title: str = "", size: str = "parameters"
 ) -> Figure:
-    """Test error by size, "parameters" or "weights" (without biases): mean and 95% interval.
-
-    Both tables have the size; ``table`` also form and mean, low, high of the accuracy.
-    """
+    """Test error by size, "parameters" or "weights" (without biases): mean and 95% interval."""
     figure, axis = plt.subplots(figsize=(7.5, 4.4))
     markers = cycle(MARKERS)
     errors = table.assign(mean=100 - table["mean"], low=100 - table.high, high=100 - table.low)
@@ -463,7 +444,7 @@ def compression(
     if published is not None:
         named = "published: dynamical low-rank training"
         axis.plot(published[size], 100 - published.accuracy, "x", color="0.35", label=named)
-    label = {"weights": "weights (biases not counted)"}.get(size, size)
+    label = "weights (biases not counted)" if size == "weights" else size
     axis.set(xscale="log", xlabel=label, title=title)
     log_axis(axis, "test error (%)")
     plain_numbers(axis.xaxis)

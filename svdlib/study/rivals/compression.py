@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
@@ -18,6 +18,8 @@ from svdlib.network.modes import evaluating
 from svdlib.network.opened import Network
 from svdlib.study.running import inputs
 
+Ranks = Mapping[str, int]
+
 
 @dataclass(frozen=True)
 class Product:
@@ -30,24 +32,22 @@ class Product:
         return self.left[:, :rank], self.right[:rank], None
 
 
-def svd_llm(model: nn.Module, ranks: Mapping[str, int], data: Sequence[Batch]) -> nn.Module:
+def svd_llm(model: nn.Module, ranks: Ranks, data: Sequence[Batch]) -> nn.Module:
     """SVD-LLM's data whitening (Wang et al. 2024, section 3.1): the SVD of W S, X Xᵀ = S Sᵀ."""
     net = Network.copy_of(model)
-    sums = input_sums(net, ranks, Calibration(data))
-
-    def factors(name: str, W: Tensor) -> Product:
+    sums, products = input_sums(net, ranks, Calibration(data)), {}
+    for name in ranks:
+        W = net.layers[name].matrix().double()
         C = cast(Tensor, sums[name].square) / sums[name].count
         ridge = 1e-10 * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device)
         S = torch.linalg.cholesky(C + ridge)
         U, s, Vh = torch.linalg.svd(W @ S, full_matrices=False)
-        return Product(U * s, torch.linalg.solve_triangular(S.mT, Vh.mT, upper=True).mT)
+        right = torch.linalg.solve_triangular(S.mT, Vh.mT, upper=True).mT
+        products[name] = Product(U * s, right)
+    return factorized(net, ranks, products.items())
 
-    return _factorized(net, ranks, factors)
 
-
-def asvd(
-    model: nn.Module, ranks: Mapping[str, int], data: Sequence[Batch], alpha: float = 0.5
-) -> nn.Module:
+def asvd(model: nn.Module, ranks: Ranks, data: Sequence[Batch], alpha: float = 0.5) -> nn.Module:
     """ASVD (Yuan et al. 2023, section 3.2): the SVD of W D, D the inputs' mean sizes to the α."""
     net = Network.copy_of(model)
     sizes: dict[str, Any] = dict.fromkeys(ranks, 0)
@@ -58,18 +58,16 @@ def asvd(
     with torch.no_grad(), net.hooked(ranks, before=add_sizes):
         for batch in data:
             run(net.model, batch, None)
-
-    def factors(name: str, W: Tensor) -> Product:
+    products = {}
+    for name in ranks:
+        W = net.layers[name].matrix().double()
         D = (sizes[name] / sizes[name].mean()).clamp(min=1e-6) ** alpha
         U, s, Vh = torch.linalg.svd(W * D, full_matrices=False)
-        return Product(U * s, Vh / D)
+        products[name] = Product(U * s, Vh / D)
+    return factorized(net, ranks, products.items())
 
-    return _factorized(net, ranks, factors)
 
-
-def fisher(
-    model: nn.Module, ranks: Mapping[str, int], data: Iterable[Batch], loss: Objective
-) -> nn.Module:
+def fisher(model: nn.Module, ranks: Ranks, data: Iterable[Batch], loss: Objective) -> nn.Module:
     """FWSVD (Hsu et al. 2022, section 3.2): the SVD of D W, D the roots of each row's Fisher sum."""
     net = Network.copy_of(model)
     weights = {name: net.layers[name].weight for name in ranks}
@@ -79,22 +77,14 @@ def fisher(
             gradients = torch.autograd.grad(loss(net.model, batch), list(weights.values()))
             for name, gradient in zip(weights, gradients, strict=True):
                 sums[name] += gradient.double().square()
-
-    def factors(name: str, W: Tensor) -> Product:
+    products = {}
+    for name in ranks:
+        W = net.layers[name].matrix().double()
         D = sums[name].sum(1, keepdim=True).sqrt()
         D = (D / D.mean()).clamp(min=1e-6)
         U, s, Vh = torch.linalg.svd(D * W, full_matrices=False)
-        return Product(U * s / D, Vh)
-
-    return _factorized(net, ranks, factors)
-
-
-def _factorized(
-    net: Network, ranks: Mapping[str, int], factors: Callable[[str, Tensor], Product]
-) -> nn.Module:
-    """The model with the factors of each layer's name and matrix."""
-    matrices = {name: net.layers[name].matrix().double() for name in ranks}
-    return factorized(net, ranks, ((name, factors(name, W)) for name, W in matrices.items()))
+        products[name] = Product(U * s / D, Vh)
+    return factorized(net, ranks, products.items())
 
 
 @inputs.refusing(
@@ -130,7 +120,6 @@ def check(
 
 
 def _check_thin(name: str, rank: int, widths: Sequence[int], of: str) -> None:
-    """Refuse a rank at which two factors of a layer store no less than its matrix."""
     largest, m, n = min(((m * n - 1) // (m + n), m, n) for n, m in pairwise(widths))
     why = f"where two factors of the {m} × {n} matrix store less than it does"
     inputs.at_most(name, rank, largest, why, f"{of} = {list(widths)}")

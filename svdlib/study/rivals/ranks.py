@@ -20,16 +20,11 @@ from svdlib.study.rivals.timing import product_rate
 from svdlib.study.running import inputs
 
 
-def profile_race(
-    sizes: Sequence[int], x: Tensor, y: Tensor, sample: int = 6, repeats: int = 1
-) -> dict[str, float]:
+def profile_race(sizes: Sequence[int], x: Tensor, y: Tensor, sample: int = 6) -> dict[str, float]:
     """Seconds of the loss profile of a perceptron, at every rank of every layer.
 
-    Returns:
-        ``paper``: an SVD and a forward pass for every layer and rank; ``one SVD``: an SVD per layer
-        and a pass for every rank, both timed at ``sample`` ranks per layer and scaled to all;
-        ``nested``: `loss_profile`; ``search``: `search_ranks` by one standard error; ``bound``:
-        the products behind each layer alone, at this machine's best rate.
+    The paper takes an SVD per rank, "one SVD" one per layer; both are timed at ``sample`` ranks per
+    layer and scaled to all. The bound is the products behind each layer alone.
     """
     torch.manual_seed(0)
     model = perceptron(sizes).to(x.device)
@@ -37,18 +32,17 @@ def profile_race(
     for name, layer in find_layers(model).items():
         weight = layer.weight.detach()
         count = min(weight.shape) + 1
-        svd = clock.median(partial(torch.linalg.svd, weight, full_matrices=False), repeats)
+        svd = clock.median(partial(torch.linalg.svd, weight, full_matrices=False), 1)
         ranks = torch.linspace(0, count - 1, sample).long().tolist()
         passes = partial(_forward_passes, model, name, ranks, x, y)
         factors = torch.linalg.svd(weight, full_matrices=False)
-        forward = clock.median(partial(passes, *factors), repeats) / sample
+        forward = clock.median(partial(passes, *factors), 1) / sample
         times["paper"] += count * (svd + forward)
         times["one SVD"] += svd + count * forward
     loss_profile(model, x, y, ranks=(1,), progress=False)  # the warm-up
-    nested = partial(loss_profile, model, x, y, progress=False)
     search = partial(search_ranks, model, x, y, lambda rows: rows.increase <= rows.se)
-    times["nested"] = clock.median(nested, repeats, warmup=0)
-    times["search"] = clock.median(search, repeats, warmup=0)
+    times["nested"] = clock.median(partial(loss_profile, model, x, y, progress=False), 1, warmup=0)
+    times["search"] = clock.median(search, 1, warmup=0)
     work = behind = 0  # operations per image, of the layers behind the current one and by rank
     for m, n in reversed(list(pairwise(sizes))):
         work += (min(m, n) + 1) * behind
@@ -86,14 +80,11 @@ def check(
     smallest = sum(stored(1, m, n) + m for n, m in layers)
     for share in shares:
         if int(share * full) < smallest:
-            raise ValueError(
-                f"each of shares must be at least {math.ceil(1000 * smallest / full) / 1000}, what "
-                f"{list(sizes)} keeps of its parameters at rank 1, not {share}"
-            )
+            least = math.ceil(1000 * smallest / full) / 1000
+            why = f"what {list(sizes)} keeps of its parameters at rank 1"
+            raise ValueError(f"each of shares must be at least {least}, {why}, not {share}")
     inputs.few_combinations(sizes)
     number = math.prod(len({min(rank, *layer) for rank in wide_ranks}) for layer in pairwise(wide))
     if number > MOST:
-        raise ValueError(
-            f"wide_ranks must have at most {MOST:,} combinations over the layers of {list(wide)}, "
-            f"not {number:,}"
-        )
+        most = f"{MOST:,} combinations over the layers of {list(wide)}"
+        raise ValueError(f"wide_ranks must have at most {most}, not {number:,}")

@@ -75,12 +75,7 @@ def products(A: Tensor, columns: int, power_iters: int) -> None:
 def svd_race(
     shapes: Sequence[tuple[int, int]], ranks: Sequence[int], repeats: int = 3, progress: bool = True
 ) -> pd.DataFrame:
-    """Every way on a `slow_decay` matrix of each shape, on the CPU, in one run.
-
-    Returns:
-        Columns shape, rank, way, seconds (the median; ways that take over 0.3 s run once), and
-        error: Frobenius, over the smallest of that shape and rank.
-    """
+    """Median seconds of every way on `slow_decay` matrices, and Frobenius errors over the least."""
     rows, generator = [], torch.Generator().manual_seed(0)
     cases = list(itertools.product(shapes, ranks))
     for (m, n), rank in bar(cases, progress=progress, unit="case", desc="race"):
@@ -106,19 +101,10 @@ def svd_race(
 def exact_or_randomized(
     shapes: Sequence[tuple[int, int]], ranks: Sequence[int], device: torch.device, repeats: int = 3
 ) -> pd.DataFrame:
-    """Seconds of LAPACK's (or cuSOLVER's) SVD, `truncated_svd` and `randomized_svd`, with errors.
+    """Median seconds of torch's full SVD, `truncated_svd`, and `randomized_svd`, with its errors.
 
-    Each shape has a `slow_decay` matrix and a Gaussian one, whose spectrum is nearly flat. The
-    exact ways find all terms whatever the rank: they are timed once per matrix. The sketch has
-    p = 10, or less where it would span everything, so that it is always a sketch.
-
-    Returns:
-        A row per spectrum, shape and rank (below the shorter side); full, truncated, randomized,
-        the median seconds; error, error_low, error_high, the mean and its 95% interval of five
-        sketches' Frobenius errors over ‖A − A_k‖; zero, ‖A‖ / ‖A − A_k‖.
-
-    Raises:
-        ValueError: no rank is below a shorter side.
+    Each shape has a `slow_decay` matrix and a Gaussian one, whose spectrum is nearly flat. Errors
+    are Frobenius, over ‖A − A_k‖, of sketches that never span everything, and of the zero matrix.
     """
     if not any(rank < min(shape) for rank in ranks for shape in shapes):
         raise ValueError(f"none of the ranks {list(ranks)} is below the shorter side of a shape")
@@ -150,11 +136,7 @@ def exact_or_randomized(
 def call_times(
     shapes: Sequence[Sequence[int]], rank: int, device: torch.device, repeats: int, rounds: int = 5
 ) -> pd.DataFrame:
-    """Seconds (medians) of three SVDs on Gaussian matrices, or stacks of them, all in turn.
-
-    Returns:
-        A row per round and shape: round, shape, svd and svd_lowrank (torch's), truncated_svd.
-    """
+    """Median seconds of three SVDs on Gaussian matrices, or stacks of them, round by round."""
     timed = partial(clock.median, repeats=repeats, device=device)
     generator = torch.Generator(device).manual_seed(0)
     matrices = [torch.randn(*shape, generator=generator, device=device) for shape in shapes]
@@ -164,8 +146,7 @@ def call_times(
         row = {"round": number, "shape": "×".join(map(str, A.shape))}
         row["svd"] = timed(partial(torch.linalg.svd, A, full_matrices=False))
         row["svd_lowrank"] = timed(partial(torch.svd_lowrank, A, k))
-        row["truncated_svd"] = timed(partial(truncated_svd, A, k))
-        rows.append(row)
+        rows.append(row | {"truncated_svd": timed(partial(truncated_svd, A, k))})
     return pd.DataFrame(rows)
 
 
@@ -190,8 +171,7 @@ def check(
     largest = max(shapes, key=math.prod)
     why = f"below the shorter side of {list(largest)}, the largest of shapes"
     inputs.at_most("the least of ranks", min(ranks), min(largest) - 1, why, "shapes")
-    limit = min(map(min, race_shapes)) - OVERSAMPLE
+    limit, name = min(map(min, race_shapes)) - OVERSAMPLE, f"race_shapes = {race_shapes}"
     why = f"{OVERSAMPLE} below the shortest side of race_shapes"
-    blamed = f"race_shapes = {race_shapes}"
-    inputs.at_most("each of race_ranks", max(race_ranks), limit, why, blamed)
+    inputs.at_most("each of race_ranks", max(race_ranks), limit, why, name)
     theory.check_sketches(rank, oversamples, side=min(100, *widths[:2]))

@@ -41,10 +41,7 @@ def busy_core() -> Iterator[None]:
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Print, on leaving, whether other processes were at work meanwhile: then times are no results.
-
-    Others' share in cores is all processor time less this process's and its children's, per second.
-    """
+    """Print at the end whether other processes were at work: then times are no results."""
     before = _spent()
     yield
     wall, everyone, own = (after - start for after, start in zip(_spent(), before, strict=True))
@@ -77,18 +74,12 @@ class _Stopwatch(TorchDispatchMode):
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
         start = time.perf_counter()
         result = operation(*args, **(kwargs or {}))
-        name = operation.overloadpacket.__name__
-        self.seconds[name].append(time.perf_counter() - start)
+        self.seconds[operation.overloadpacket.__name__].append(time.perf_counter() - start)
         return result
 
 
 def operations(run: Callable[[], object], steps: int) -> pd.DataFrame:
-    """Torch's operations in ``run``, which takes ``steps`` steps, with calls and microseconds per step.
-
-    >>> A = torch.ones(9, 9)
-    >>> operations(lambda: A @ A, steps=1)[["operation", "calls"]].values.tolist()
-    [['mm', 1.0]]
-    """
+    """Torch's operations in ``run``, with calls and microseconds per step of ``steps``."""
     run()
     with _Stopwatch() as watch:
         run()

@@ -30,12 +30,13 @@ from svdlib.study.rivals.timing import operations, product_rate
 from svdlib.study.running import inputs
 
 Epoch = Callable[[], float]
+Sizes = Sequence[int]
+Choice = Projection | None
+Entrants = dict[tuple[str, str, int], Epoch]  # by projection, way and number of networks
 TURN = 0.2  # the shortest turn of the race, in seconds
 
 
-def svdlib_epoch(
-    sizes: Sequence[int], networks: int, data: Data, projection: Projection | None = None
-) -> Epoch:
+def svdlib_epoch(sizes: Sizes, networks: int, data: Data, projection: Choice = None) -> Epoch:
     """`train` itself: the history's own seconds of an epoch, testing not included."""
     nets = MLPEnsemble(sizes, seeds=range(networks), device=data.device)
     few = data.head(len(data.train_x), 100)
@@ -61,7 +62,7 @@ class _Images(Dataset):
         return self.tensor(self.images[index]), self.labels[index]
 
 
-def paper_epoch(sizes: Sequence[int], data: Data, projection: Projection | None = None) -> Epoch:
+def paper_epoch(sizes: Sizes, data: Data, projection: Choice = None) -> Epoch:
     """The paper's way, one network: DataLoader, ToTensor, autograd, and a projected state dict."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), *perceptron(sizes)).to(data.device)
@@ -94,9 +95,7 @@ def _low_rank(W: Tensor, projection: Projection) -> Tensor:
     return (U[..., :rank] * S[..., None, :rank]) @ Vh[..., :rank, :]
 
 
-def torch_func_epoch(
-    sizes: Sequence[int], networks: int, data: Data, projection: Projection | None = None
-) -> Epoch:
+def torch_func_epoch(sizes: Sizes, networks: int, data: Data, projection: Choice = None) -> Epoch:
     """`torch.func`: stacked modules, vmap of grad, an update out of place; batched SVD."""
     models = list(MLPEnsemble(sizes, seeds=range(networks), device=data.device))
     params, _ = torch.func.stack_module_state(models)  # type: ignore[arg-type]
@@ -121,13 +120,8 @@ def torch_func_epoch(
     return partial(clock.median, epoch, 1, warmup=0, device=data.device)
 
 
-def jax_epoch(
-    sizes: Sequence[int], networks: int, data: Data, projection: Projection | None = None
-) -> Epoch:
-    """JAX: value_and_grad under vmap, the epoch one compiled `scan`; batched `jnp.linalg.svd`.
-
-    The randomized method is that of `torch.svd_lowrank`, its sketch drawn in JAX.
-    """
+def jax_epoch(sizes: Sizes, networks: int, data: Data, projection: Choice = None) -> Epoch:
+    """JAX: value_and_grad under vmap, the epoch one compiled `scan`, SVDs as in `_low_rank`."""
     import jax
     import jax.numpy as jnp
 
@@ -178,30 +172,17 @@ def jax_epoch(
     return partial(clock.median, run, 1, warmup=0)
 
 
-def product_bound(sizes: Sequence[int], data: Data) -> float:
+def product_bound(sizes: Sizes, data: Data) -> float:
     """Seconds of one network's epoch if it were its matrix products at this machine's best rate."""
     # The forward product and both backward ones of each layer, without that to the inputs.
     products = sum(3 * m * k for k, m in itertools.pairwise(sizes)) - sizes[0] * sizes[1]
     return 2 * products * len(data.train_x) / product_rate(data.device, repeats=1)
 
 
-Entrants = dict[tuple[str, str, int], Epoch]  # by projection, way and number of networks
-
-
 def entrants(
-    sizes: Sequence[int],
-    counts: Sequence[int],
-    data: Data,
-    projection: Projection | None = None,
-    name: str = "stock",
+    sizes: Sizes, counts: Sequence[int], data: Data, projection: Choice = None, name: str = "stock"
 ) -> Entrants:
-    """An epoch of every way, for every number of networks; the paper's way trains one at a time.
-
-    `product_bound` takes part as "the products alone"; ``name`` is the projection's in the table.
-
-    Raises:
-        ValueError: a projection that does not follow every step, which the other ways require.
-    """
+    """An epoch of every way, by projection ``name``; the paper's trains one network at a time."""
     if projection and projection.every != "step":
         raise ValueError(f"the race is of projections every step, not every {projection.every!r}")
     epochs: Entrants = {
@@ -215,40 +196,24 @@ def entrants(
 
 
 def race(entrants: Entrants, repeats: int = 5, progress: bool = True) -> pd.DataFrame:
-    """Each entrant in turn, again and again, after a round that compiles and is not counted.
+    """Seconds per network and epoch of each entrant in turn, after a round that compiles.
 
     Whatever disturbs the machine then disturbs all, and a ratio can be taken within a round. A
     turn lasts `TURN` or an epoch: threads of the one before may wait actively for milliseconds.
-
-    Returns:
-        Columns projection, way, networks, round, seconds (per network and epoch, turn's median).
     """
     rows = []
     for number in bar(range(1 + repeats), progress=progress, unit="round", desc="race"):
-        for (name, way, networks), epoch in entrants.items():
-            start = clock.now()
-            taken = [epoch()]
+        for (*names, networks), epoch in entrants.items():
+            start, taken = clock.now(), [epoch()]
             while number and clock.now() - start < TURN:
                 taken.append(epoch())
             if number:
-                rows.append((name, way, networks, number, statistics.median(taken) / networks))
+                rows.append((*names, networks, number, statistics.median(taken) / networks))
     return pd.DataFrame(rows, columns=["projection", "way", "networks", "round", "seconds"])
 
 
 def ratios(table: pd.DataFrame) -> pd.DataFrame:
-    """How many times as long the others take as svdlib, round by round, from a race's table.
-
-    Those that train one network at a time are compared per network.
-
-    Returns:
-        A row per other way and number of networks: the ratio's median, least and most over the
-        rounds, and which of the two is faster; "none", where the rounds disagree.
-
-    >>> table = pd.DataFrame({"projection": "stock", "way": ["svdlib", "JAX"] * 2, "networks": 8,
-    ...                       "round": [1, 1, 2, 2], "seconds": [1.0, 2.0, 1.0, 3.0]})
-    >>> ratios(table)[["way", "median", "least", "most", "faster"]].values.tolist()
-    [['JAX', 2.5, 2.0, 3.0, 'svdlib']]
-    """
+    """How many times as long as svdlib the others take; faster is "none" where rounds disagree."""
     ours = table[table.way == "svdlib"].drop(columns="way")
     others = table[table.way != "svdlib"]
     pairs = others.merge(ours, on=["projection", "round"], suffixes=("_theirs", ""))
@@ -264,7 +229,7 @@ def ratios(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def step_operations(
-    sizes: Sequence[int], networks: int, data: Data, projection: Projection | None = None
+    sizes: Sizes, networks: int, data: Data, projection: Choice = None
 ) -> pd.DataFrame:
     """`operations` of a step of so many networks, as one part, a projection after each step."""
     nets = MLPEnsemble(sizes, seeds=range(networks), device=data.device)
@@ -283,6 +248,6 @@ def step_operations(
     wholes="counts",
     widths="sizes",
 )
-def check(rank: int, sizes: Sequence[int]) -> None:
+def check(rank: int, sizes: Sizes) -> None:
     """Refuse what 05_speed could not use."""
     inputs.below_full(rank, sizes)

@@ -9,7 +9,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 import svdlib
 from svdlib import Projection
-from svdlib.study.evidence.records import RESULTS, committed
+from svdlib.study.evidence.records import RESULTS, committed, larger
 from svdlib.study.running import results, runner
 from svdlib.study.running.parameters import combinations
 
@@ -140,3 +140,14 @@ def test_a_small_part_of_the_headline_sweep_agrees(mnist, every):
     assert len(both) == 9
     assert (both.test_error - both["test_error stored"]).abs().max() < 1
     assert (both.test_loss - both["test_loss stored"]).abs().max() < 0.05
+
+
+def test_the_committed_table_is_drawn_where_it_has_more_of_the_same_runs():
+    live = pd.DataFrame({"seed": [0], "error": [9.0], "method": "a"})
+    table = pd.DataFrame({"seed": [0, 1], "error": [9.5, 8.0], "method": "a"})
+    keys = ["seed", "method"]
+    drawn, apart = larger(live, table, keys, "error", "method")
+    assert drawn is table and apart == 0.5
+    for stored in (None, table[:1], table.assign(seed=[1, 2])):
+        drawn, apart = larger(live, stored, keys, "error", "method")
+        assert drawn is live and apart is None

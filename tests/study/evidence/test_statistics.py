@@ -3,7 +3,14 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from svdlib.study.evidence.statistics import interval, locate, paired, prediction, summarize
+from svdlib.study.evidence.statistics import (
+    interval,
+    locate,
+    paired,
+    prediction,
+    summarize,
+    with_interval,
+)
 
 
 def test_interval_is_students():
@@ -63,3 +70,8 @@ def test_an_empty_table_of_single_runs_gives_the_columns_alone():
     runs = pd.DataFrame({"method": "a", "error": range(5)})
     table = locate(runs, runs[:0], ["error"], ["method"])
     assert not len(table) and {"method", "value", "single", "inside"} <= set(table)
+
+
+def test_a_mean_is_written_with_its_interval_if_it_has_one():
+    assert with_interval(interval([1.0, 2.0, 3.0])) == "2.00 [-0.48, 4.48]"
+    assert with_interval(interval([1.0])) == "1.00"

@@ -1,3 +1,4 @@
+import pandas as pd
 import pytest
 import torch
 
@@ -54,3 +55,16 @@ def test_the_operations_of_a_step(projection):
     assert calls["mm"] == calls["addmm_"] == 1 and calls["relu_"] == 1
     assert ("linalg_cholesky_ex" in calls) == (projection is not None)
     assert (table.microseconds > 0).all() and table.microseconds.is_monotonic_decreasing
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [([2.0, 3.0], [2.5, 2.0, 3.0, "svdlib"]), ([0.5, 0.5], [0.5, 0.5, 0.5, "JAX"]),
+     ([0.5, 1.5], [1.0, 0.5, 1.5, "none"])],
+)  # fmt: skip
+def test_ratios_are_taken_round_by_round(seconds, expected):
+    race = {"projection": "stock", "networks": 8, "round": [1, 2]}
+    ways = {"svdlib": [1.0, 1.0], "JAX": seconds}
+    table = pd.concat(pd.DataFrame(race | {"way": w, "seconds": s}) for w, s in ways.items())
+    found = peers.ratios(table)[["way", "median", "least", "most", "faster"]]
+    assert found.values.tolist() == [["JAX", *expected]]

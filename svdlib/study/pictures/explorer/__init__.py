@@ -1,25 +1,16 @@
 """The explorer: panels to move by hand, and what answers them in milliseconds."""
 
-from svdlib.study.pictures.explorer.cuts import Cuts, check
+from svdlib.study.pictures.explorer.cuts import Cuts, check, sketch
 from svdlib.study.pictures.explorer.panels import (
     digits_panel,
     matrix_panel,
     ranks_panel,
     runs_panel,
 )
+from svdlib.study.pictures.explorer.pictures import save, show
 from svdlib.study.pictures.explorer.runs import Session
-from svdlib.study.pictures.explorer.sketches import sketch
-from svdlib.study.pictures.explorer.stills import save, show
 
 __all__ = [
-    "Cuts",
-    "Session",
-    "check",
-    "digits_panel",
-    "matrix_panel",
-    "ranks_panel",
-    "runs_panel",
-    "save",
-    "show",
-    "sketch",
-]
+    "Cuts", "Session", "check", "digits_panel", "matrix_panel", "ranks_panel", "runs_panel",
+    "save", "show", "sketch",
+]  # fmt: skip

@@ -12,16 +12,14 @@ import pandas as pd
 
 from svdlib.ensemble.projection import Projection
 from svdlib.study.pictures.explorer import pictures
-from svdlib.study.pictures.explorer.cuts import Cuts
+from svdlib.study.pictures.explorer.cuts import Cuts, sketch
 from svdlib.study.pictures.explorer.runs import Session, describe
-from svdlib.study.pictures.explorer.sketches import sketch
 
 WIDE = {"description_width": "7em"}
 TABLE_STYLE = (
     "<style>.ranks * {padding-left:1em; text-align:right; white-space:nowrap}"
     ".ranks tbody th {padding-left:0; text-align:left}</style>"
 )
-
 # The fields that matter for a method; all do for rSVD.
 NEEDED = {"": ["seeds"], "truncsvd": ["rank", "every", "seeds"]}
 
@@ -47,10 +45,7 @@ def _follow(sliders: Sequence[widgets.Widget], update: Callable[[object], None])
 
 
 def ranks_panel(cuts: Cuts, start: Sequence[int]) -> tuple[widgets.VBox, list[widgets.IntSlider]]:
-    """One slider per layer: the cost of these ranks, the best of that size, and what is left.
-
-    The sliders are returned as well: another panel can follow them.
-    """
+    """A panel of these ranks' cost and the best of that size, and its sliders, one per layer."""
     sliders = [
         _slider(f"layer {name}", rank, 0, full)
         for name, full, rank in zip(cuts.layers, cuts.full, start, strict=True)
@@ -60,7 +55,17 @@ def ranks_panel(cuts: Cuts, start: Sequence[int]) -> tuple[widgets.VBox, list[wi
 
     def update(_: object) -> None:
         ranks = [slider.value for slider in sliders]
-        table.value = _ranks_table(cuts, ranks)
+        here, full = cuts.at(ranks), cuts.at(cuts.full)
+        best = cuts.best_within(here.parameters)
+        found = {"these ranks": here, "the best with no more parameters": best, "full": full}
+        cells = pd.DataFrame(found).T
+        columns = {
+            "ranks": cells[cuts.layers].astype(int).astype(str).agg(", ".join, axis=1),
+            "parameters": cells.parameters.map("{:,.0f}".format),
+            "test error": (100 - cells.accuracy).map("{:.2f} %".format),
+            "test loss": cells.loss.map("{:.4f}".format),
+        }
+        table.value = TABLE_STYLE + pd.DataFrame(columns).to_html(classes="ranks", border=0)
         chart.value = draw(ranks)
         rows.value = pictures.weights_picture(cuts, ranks[0])
 
@@ -68,20 +73,6 @@ def ranks_panel(cuts: Cuts, start: Sequence[int]) -> tuple[widgets.VBox, list[wi
     controls = widgets.VBox([*sliders, table], layout={"flex": "1 1 24em"})
     top = widgets.HBox([controls, rows], layout={"flex_flow": "row wrap"})
     return widgets.VBox([top, chart]), sliders
-
-
-def _ranks_table(cuts: Cuts, ranks: Sequence[int]) -> str:
-    here = cuts.at(ranks)
-    best, full = cuts.best_within(here.parameters), cuts.at(cuts.full)
-    rows = {"these ranks": here, "the best with no more parameters": best, "full": full}
-    table = pd.DataFrame(rows).T
-    columns = {
-        "ranks": table[cuts.layers].astype(int).astype(str).agg(", ".join, axis=1),
-        "parameters": table.parameters.map("{:,.0f}".format),
-        "test error": (100 - table.accuracy).map("{:.2f} %".format),
-        "test loss": table.loss.map("{:.4f}".format),
-    }
-    return TABLE_STYLE + pd.DataFrame(columns).to_html(classes="ranks", border=0)
 
 
 def digits_panel(cuts: Cuts, sliders: Sequence[widgets.IntSlider], count: int = 12) -> widgets.VBox:
@@ -106,14 +97,9 @@ def digits_panel(cuts: Cuts, sliders: Sequence[widgets.IntSlider], count: int = 
 
 def matrix_panel(max_side: int = 300) -> widgets.HBox:
     """A matrix with a chosen spectrum: a sketch's error, the best error, the bound, the time."""
-    controls = [
-        _slider("rows", 200, 20, max_side, 20),
-        _slider("columns", 100, 20, max_side, 20),
-        _slider("decay a", 1.0, 0, 2, 0.05),
-        _slider("rank k", 10, 1, 100),
-        _slider("p", 5, 0, 100),
-        _slider("q", 0, 0, 4),
-    ]
+    sides = [_slider("rows", 200, 20, max_side, 20), _slider("columns", 100, 20, max_side, 20)]
+    decay, rank = _slider("decay a", 1.0, 0, 2, 0.05), _slider("rank k", 10, 1, 100)
+    controls = [*sides, decay, rank, _slider("p", 5, 0, 100), _slider("q", 0, 0, 4)]
     words, chart = widgets.HTML(), _picture()
     draw = pictures.sketch_picture(max_side)
 
@@ -187,7 +173,6 @@ def runs_panel(session: Session) -> widgets.HBox:
 
 
 def _fields(full: int) -> dict[str, Field]:
-    """The fields of a training; ``full`` is the largest full rank of a layer."""
     rank, oversample = Field("rank", str(min(10, full)), 1, full), Field("p", "2", 0, 1000)
 
     def note(_: object) -> None:
@@ -219,7 +204,6 @@ class Field(widgets.HBox):
         _follow([self.text], self.check)
 
     def check(self, _: object = None) -> None:
-        """Read the text: ``value`` is the number or word, or None and the message says why."""
         text = self.text.value.strip()
         number = text.removeprefix("-").isdecimal() and self.low <= int(text) <= self.high
         self.value = int(text) if number else text if text in self.words else None

@@ -1,4 +1,4 @@
-"""Frames for widgets, as PNG or HTML, in milliseconds."""
+"""Pictures of panels: frames in milliseconds, and stills where no kernel answers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import io
 import itertools
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import ipywidgets as widgets
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from IPython.display import display
 from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -18,8 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from svdlib.study.pictures import plots
-from svdlib.study.pictures.explorer.cuts import Cuts
-from svdlib.study.pictures.explorer.sketches import Sketch
+from svdlib.study.pictures.explorer.cuts import Cuts, Sketch
 
 HERE, BEST = "#882255", "#000000"  # the current choice and the best one, unlike any method
 DRAWING = threading.Lock()  # a training draws from its own thread; matplotlib is not thread-safe
@@ -53,9 +55,7 @@ def png(drawn: Image.Image) -> bytes:
 
 
 def ranks_picture(cuts: Cuts) -> Callable[[Sequence[int]], bytes]:
-    """A function that draws a choice of ranks: its place among all, and its part of the spectra."""
-    count = len(cuts.layers)
-    figure = Figure(figsize=(11, 3.5), dpi=100)
+    count, figure = len(cuts.layers), Figure(figsize=(11, 3.5), dpi=100)
     cloud, *axes = figure.subplots(1, 1 + count, width_ratios=[3, *[1.25] * count])
     joint, everything = cuts.joint, f"all {len(cuts.joint):,} combinations"
     cloud.plot(joint.parameters, joint.loss, ".", color="0.82", markersize=3, label=everything)
@@ -93,13 +93,13 @@ def ranks_picture(cuts: Cuts) -> Callable[[Sequence[int]], bytes]:
     return draw
 
 
-def weights_picture(cuts: Cuts, rank: int, columns: int = 5) -> bytes:
-    """The first layer's rows at a rank as pictures: red is positive, blue negative."""
+def weights_picture(cuts: Cuts, rank: int) -> bytes:
     limit = float(cuts.weights(cuts.full[0]).abs().max())
     shades = ((cuts.weights(rank) / limit).clamp(-1, 1) + 1) / 2
     count, side = len(shades), round(shades.shape[1] ** 0.5)
     pixels = mpl.colormaps["RdBu_r"](shades.view(count, side, side).numpy(), bytes=True)[..., :3]
-    rows, gap = -(-count // columns), 2
+    columns, gap = 5, 2
+    rows = -(-count // columns)
     pads = ((0, rows * columns - count), (0, gap), (0, gap), (0, 0))
     grid = np.pad(pixels, pads, constant_values=255).reshape(rows, columns, *[side + gap] * 2, 3)
     mosaic = grid.swapaxes(1, 2).reshape(rows * (side + gap), columns * (side + gap), 3)
@@ -107,7 +107,6 @@ def weights_picture(cuts: Cuts, rank: int, columns: int = 5) -> bytes:
 
 
 def sketch_picture(max_side: int) -> Callable[[Sketch], bytes]:
-    """A function that draws a sketch: the spectrum, what was found, the errors, the bound."""
     figure = Figure(figsize=(7.5, 4), dpi=100)
     axis = figure.subplots()
     (spectrum,) = axis.plot([], [], color="0.6", label="singular values σᵢ")
@@ -131,10 +130,7 @@ def sketch_picture(max_side: int) -> Callable[[Sketch], bytes]:
 
 
 def curves_picture(runs: Sequence[pd.DataFrame], epochs: int) -> bytes:
-    """Test error and loss by epoch of every run's networks (`Session`): means and ranges.
-
-    Stock networks are drawn of the last run only; a method's first run has the method's color.
-    """
+    """Test error and loss by epoch of every run (`Session`); stock networks of the last only."""
     figure = Figure(figsize=(10, 3.8))
     with DRAWING:
         panels = (("test_error", "test error (%)"), ("test_loss", "test loss"))
@@ -161,8 +157,11 @@ def digits_html(x: Tensor, y: Tensor, before: Tensor, after: Tensor) -> str:
     """Images (n, pixels) with labels, and their logits before (gray) and after a cut, as HTML."""
     style = "display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:12px"
     scale = max(before.abs().max().item(), after.abs().max().item(), 1e-9)
-    logits = before.tolist(), after.tolist()
-    cells = (_digit(*row, scale) for row in zip(map(_uri, x), y.tolist(), *logits, strict=True))
+    side = round(x.shape[1] ** 0.5)
+    grays = (255 * (1 - x.clamp(0, 1))).byte().view(-1, side, side).numpy()  # dark on white
+    uris = [data_uri(png(Image.fromarray(gray).convert("RGB"))) for gray in grays]
+    rows = zip(uris, y.tolist(), before.tolist(), after.tolist(), strict=True)
+    cells = (_digit(*row, scale) for row in rows)
     return f'<div style="{style}">{"".join(cells)}</div>'
 
 
@@ -191,13 +190,46 @@ def _digit(uri: str, label: int, before: list[float], after: list[float], scale:
     )
 
 
-def _uri(image: Tensor) -> str:
-    """A digit, dark on white, as a data URI."""
-    side = round(len(image) ** 0.5)
-    gray = (255 * (1 - image.clamp(0, 1))).byte().view(side, side).numpy()
-    return data_uri(png(Image.fromarray(gray).convert("RGB")))
-
-
 def data_uri(picture: bytes) -> str:
-    """A PNG as the source of an <img>."""
     return "data:image/png;base64," + base64.b64encode(picture).decode()
+
+
+def show(panel: widgets.Widget) -> None:
+    """Display a panel; where no kernel answers for it, `static_html` stands in its place."""
+    views = {"text/plain": "a panel of widgets", "text/html": static_html(panel)}
+    display({**panel._repr_mimebundle_(), **views}, raw=True)
+
+
+def static_html(panel: widgets.Widget) -> str:
+    """A panel's words and pictures as they are now, as HTML."""
+    parts = []
+    for widget in _leaves(panel):
+        if isinstance(widget, widgets.HTML) and widget.value:
+            parts.append(f"<div>{widget.value}</div>")
+        elif isinstance(widget, widgets.Image):
+            packed = io.BytesIO()
+            Image.open(io.BytesIO(widget.value)).save(packed, "png", optimize=True)
+            source = f'style="max-width:100%" src="{data_uri(packed.getvalue())}"'
+            parts.append(f'<img alt="a picture of the panel" {source}>')
+    return "".join(parts)
+
+
+def save(panel: widgets.Widget, name: str, data: pd.DataFrame, folder: str | Path) -> None:
+    """Write the panel's pictures in one column, and its data; nothing if ``folder`` is empty."""
+    if not str(folder):
+        return
+    images = (w for w in _leaves(panel) if isinstance(w, widgets.Image))
+    pictures = [Image.open(io.BytesIO(image.value)) for image in images]
+    size = max(p.width for p in pictures), sum(p.height for p in pictures)
+    page, top = Image.new("RGB", size, "white"), 0
+    for picture in pictures:
+        page.paste(picture, (0, top))
+        top += picture.height
+    page.save(Path(folder) / f"{name}.png", optimize=True)
+    plots.save(None, name, data, folder)
+
+
+def _leaves(widget: widgets.Widget) -> list[widgets.Widget]:
+    if not isinstance(widget, widgets.Box):
+        return [widget]
+    return [leaf for child in widget.children for leaf in _leaves(child)]

@@ -17,6 +17,8 @@ from svdlib.ensemble.training import train
 from svdlib.study.evidence.statistics import paired, with_interval
 from svdlib.study.pictures.plots import LABELS
 
+Watch = Callable[[pd.DataFrame], object]
+
 
 class Stopped(Exception):
     """A training was stopped by its user."""
@@ -24,11 +26,7 @@ class Stopped(Exception):
 
 @dataclass
 class Session:
-    """What was trained on one data set, one training at a time, all of the same length.
-
-    ``runs`` has the trainings' histories (`train`) with a column ``run``: the projection in words,
-    or "stock". ``nets`` are the networks trained last, the stock networks first.
-    """
+    """Trainings on one data set, all of the same length: their histories, and the last networks."""
 
     data: Data
     sizes: Sequence[int] = (784, 15, 15, 10)
@@ -42,22 +40,13 @@ class Session:
         self,
         choice: Projection | None,
         seeds: int,
-        watch: Callable[[pd.DataFrame], object] | None = None,
+        watch: Watch | None = None,
         progress: bool = False,
     ) -> pd.DataFrame:
         """Train ``seeds`` stock networks, and as many with this projection from the same seeds.
 
-        ``watch`` is called after every epoch with the history so far. The history of the complete
-        epochs is returned, and added to ``runs`` unless it is empty.
-
-        Raises:
-            RuntimeError: another training is under way.
-
-        >>> import svdlib
-        >>> session = Session(svdlib.load("MNIST", device="cpu").head(640, 100), epochs=2)
-        >>> history = session.train(svdlib.Projection("truncsvd", 5), seeds=2)
-        >>> sorted(set(history.run)), len(session.runs)
-        (['stock', 'truncSVD, rank 5, every epoch'], 1)
+        ``watch`` is called after every epoch with the history so far; its column ``run`` has the
+        projection in words. That of the complete epochs is added to ``runs`` unless it is empty.
         """
         if not self._busy.acquire(blocking=False):
             raise RuntimeError("a training is under way; stop it, or wait for its end")
@@ -93,10 +82,7 @@ class Session:
         self._stop.set()
 
     def table(self) -> pd.DataFrame:
-        """One row per run: networks, epochs, test error after them, and what its projection adds.
-
-        Differences are paired by seed, with 95% intervals.
-        """
+        """One row per run: networks, epochs, test error, and what its projection adds to it."""
         rows = []
         for history in self.runs:
             last = history[history.epoch == history.epoch.max()]
@@ -110,11 +96,7 @@ class Session:
 
 
 def describe(choice: Projection | None) -> str:
-    """A projection in words.
-
-    >>> describe(Projection("rsvd", 10, every="epoch", oversample=2, power_iters=0))
-    'rSVD, rank 10, p = 2, q = 0, every epoch'
-    """
+    """A projection in words."""
     if choice is None:
         return "stock"
     every = f"{choice.every} steps" if isinstance(choice.every, int) else choice.every

@@ -2,6 +2,7 @@ import pytest
 
 import svdlib
 from svdlib.study.pictures.explorer import Session
+from svdlib.study.pictures.explorer.runs import describe
 
 
 @pytest.fixture
@@ -45,3 +46,10 @@ def test_a_stopped_training_keeps_the_epochs_that_it_had(session):
     history = session.train(None, 1, watch=lambda rows: session.stop())
     assert 1 <= history.epoch.max() < 50
     assert session.runs[0] is history
+
+
+def test_projections_are_described_in_words():
+    choice = svdlib.Projection("rsvd", 10, every=3, oversample=2, power_iters=0)
+    assert describe(choice) == "rSVD, rank 10, p = 2, q = 0, every 3 steps"
+    assert describe(svdlib.Projection("truncsvd", 5)) == "truncSVD, rank 5, every epoch"
+    assert describe(None) == "stock"

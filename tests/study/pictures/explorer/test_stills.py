@@ -6,7 +6,7 @@ import pandas as pd
 from PIL import Image
 
 from svdlib.study.pictures import explorer
-from svdlib.study.pictures.explorer.stills import static_html
+from svdlib.study.pictures.explorer.pictures import static_html
 from svdlib.study.running.execute import cleaned, execute
 
 
