@@ -50,7 +50,6 @@ def first_batch(data: Batches, size: int | None = None) -> Batch:
 
 
 def refuse_generator(data: Batches, why: str) -> None:
-    """Refuse a generator where data are read several times."""
     if not is_single(data) and isinstance(data, Iterator):
         raise ValueError(
             f"{why} looks at the data several times, not possible with this {type(data).__name__}; "
@@ -59,7 +58,6 @@ def refuse_generator(data: Batches, why: str) -> None:
 
 
 def count_inputs(data: Batch) -> int:
-    """The number n of inputs in a batch of tensors (n, …)."""
     lengths = sorted({len(tensor) if tensor.ndim else 0 for tensor in tensors(data)})
     if not lengths or lengths == [0]:
         raise ValueError("the data are empty; one input at least is needed")
@@ -70,7 +68,6 @@ def count_inputs(data: Batch) -> int:
 
 
 def tensors(batch: Batch) -> list[Tensor]:
-    """All tensors in a batch."""
     if isinstance(batch, Mapping):
         batch = list(batch.values())
     if isinstance(batch, tuple | list):

@@ -50,7 +50,6 @@ def run(model: nn.Module, batch: Batch, call: Call | None) -> Any:
 
 
 def _accepts(model: nn.Module, inputs: Batch) -> bool:
-    """Whether the model's forward takes these arguments, as far as its signature tells."""
     bound = _bound(model, inputs)
     try:
         inspect.signature(model.forward).bind(*bound.args[1:], **bound.keywords)
@@ -60,7 +59,6 @@ def _accepts(model: nn.Module, inputs: Batch) -> bool:
 
 
 def _bound(model: nn.Module, inputs: Batch) -> partial[Any]:
-    """A call of the model on a tensor, a mapping, or several of them."""
     if isinstance(inputs, tuple | list) and len(inputs) == 1:
         (inputs,) = inputs
     if isinstance(inputs, tuple | list):
@@ -135,7 +133,6 @@ def next_token_losses(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _parted(batch: Batch) -> tuple[Batch, Tensor]:
-    """Inputs and targets."""
     if isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor):
         y, ids = batch["labels"], batch.get("input_ids")
         if isinstance(ids, Tensor) and ids.shape == y.shape and ids.ndim == 2:
@@ -155,7 +152,6 @@ def _parted(batch: Batch) -> tuple[Batch, Tensor]:
 
 
 def _logits(output: Any) -> Tensor:
-    """Class scores in what a model puts out."""
     found = output.get("logits", output) if isinstance(output, Mapping) else output
     found = getattr(found, "logits", found)
     if not torch.is_tensor(found):

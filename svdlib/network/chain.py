@@ -51,7 +51,6 @@ def is_inputwise(step: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something is called before or after the module, or in its place."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
@@ -164,7 +163,6 @@ class ChainSweep(Sweep):
             yield at, logits.view(len(stack), len(code), -1)
 
     def _sums(self, code: Tensor, ranks: Sequence[int]) -> Iterator[Tensor]:
-        """The layer's output at each of the ranks: one tensor that grows in place."""
         sizes, dim = list(code.shape), self.layer.feature_dim
         sizes[dim] = len(self.US)
         z = code.new_zeros(sizes)

@@ -42,12 +42,10 @@ class Layer:
 
     @classmethod
     def includes(cls, module: nn.Module) -> bool:
-        """Whether a module is of this kind."""
         return isinstance(module, cls.types)
 
     @property
     def weight(self) -> Tensor:
-        """The weight, in the layer's own shape."""
         return self.module.weight
 
     @property
@@ -58,7 +56,6 @@ class Layer:
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias, if there is one."""
         return getattr(self.module, "bias", None)
 
     @property
@@ -73,7 +70,6 @@ class Layer:
 
     @property
     def full_rank(self) -> int:
-        """min(m, n)."""
         return min(self.shape)
 
     @property
@@ -99,7 +95,6 @@ class Layer:
         return A[0] if self.groups == 1 else A
 
     def to_weight(self, A: Tensor) -> Tensor:
-        """The inverse of `to_matrix`."""
         A = A.mT if self.transposed else A
         return A.reshape(A[..., 0].numel(), -1, *self.weight.shape[2:])
 
@@ -112,7 +107,6 @@ class Layer:
         return {self.weight: self.to_weight(svd.matrix())}
 
     def stored(self, rank: int) -> int:
-        """Numbers at a rank, see `stored`, of all groups."""
         return self.groups * stored(rank, *self.shape)
 
     def obstacle(self, replace: bool) -> str | None:
@@ -201,8 +195,6 @@ class Layer:
 
 
 class Linear(Layer):
-    """nn.Linear."""
-
     types: tuple[type[nn.Module], ...] = (nn.Linear,)
     can_share = True
 
@@ -226,8 +218,6 @@ class TransposedLinear(nn.Linear):
 
 
 class OfTransposedLinear(Linear):
-    """`TransposedLinear`."""
-
     types = (TransposedLinear,)
     transposed = True
 
@@ -241,7 +231,6 @@ class Conv1D(Layer):
 
     @classmethod
     def includes(cls, module: nn.Module) -> bool:
-        """By name and shape, without importing that library."""
         weight, named = module._parameters.get("weight"), type(module).__name__ == "Conv1D"
         return named and weight is not None and weight.shape[1:] == (getattr(module, "nf", None),)
 
@@ -316,7 +305,6 @@ class Convolution(Layer):
         return x if x.ndim == self.weight.ndim else x[None]
 
     def _by_group(self, x: Tensor) -> Tensor:
-        """Places (n, channels, *places, *window) as vectors."""
         dims = len(self.module.kernel_size)
         x = x.movedim(1, 1 + dims).flatten(0, dims).unflatten(1, (self.groups, -1)).flatten(2)
         return x[:, 0] if self.groups == 1 else x

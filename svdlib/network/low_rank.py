@@ -100,7 +100,6 @@ class LowRank(nn.Sequential):
 
 
 def kind(factor: nn.Module) -> Layer:
-    """A factor, which is of a known kind, as a layer."""
     return cast(Layer, layer_of(factor))
 
 

@@ -143,7 +143,6 @@ class Network:
         return owners
 
     def _others(self, layer: Layer) -> list[tuple[str, nn.Module]]:
-        """Other modules, with their names, that have the layer's weight."""
         owners = self._owners.get(id(layer.weight), [])
         return [(name, module) for name, module in owners if module is not layer.module]
 
@@ -176,7 +175,6 @@ class Network:
         return {name: group[0] for group in groups if len(group) > 1 for name in group}
 
     def is_shared(self, layer: Layer) -> bool:
-        """Whether another module has the layer's weight too."""
         return bool(self._others(layer))
 
     def matching(self, include: Iterable[str] | None, exclude: Iterable[str]) -> list[str]:
@@ -277,7 +275,6 @@ class Network:
     def hooked(
         self, names: Iterable[str], after: After | None = None, before: Before | None = None
     ) -> Iterator[None]:
-        """As `hooked`, at every call of the layers of these names, in evaluation mode."""
         modules = {name: self.layers[name].module for name in names}
         with (
             modes.evaluating(self.model),

@@ -36,7 +36,6 @@ class Moments:
 
     @classmethod
     def zeros(cls, variants: int, device: torch.device) -> Moments:
-        """Nothing seen yet."""
         return cls(torch.zeros(4, variants, dtype=torch.float64, device=device))
 
     def add_logits(self, at: slice, z: Tensor, y: Tensor, full: Tensor) -> None:
@@ -60,7 +59,6 @@ class Moments:
         self.sums[:, at].add_(torch.stack([part.sum(1) for part in parts]))
 
     def __add__(self, other: Moments) -> Moments:
-        """Of both sets of images."""
         return Moments(self.sums + other.sums)
 
     def means(self, n: int) -> dict[str, list[float]]:
@@ -100,7 +98,6 @@ class Task:
         self._own: list[tuple[Tensor, Tensor]] = []
 
     def judge(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Losses (n,) of a batch and right answers (n,)."""
         return judged(model, batch, self.objective, self.accuracy)
 
     def _fitting_size(self) -> int:
@@ -205,7 +202,6 @@ class Sweep:
         return pd.concat(tables, ignore_index=True)
 
     def means(self, ranks: Mapping[str, Sequence[int]], progress: bool) -> dict[str, list[float]]:
-        """`Moments.means` of each layer at each of its ranks."""
 
         def variants() -> Iterator[AbstractContextManager[None]]:
             for name, layer in self.layers.items():

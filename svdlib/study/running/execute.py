@@ -28,8 +28,6 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 @dataclass
 class Done:
-    """The result of a run."""
-
     seconds: float
     about: dict[str, object]  # see `machine`
     files: dict[str, bytes] = field(default_factory=dict)  # the executed notebook and its figures
@@ -138,7 +136,6 @@ def guarded(place: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def environment() -> Iterator[None]:
-    """Leave this process's environment as it was."""
     before = dict(os.environ)
     try:
         yield
@@ -149,7 +146,6 @@ def environment() -> Iterator[None]:
 
 
 def machine() -> dict[str, object]:
-    """Date, processor, cores, threads of a kernel, and versions."""
     cpuinfo = Path("/proc/cpuinfo")
     described = cpuinfo.read_text(errors="replace") if cpuinfo.is_file() else ""
     model = re.search(r"^model name\s*: *(.*\S)", described, re.MULTILINE)
@@ -164,7 +160,6 @@ def machine() -> dict[str, object]:
 
 
 def cores() -> int:
-    """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -63,7 +63,6 @@ def defaults(notebook: Path) -> dict[str, object]:
 
 
 def _assigned(notebook: Path) -> Iterator[tuple[str, ast.expr | None, ast.expr]]:
-    """Each name that the parameters cell assigns, with its annotation and its value."""
     try:
         cells = nbformat.read(notebook, as_version=4).cells
         sources = [c.source for c in cells if "parameters" in c.metadata.get("tags", [])]

@@ -37,8 +37,6 @@ ASIDE = {"figures", "progress"}  # parameters on which no result depends
 
 @dataclass(frozen=True)
 class Run:
-    """A notebook with a set of parameters."""
-
     notebook: Path
     text: str  # what travels to a worker: the notebook without outputs, as JSON
     parameters: dict[str, object] | None  # the values given; None leaves the notebook as it is
@@ -136,7 +134,6 @@ def _name(
 
 @cache
 def code() -> str:
-    """A hash of the library's code."""
     folder = Path(svdlib.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
@@ -241,7 +238,6 @@ def _workers(client: Client) -> int:
 
 
 def _work(client: str, run: Run, home: str) -> Done:
-    """On a worker: see `execute`."""
     _check_versions(get_worker().address, versions(), client)
     threads = os.environ.get("OMP_NUM_THREADS", str(cores()))
     # Where these are not set, Dask's own default is one thread.
@@ -307,7 +303,6 @@ def complete(
 
 
 def _first(under_way: Mapping[Future, object]) -> set[Future]:
-    """The runs that are done, after a second at the latest."""
     if not under_way:
         time.sleep(1)
         return set()
