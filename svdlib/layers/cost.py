@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ from svdlib.network.calls import Call, run
 from svdlib.network.kinds import Layer
 from svdlib.network.modes import evaluating
 from svdlib.network.opened import Network
-from svdlib.network.timing import WHOLE_MODEL, seconds_of
+
+WHOLE_MODEL = "whole model"
 
 
 @threads.plain()
@@ -59,11 +61,11 @@ def cost(
     nets = [Network.to_measure(twin, merge=False) for twin in twins]
     own, dense = (counted(net, x, call) for net in nets)
     runs = [
-        [seconds_of(net, twin, x, call) for net, twin in zip(nets, twins, strict=True)]
+        [net.seconds(twin, x, call) for net, twin in zip(nets, twins, strict=True)]
         for _ in range(1 + repeats)
     ]
     for table, seconds in zip((own, dense), zip(*runs[1:], strict=True), strict=True):
-        table["seconds"] = pd.DataFrame(seconds).median()
+        table["seconds"] = np.median(seconds, axis=0)
     dense = dense.drop(columns="rank").add_prefix("dense_")
     return own.join(dense).rename_axis("layer").reset_index()
 

@@ -12,11 +12,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from svdlib import checks, threads
+from svdlib import checks, clock, threads
 from svdlib.network import modes
 from svdlib.network.attention import HELD, Made, pack_, projections, unpack_
-from svdlib.network.batches import Batch
-from svdlib.network.calls import Call, run
+from svdlib.network.batches import Batch, copied_to, tensors
+from svdlib.network.calls import Call, prepared, run
 from svdlib.network.kinds import Layer, Linear, layer_of
 from svdlib.network.low_rank import Factorized, LowRank, low_rank_layers, tied
 from svdlib.network.modes import After, Before
@@ -282,6 +282,26 @@ class Network:
             modes.uncompiled(self.model),
         ):
             yield
+
+    def seconds(self, model: nn.Module, x: Batch, call: Call | None) -> list[float]:
+        """Seconds of each layer in one run, and at last of the model itself, not opened, in another."""
+        taken = dict.fromkeys(self.layers, 0.0)
+        device = next((part.device for part in tensors(copied_to(model, x))), clock.CPU)
+
+        def start(name: str, inputs: object) -> None:
+            taken[name] -= clock.now(device)
+
+        def stop(name: str, inputs: object, output: object) -> None:
+            taken[name] += clock.now(device)
+
+        with modes.evaluating(model):
+            call_model = prepared(model, copied_to(model, x), call)
+            before = clock.now(device)
+            call_model()
+            total = clock.now(device) - before
+        with self.hooked(self.layers, stop, start):
+            run(self.model, x, call)
+        return [*taken.values(), total]
 
     def weights_read(self, names: Iterable[str], batch: Batch, call: Call | None) -> list[str]:
         """Those of the layers whose weight a call of the model reads without calling them."""

@@ -11,10 +11,10 @@ import pandas as pd
 from torch import nn
 
 from svdlib.bars import bar
+from svdlib.layers.cost import WHOLE_MODEL
 from svdlib.network.kinds import Layer
 from svdlib.network.low_rank import low_rank_layers
 from svdlib.network.task import Task
-from svdlib.network.timing import WHOLE_MODEL
 from svdlib.ranks.profile import profile_of
 
 # Ranks per layer at which the loss is measured; between them it is interpolated.
