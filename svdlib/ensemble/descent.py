@@ -17,21 +17,19 @@ log_softmax_ = torch.ops.aten._log_softmax.out
 
 
 class Affine:
-    """The maps h ↦ W h + b of S networks, W (out × in), each one matrix, rows padded with zeros:
+    """The maps h ↦ W h + b of S networks, each one matrix, so that products include the bias:
 
         [W b] [h]   [W h + b]
         [0 1] [1] = [   1   ].
 
-    So products, gradients and updates include the bias, and activations keep their row of ones.
-    The last layer's matrix has no last row. The inner factor of a layer, which is not ``outer``,
-    keeps b = 0, and no max(·, 0) follows it.
+    ``factor`` is [W b] (S, out, in + 1), copied, or the inner V (S, r, in) of a layer, which is not
+    ``outer``, keeps b = 0, and has no max(·, 0) after it. The ``last`` matrix has no last row.
     """
 
     def __init__(self, factor: Tensor, outer: bool, last: bool) -> None:
-        """From a copy of [W b] (S, out, in + 1), or of an inner V (S, r, in)."""
         networks, out, columns = factor.shape
         ins = columns - outer
-        # To whole cache lines, 16 floats.
+        # Rows are whole cache lines, 16 floats.
         padded = factor.new_zeros(networks, out + (not last), -(-(ins + 1) // 16) * 16)
         padded[:, :out, :columns] = factor
         if not last:
@@ -60,9 +58,8 @@ def descent(
         δ_L = p − y,   δ_{l−1} = (W_lᵀ δ_l) ⊙ [h_{l−1} > 0],   ∂L/∂[W_l b_l] = δ_l h_{l−1}ᵀ / B.
 
     Added to the matrices themselves with a negative scale, this is a step of gradient descent. All
-    networks share x, so the first layer's products are single ones of an (S·out) × in matrix. A
-    factorized layer is two maps. Dropout with probability d multiplies an input of a layer by
-    1/(1−d) or by 0, the same for all networks. All buffers are made here, once.
+    networks share x, so the first layer's products are single ones of an (S·out) × in matrix.
+    Dropout multiplies an input of a layer by 1/(1−d) or by 0. All buffers are made here, once.
 
     The function takes x (B, in + 1), the last column ones; minus the one-hot labels, class by
     class (classes · B,); the scale; and a tensor (S,) for each network's summed loss on the batch.
@@ -116,10 +113,7 @@ def _mask(like: Tensor, dropout: float, generator: torch.Generator | None) -> Te
 
 
 class Step:
-    """Steps of training for some networks of an ensemble, on copies of their matrices.
-
-    ``weights`` are views of each W (S, out, in), or V and U; `store` puts the copies back.
-    """
+    """Steps of training for some networks of an ensemble, on copies that `store` puts back."""
 
     def __init__(
         self,
@@ -134,7 +128,7 @@ class Step:
         self.factors = [factor.detach()[networks] for factors in layers for factor in factors]
         last = [factor is self.factors[-1] for factor in self.factors]
         self.maps = list(map(Affine, self.factors, outer, last))
-        self.weights = [affine.weight for affine in self.maps]
+        self.weights = [affine.weight for affine in self.maps]  # views
         self.adam: torch.optim.Adam | None = None
         target = [affine.trained for affine in self.maps]
         if optimizer == "adam":
@@ -157,7 +151,6 @@ class Step:
         self.adam.step()
 
     def store(self) -> None:
-        """Put the matrices back into the ensemble."""
         for factor, affine in zip(self.factors, self.maps, strict=True):
             factor.copy_(affine.trained[:, : affine.out])
 
