@@ -10,13 +10,7 @@ from tqdm import tqdm
 
 
 def bar(items: Iterable[Any] | None = None, *, progress: bool = True, **settings: Any) -> tqdm:
-    """tqdm's bar with these settings, if ``progress``; a notebook shows it as plain text.
-
-    A saved notebook keeps the text. Of a widget it would show an error without its kernel.
-
-    >>> list(bar(range(3), progress=False))
-    [0, 1, 2]
-    """
+    """tqdm's bar, if ``progress``; as text in a notebook, as a saved widget shows an error."""
     shell = "IPython" in sys.modules and sys.modules["IPython"].get_ipython()
     in_notebook = getattr(shell, "kernel", None) is not None
     file = _Output() if progress and in_notebook else None
