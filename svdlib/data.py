@@ -22,12 +22,8 @@ from torch import Tensor
 from svdlib import checks, files
 
 NAMES = ("MNIST", "FashionMNIST", "KMNIST")
-FILES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
+KINDS = ("images-idx3", "labels-idx1")
+FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in KINDS)
 # MD5 sums of the files as they are unpacked, in the order of FILES.
 PUBLISHED = {
     "MNIST": (
@@ -75,8 +71,7 @@ class Data:
         if train != test:
             raise ValueError(f"training images have {train} features but the test images {test}")
         tensors = (self.train_x, self.train_y, self.test_x, self.test_y)
-        devices = sorted({str(tensor.device) for tensor in tensors})
-        if len(devices) > 1:
+        if len(devices := sorted({str(tensor.device) for tensor in tensors})) > 1:
             raise ValueError(f"all tensors must be on one device, not on {', '.join(devices)}")
 
     @property
@@ -118,8 +113,7 @@ def load(
         device: "auto" (CUDA if available), "cpu", "cuda", …
 
     Raises:
-        ValueError: unknown name, absent device, a damaged file or one of another data set, a
-            cache folder that can't be written to.
+        ValueError: an unknown name, an absent device, wrong files, no cache to write to.
         FileNotFoundError: ``root`` lacks a file.
         ConnectionError: the data set is not cached and can't be fetched.
 
@@ -128,10 +122,15 @@ def load(
     """
     checks.one_of(name, NAMES, "data set")
     target = checks.device(device)
+    cache = os.environ.get("SVDLIB_DATA") or platformdirs.user_cache_dir("svdlib")
+    try:
+        folder = Path(cache if root is None else root).expanduser()
+    except RuntimeError:
+        raise ValueError(f"no home folder for {str(root or cache)!r}; give a folder") from None
     if root is None:
-        arrays = _cached(name)
+        arrays = _cached(folder, name)
     else:
-        arrays, published = _arrays(folder := _expanded(root), name)
+        arrays, published = _arrays(folder, name)
         if not published:
             checks.warn(f"{folder} holds other files than the published ones of {name}; damaged?")
     tensors = [torch.from_numpy(array).to(target) for array in arrays]
@@ -151,7 +150,7 @@ def with_ones(x: Tensor) -> Tensor:
     room = end * x.itemsize <= x.untyped_storage().nbytes()
     if n and column == 1 and row > features and room:
         wider = x.as_strided((n, features + 1), (row, 1))
-        if bool((wider[:, -1] == 1).all()):
+        if (wider[:, -1] == 1).all():
             return wider
     wider = x.new_zeros(n, -(-(features + 1) // 16) * 16)[:, : features + 1]
     wider[:, :-1] = x
@@ -209,16 +208,8 @@ def _idx(array: np.ndarray) -> bytes:
     return bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">i4").tobytes() + array.tobytes()
 
 
-def _expanded(folder: str | Path) -> Path:
-    try:
-        return Path(folder).expanduser()
-    except RuntimeError:
-        raise ValueError(f"there is no home folder for {str(folder)!r}; give a folder") from None
-
-
-def _cached(name: str) -> list[np.ndarray]:
+def _cached(root: Path, name: str) -> list[np.ndarray]:
     """The cache's four arrays, fetched if need be."""
-    root = _expanded(os.environ.get("SVDLIB_DATA") or platformdirs.user_cache_dir("svdlib"))
     folder, failures = root / name / "raw", []
     try:
         if (arrays := _published(folder, name)) is None:

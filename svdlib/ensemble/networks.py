@@ -84,10 +84,9 @@ class StackedLayer(nn.Module):
 def truncated(V: Tensor, U: Tensor, tail: float) -> tuple[Tensor, Tensor, Tensor]:
     """V and U of the best W = U V that discards no more than a relative tail, and ranks (S,).
 
-    With U = Q_1 R_1 and Vᵀ = Q_2 R_2, the SVD of the r × r matrix R_1 R_2ᵀ = P Σ Oᵀ gives
-    W = (Q_1 P) Σ (Q_2 O)ᵀ. Each network keeps the smallest rank j ≥ 1 with
-    (Σ_{i>j} σ_i²)^½ ≤ tail · (Σ σ_i²)^½, its factors balanced, √Σ each, and zero from there on
-    (Schotthöfer et al. 2022, Algorithm 1, the truncation).
+    With U = Q_1 R_1 and Vᵀ = Q_2 R_2, the SVD R_1 R_2ᵀ = P Σ Oᵀ gives W = (Q_1 P) Σ (Q_2 O)ᵀ.
+    Each network keeps the smallest rank j ≥ 1 with (Σ_{i>j} σ_i²)^½ ≤ tail · (Σ σ_i²)^½, its
+    factors balanced, √Σ each (Schotthöfer et al. 2022, Algorithm 1, the truncation).
     """
     Q1, R1 = torch.linalg.qr(U)
     Q2, R2 = torch.linalg.qr(V.mT)
@@ -194,8 +193,8 @@ class MLPEnsemble(nn.Module):
     @property
     def ranks(self) -> list[tuple[int | None, ...]]:
         """For each network, the rank of each factorized layer, and None for a dense one."""
-        layers = (layer.ranks for layer in self.layers)
-        columns = [[None] * len(self) if ranks is None else ranks.tolist() for ranks in layers]
+        none = [None] * len(self)
+        columns = (none if layer.ranks is None else layer.ranks.tolist() for layer in self.layers)
         return list(zip(*columns, strict=True))
 
     def matrices(self) -> list[Tensor]:
@@ -300,8 +299,7 @@ def _check_perceptrons(modules: Sequence[nn.Sequential]) -> None:
         if not is_relu_perceptron(module):
             raise ValueError(f"a perceptron is Linear, ReLU, …, Linear, not {module}")
         layers = find_layers(module).values()
-        is_complex = any(parameter.is_complex() for parameter in module.parameters())
-        if is_complex or any(layer.bias is None for layer in layers):
+        if any(layer.bias is None or layer.bias.is_complex() for layer in layers):
             raise ValueError(f"every Linear needs a bias and real weights, not so in {module}")
         shapes.add(tuple((type(layer.module).__name__, *layer.sides[::-1]) for layer in layers))
     if len(shapes) > 1:

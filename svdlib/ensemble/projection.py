@@ -82,7 +82,7 @@ class Projection:
             model: changed in place; layers that can't be projected stay, with one warning.
             optimizer: the one that steps the model's parameters.
             layers: names of layers or parameters, as `project_` takes them; all layers by default.
-            generator: the source of sketches, on the model's device; torch's global one if None.
+            generator: the source of sketches, on the model's device.
 
         Returns:
             a handle; ``handle.remove()`` ends the projections.
@@ -160,9 +160,8 @@ def sketches(
 class LayerStack:
     """Layers with equally many rows on the shorter side, projected by one batched factorization.
 
-    The rank-k matrix of A (S, m, n) is U Uᵀ A, with U the k < m leading left singular vectors,
-    exact or of a sketch. ``sides`` are such A, weights or their transposes, changed in place; with
-    their spare rows (`with_spare_rows`) they are equally high.
+    The rank-k matrix of A (S, m, n) is U Uᵀ A, with U its k < m leading left singular vectors.
+    ``sides`` are such A, weights or their transposes, equally high with their spare rows.
     """
 
     def __init__(
@@ -227,10 +226,6 @@ def layer_stacks(
 
     ``weights`` are (S, out, in), one per layer like the ranks, changed in place by ``project_``;
     generators are one per network, torch's global one by default.
-
-    >>> W = torch.randn(3, 4, 6)
-    >>> (stack,) = layer_stacks([W, torch.zeros(3, 2, 4)], [2, 2], Projection("truncsvd", rank=2))
-    >>> stack.project_(warm=False)
     """
     stacks: dict[tuple[int, int, int], list[Tensor]] = {}
     for W, rank in zip(weights, ranks, strict=True):
@@ -241,7 +236,7 @@ def layer_stacks(
 
 
 class Group:
-    """Networks that share a projection: their places in ``weights``, (S, out, in) per layer."""
+    """Networks that share a projection: their numbers among ``weights``, (S, out, in) per layer."""
 
     def __init__(
         self,
@@ -252,23 +247,22 @@ class Group:
     ) -> None:
         self.projection, self.weights, self.projected = projection, weights, False
         low, high = networks[0], networks[-1] + 1
-        self.scattered = high - low > len(networks)
+        scattered = high - low > len(networks)
         self.index = torch.tensor(networks, device=weights[0].device)
-        self.own = [W[self.index] if self.scattered else W[low:high] for W in weights]
-        ranks, own = projection.ranks(len(weights)), [generators[i] for i in networks if generators]
-        self.stacks = layer_stacks(self.own, ranks, projection, own)
+        own_weights = [W[self.index] if scattered else W[low:high] for W in weights]
+        self.copies = list(zip(weights, own_weights, strict=True)) if scattered else []
+        own = [generators[i] for i in networks if generators]
+        self.stacks = layer_stacks(own_weights, projection.ranks(len(weights)), projection, own)
 
     def project_(self) -> None:
-        if self.scattered:
-            for W, own in zip(self.weights, self.own, strict=True):
-                torch.index_select(W, 0, self.index, out=own)
+        for W, own in self.copies:
+            torch.index_select(W, 0, self.index, out=own)
         warm = self.projected and self.projection.every == "step"
         for stack in self.stacks:
             stack.project_(warm)
         self.projected = True
-        if self.scattered:
-            for W, own in zip(self.weights, self.own, strict=True):
-                W.index_copy_(0, self.index, own)
+        for W, own in self.copies:
+            W.index_copy_(0, self.index, own)
 
 
 def per_network(projection: Projections, nets: MLPEnsemble) -> Choices:
@@ -291,7 +285,7 @@ def per_network(projection: Projections, nets: MLPEnsemble) -> Choices:
 def grouped(
     choices: Choices, weights: Sequence[Tensor], generators: Generators = ()
 ) -> list[Group]:
-    """Networks by projection, so that each projection is one batched call per layer."""
+    """Networks by projection, each then one batched call per layer."""
     members: dict[Projection, list[int]] = {}
     for network, choice in enumerate(choices):
         if choice is not None:

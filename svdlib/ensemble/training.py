@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from threading import Event
 from typing import Any
@@ -50,12 +49,11 @@ def train(
 ) -> pd.DataFrame:
     """Train every network of an ensemble, in place. The defaults are the paper's.
 
-    All networks see the same batches. Each may have a `Projection` of its own. Factorized networks
-    (`MLPEnsemble.from_modules`) stay factorized. With ``tail``, each layer's W = U V is truncated
-    after every epoch to the smallest rank r with (Σ_{i>r} σ_i²)^½ ≤ tail · (Σ σ_i²)^½, as in
-    dynamical low-rank training (Schotthöfer et al. 2022, Algorithm 1) after every step; Adam's
-    moments then start anew. Whatever stops the training, the networks keep their last weights, and
-    the exception carries the rows so far as ``history``.
+    All networks see the same batches. Factorized networks (`MLPEnsemble.from_modules`) stay
+    factorized. With ``tail``, each layer's W = U V is truncated after every epoch to the smallest
+    rank r with (Σ_{i>r} σ_i²)^½ ≤ tail · (Σ σ_i²)^½, as in dynamical low-rank training (Schotthöfer
+    et al. 2022, Algorithm 1) after every step; Adam's moments then start anew. Whatever stops the
+    training, the networks keep their last weights, and the exception has the rows as ``history``.
 
     Args:
         nets: the ensemble in float32 or float64, moved to the data's device.
@@ -66,31 +64,26 @@ def train(
         dropout: probability that a step ignores a pixel or a layer's input (Srivastava et al. 2014).
         projection: None (stock), one for all networks, or one (or None) per network.
         tail: the relative tail of a truncation, between 0 and 1.
-        validation: images and labels held out of the data (`Data.hold_out`). Each network then
-            ends with its weights of the epoch with the fewest errors on them (the last such).
+        validation: images and labels (`Data.hold_out`). Each network then ends with its weights of
+            the epoch with the fewest errors on them (the last such).
         shuffle: draw a new order before each epoch.
         seed: of the order, the dropout and the randomized projections.
         watch: called with the rows so far, some ten times a second and after each epoch.
-        progress: show a progress bar.
 
     Returns:
         one row per network and epoch: network, seed, method, rank, every, epoch (from 1),
-        train_loss (as the epoch's batches were trained on), test_loss, test_error and accuracy
-        (percent), seconds (of the whole ensemble, without testing), and with ``validation``
-        validation_loss and validation_error.
+        train_loss (as it was trained), test_loss, test_error and accuracy (percent), seconds (for
+        all networks, without testing), and with ``validation`` its loss and error.
 
     Raises:
         ValueError: networks, data, and settings that do not fit each other, a number out of range.
         TypeError: not an `MLPEnsemble`, not `Data`.
-        FloatingPointError: NaN or infinite weights before the first step, or losses after an
-            epoch; names the network, and the layer or step.
+        FloatingPointError: NaN or infinite weights before the first step, or losses after an epoch.
 
     >>> from svdlib import Projection, load
     >>> data = load("MNIST", device="cpu").head(640, 100)
     >>> nets = MLPEnsemble((784, 15, 10), seeds=(0, 1), device="cpu")
-    >>> choices = [None, Projection("truncsvd", 5)]
-    >>> train(nets, data, epochs=1, projection=choices, progress=False).method.tolist()
-    ['stock', 'truncsvd']
+    >>> history = train(nets, data, epochs=1, projection=[None, Projection("truncsvd", 5)])
     """
     _check_networks(nets, data, tail)
     epochs = checks.positive_int(epochs, "epochs")
@@ -112,16 +105,17 @@ def train(
     steps = -(-len(images) // batch_size)
     networks, large = shares(nets, min(batch_size, len(images)))
     parts = [Part(nets, share, choices, optimizer, dropout, seed) for share in networks]
-    progress_bar = _bar(nets, choices, epochs, steps, progress)
-    crew = _Crew(nets, parts, progress_bar, watch)
+    rates = [lr] * (epochs * steps)
+    if schedule == "cosine":
+        rates = [lr * (1 + math.cos(math.pi * i / len(rates))) / 2 for i in range(len(rates))]
+    crew = _Crew(nets, parts, large, _bar(nets, choices, epochs, steps, progress), watch)
     try:
-        with progress_bar, crew.at_work(large):
+        with crew.progress_bar, threads.inside(crew.inner_threads), crew.pool:
             for epoch in range(1, epochs + 1):
                 start = clock.now(data.device)
                 if shuffle or epoch == 1:
                     batches = Batches(images, labels, batch_size, generator)
-                rates = _rates(schedule, lr, epoch, epochs, steps)
-                train_loss = crew.train(epoch, batches, rates, tail)
+                train_loss = crew.train(epoch, batches, rates[steps * (epoch - 1) :][:steps], tail)
                 seconds = clock.now(data.device) - start
                 columns: Columns = {"epoch": [epoch] * len(nets), "train_loss": train_loss}
                 columns |= crew.test(held_out) | {"seconds": [seconds] * len(nets)}
@@ -139,26 +133,17 @@ class _Crew:
     """Parts of an ensemble in training; ``best`` is each network at its best on validation data."""
 
     def __init__(
-        self, nets: MLPEnsemble, parts: Sequence[Part], progress_bar: tqdm, watch: Watch
+        self, nets: MLPEnsemble, parts: list[Part], large: bool, progress_bar: tqdm, watch: Watch
     ) -> None:
         self.nets, self.parts, self.progress_bar, self.watch = nets, parts, progress_bar, watch
         self.rows: list[Row] = []
         self.best = [(-math.inf, nn.Sequential())] * len(nets)
-        self.stop = Event()
-
-    @contextmanager
-    def at_work(self, large: bool) -> Iterator[None]:
-        """Start the threads; ``large`` operations have inner threads too, if any are left."""
-        usual, parts = torch.get_num_threads(), len(self.parts)
-        with (
-            threads.inside(max(1, usual // parts) if large else 1),
-            # A new thread learns of torch's setting only when it asks.
-            ThreadPoolExecutor(min(usual, parts), initializer=torch.get_num_threads) as self.pool,
-        ):
-            yield
+        self.stop, usual = Event(), torch.get_num_threads()
+        self.inner_threads = max(1, usual // len(parts)) if large else 1
+        # A new thread learns of torch's setting only when it asks.
+        self.pool = ThreadPoolExecutor(min(usual, len(parts)), initializer=torch.get_num_threads)
 
     def tick(self) -> None:
-        """Move the bar, and call ``watch``."""
         done = sum(part.done for part in self.parts) // len(self.parts)
         self.progress_bar.update(done - self.progress_bar.n)
         if self.watch:
@@ -210,13 +195,6 @@ def _bar(nets: MLPEnsemble, choices: Choices, epochs: int, steps: int, progress:
     title += f"{epochs} epoch{'s' * (epochs > 1)}"
     # In a notebook a refresh is several messages, and nbval loses those after a thousand.
     return bar(total=epochs * steps, progress=progress, unit="step", desc=title, mininterval=1.0)
-
-
-def _rates(schedule: str, lr: float, epoch: int, epochs: int, steps: int) -> list[float]:
-    if schedule == "constant":
-        return [lr] * steps
-    done = range((epoch - 1) * steps, epoch * steps)
-    return [lr * (1 + math.cos(math.pi * step / (epochs * steps))) / 2 for step in done]
 
 
 def _rows(nets: MLPEnsemble, choices: Choices, tail: float | None, more: Columns) -> Iterator[Row]:

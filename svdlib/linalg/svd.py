@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -72,12 +72,8 @@ class SVD:
 
         Halko, Martinsson and Tropp (2011), Lemma 4.1: for Gaussian ω_1 … ω_10,
         ‖M‖ ≤ 10 √(2/π) max_i ‖M ω_i‖ except with probability 10⁻¹⁰. Here M = (E Eᵀ)^q E, of norm
-        ‖E‖^(2q+1); at q = 4 the bound is within a factor of about two, rounding apart.
-
-        Args:
-            A: the matrix that was decomposed.
-            power_iters: q ≥ 0.
-            generator: the source of ω, on A's device.
+        ‖E‖^(2q+1), for the error E, q = ``power_iters``, and ω by ``generator``, on A's device; at
+        q = 4 the bound is within a factor of about two.
         """
         q = checks.positive_int(power_iters, "power_iters", least=0)
         shape = (*self.U.shape[:-1], self.Vh.shape[-1])
@@ -134,8 +130,8 @@ def truncated_svd(A: Tensor, rank: int) -> SVD:
 
     By the Eckart–Young theorem no matrix of rank k is nearer to A than A_k = Σ_{i≤k} σ_i u_i v_iᵀ,
     in the spectral or the Frobenius norm (Algorithm 2 of the paper). The entry of each u_i that is
-    largest in magnitude is positive. Singular values of skinny float32 matrices, which come from
-    their smaller Gram matrix in float64, are within 1e-6 σ_1 of LAPACK's.
+    largest in magnitude is positive. Singular values of skinny float32 matrices, by a Gram matrix
+    in float64, are within 1e-6 σ_1 of LAPACK's.
 
     Args:
         A: matrices (…, m, n) in floating point.
@@ -180,9 +176,9 @@ def randomized_svd(
     Algorithm 2, randQB_EI), verified at the end.
 
     Args:
-        A: matrices (…, m, n) in floating point, each with a sketch of its own. Or a sparse matrix,
-            or anything with ``shape`` (m, n), ``A @ X`` and ``A.mT @ Y``: these take a rank, and
-            their error is an estimate, good to about an eighth.
+        A: matrices (…, m, n) in floating point, each with a sketch of its own. Or, with a rank, a
+            sparse matrix or anything with ``shape`` (m, n), ``A @ X`` and ``A.mT @ Y``, whose error
+            is an estimate, good to about an eighth.
         rank: the number k of terms, 1 ≤ k ≤ min(m, n).
         tol: the largest admissible Frobenius error of one matrix, instead of a rank.
         relative: whether ``tol`` is a fraction of A's Frobenius norm.
@@ -218,7 +214,7 @@ def randomized_svd(
     elif rank + oversample >= min(A.shape[-2:]):
         svd = _truncated(work, rank, norm)
     else:
-        factors = _of_wide(_sketched, work, rank, oversample, power_iters, generator)
+        factors = _of_wide(_sketched, work, rank, rank + oversample, power_iters, generator)
         svd = _result(work, factors, norm)
     return _rounded(svd, scale, A)
 
@@ -232,9 +228,9 @@ def _of_wide(decompose: Callable[..., Factors | None], A: Tensor, *arguments: An
 
 
 def _sketched(
-    A: Tensor, rank: int, oversample: int, power_iters: int, generator: torch.Generator | None
+    A: Tensor, rank: int, columns: int, power_iters: int, generator: torch.Generator | None
 ) -> Factors:
-    Q = range_basis(A, _gaussian(A, rank + oversample, generator), power_iters)
+    Q = range_basis(A, _gaussian(A, columns, generator), power_iters)
     B = Q.mT @ A
     U, S, Vh = _by_gram(B, rank) or _svd_of_wide(B)
     return Q @ U[..., :rank], S[..., :rank], Vh[..., :rank, :]
@@ -339,8 +335,6 @@ def _rounded(svd: SVD, scale: Tensor | None, A: Tensor) -> SVD:
     S, error = svd.S, svd.error
     if scale is not None:
         S, error = S / scale[..., 0], error / scale.double()[..., 0, 0]
-    elif A.dtype == S.dtype:
-        return replace(svd, source=source)
     S = S.to(A.dtype)
     if not S.isfinite().all():
         raise ValueError(f"the norm overflows {A.dtype}; scale A down, or give it a wider type")
@@ -376,8 +370,7 @@ def _limit(A: Tensor, tol: object, relative: bool, norms: Tensor, scale: Tensor 
     norm, unit = float(norms), 1.0 if scale is None else float(scale)
     tol *= norm if relative else unit
     # Yu, Gu and Li (2018), Theorem 3: below this ‖A‖² − ‖B‖² is rounding.
-    smallest = math.sqrt(4 * torch.finfo(A.dtype).eps) * norm
-    if tol < smallest:
+    if tol < (smallest := math.sqrt(4 * torch.finfo(A.dtype).eps) * norm):
         limit = f"the smallest is {smallest / unit:.3g} ({smallest / norm:.2g} of the norm)"
         raise ValueError(f"tol {tol / unit:.3g} can't be certified in {A.dtype}; {limit}")
     return tol
