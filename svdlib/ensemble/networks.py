@@ -42,7 +42,7 @@ class StackedLayer(nn.Module):
 
     @classmethod
     def of(cls, layers: Sequence[Layer]) -> StackedLayer:
-        """Copies of one layer of each network, all of them dense or all factorized."""
+        """A copy of one layer of each network, all of them dense or all factorized."""
         factors = zip(*(layer.weights for layer in layers), strict=True)
         weights = [_padded(stack) for stack in factors]
         bias = torch.stack([cast(Tensor, layer.bias).detach() for layer in layers])
@@ -60,12 +60,10 @@ class StackedLayer(nn.Module):
         return self.factors[-1][..., -1]
 
     def matrix(self) -> Tensor:
-        """W (S, out, in)."""
         *inner, outer = self.weights
         return outer @ inner[0] if inner else outer
 
     def module(self, network: int) -> nn.Linear | LowRank:
-        """A copy of the layer of one network."""
         if self.ranks is None:
             return _linear(self.weights[0][network], self.bias[network])
         rank = int(self.ranks[network])
@@ -150,9 +148,6 @@ class MLPEnsemble(nn.Module):
         """An ensemble of copies of perceptrons ``Linear, ReLU, …, Linear`` of one shape.
 
         All need biases. A layer may be a `LowRank`, if it is one in all; ranks may differ.
-
-        >>> len(MLPEnsemble.from_modules([perceptron((4, 3, 2)) for _ in range(5)]))
-        5
         """
         modules = checks.several(modules, "modules", "[net]")
         _check_perceptrons(modules)
@@ -166,7 +161,6 @@ class MLPEnsemble(nn.Module):
         return ensemble
 
     def restack_(self, modules: Sequence[nn.Sequential]) -> None:
-        """Replace the networks by copies of these, as many and of the same shape."""
         stacks = zip(*(find_layers(module).values() for module in modules), strict=True)
         self.layers = nn.ModuleList(map(StackedLayer.of, stacks))  # type: ignore[assignment]
 

@@ -14,30 +14,24 @@ from svdlib.ensemble.descent import Step
 from svdlib.ensemble.networks import MLPEnsemble
 from svdlib.ensemble.projection import Choices, grouped, sketch_generators
 
-# Multiply-adds of a step, forward, that are worth a thread: sixteen of the paper's networks.
-THREAD = 12_400_000
+THREAD = 12_400_000  # multiply-adds, forward, worth a thread: sixteen of the paper's networks
 
 
 def shares(nets: MLPEnsemble, batch_size: int) -> tuple[list[slice], bool]:
     """Which networks each part has, and whether operations are large enough for inner threads.
 
-    By sizes alone, so results do not depend on the number of threads. Networks like the paper's
-    come in parts of eight to twenty-four, which fit into a processor's cache. A large one is a part
-    of its own, and remaining threads work inside its products (which may change the last bits).
+    By sizes alone, so results do not depend on the number of threads, but for the last bits of
+    large networks. Eight to twenty-four of the paper's networks fit into a processor's cache.
     """
     work = sum(factor.numel() for factor in nets.parameters()) * batch_size / THREAD
-    count = 1
-    if nets.device.type == "cpu" and work >= 1:
-        count = min(len(nets), 2 * max(1, round(work / 2)))
+    alone = nets.device.type != "cpu" or work < 1
+    count = 1 if alone else min(len(nets), 2 * max(1, round(work / 2)))
     ends = [len(nets) * part // count for part in range(count + 1)]
     return [slice(*pair) for pair in pairwise(ends)], work >= len(nets)
 
 
 class Batches:
-    """The batches of an epoch, as `descent` takes them, in an order that a generator may draw.
-
-    Images (n, features + 1) end in ones; labels (n, classes) are minus one-hot.
-    """
+    """The batches of an epoch, as `descent` takes them, in an order that a generator may draw."""
 
     def __init__(
         self, images: Tensor, labels: Tensor, size: int, generator: torch.Generator | None
@@ -61,10 +55,7 @@ class Batches:
 
 
 class Part:
-    """Some networks of an ensemble while it is trained, after ``done`` steps.
-
-    ``seed`` is that of the dropout, the same in all parts, and with the networks' own of sketches.
-    """
+    """Some networks of an ensemble while it is trained, after ``done`` steps."""
 
     def __init__(
         self,
@@ -84,7 +75,7 @@ class Part:
         self.begin(nets)
 
     def begin(self, nets: MLPEnsemble) -> None:
-        """Train the tensors that the ensemble holds now."""
+
         self.step = Step(nets, *self.settings)
         self.groups = grouped(self.choices, self.step.weights, self.generators)
 

@@ -55,11 +55,7 @@ class Projection:
     def published(cls, method: Literal["rsvd", "truncsvd"], rank: int = 10) -> Projection:
         """The projection in the paper's code, unlike its text: after every step.
 
-        The truncated SVD keeps rank + 1 terms, as it counts from 0. The randomized SVD draws
-        ``rank`` vectors in all, with two power iterations.
-
-        >>> Projection.published("truncsvd").rank
-        11
+        The truncated SVD keeps rank + 1 terms, the randomized SVD draws ``rank`` vectors in all.
         """
         rank = checks.positive_int(rank, "rank")
         if method == "truncsvd":
@@ -121,7 +117,6 @@ class Projection:
         return done % int(every) == 0
 
     def ranks(self, layers: int) -> tuple[int, ...]:
-        """The rank of each of so many layers."""
         if isinstance(self.rank, int):
             return (self.rank,) * layers
         if len(self.rank) != layers:
@@ -217,10 +212,7 @@ class LayerStack:
 
 
 def layer_stacks(
-    weights: Sequence[Tensor],
-    ranks: Sequence[int],
-    projection: Projection,
-    generators: Generators = (),
+    weights: list[Tensor], ranks: Sequence[int], projection: Projection, generators: Generators = ()
 ) -> list[LayerStack]:
     """The layers of an ensemble in as few stacks as possible, without those of rank ≥ min(m, n).
 
@@ -242,7 +234,7 @@ class Group:
         self,
         projection: Projection,
         networks: list[int],
-        weights: Sequence[Tensor],
+        weights: list[Tensor],
         generators: Generators,
     ) -> None:
         self.projection, self.weights, self.projected = projection, weights, False
@@ -282,9 +274,7 @@ def per_network(projection: Projections, nets: MLPEnsemble) -> Choices:
     return choices
 
 
-def grouped(
-    choices: Choices, weights: Sequence[Tensor], generators: Generators = ()
-) -> list[Group]:
+def grouped(choices: Choices, weights: list[Tensor], generators: Generators = ()) -> list[Group]:
     """Networks by projection, each then one batched call per layer."""
     members: dict[Projection, list[int]] = {}
     for network, choice in enumerate(choices):

@@ -13,9 +13,8 @@ def orthonormal(Y: Tensor) -> Tensor:
     """An orthonormal basis (…, m, k) of the range of Y (…, m, k), m ≥ k, by Cholesky QR twice.
 
     With YᵀY = RᵀR the columns of Q = Y R⁻¹ are orthonormal up to κ(Y) roundings, after a second
-    pass up to one (Yamamoto et al. 2015). The Gram matrix is summed in float64, so float32 columns
-    may have κ(Y) up to 1e7 (Yamazaki, Tomov and Dongarra 2015). Householder's QR takes over if
-    Cholesky fails, if the first pass leaves columns far from orthonormal, or for a gradient of Y.
+    pass up to one (Yamamoto et al. 2015); summed in float64, for κ(Y) up to 1e7 (Yamazaki, Tomov
+    and Dongarra 2015). Householder's QR takes over beyond that, or for a gradient of Y.
     """
     Q, spread = normalized(normalized(Y)[0])
     return Q if spread < 2 else torch.linalg.qr(Y).Q
@@ -64,10 +63,7 @@ def gram(A: Tensor) -> Tensor:
 
 
 def with_spare_rows(A: Tensor) -> Tensor:
-    """A view of A (S, m, n) and the memory behind its rows, if any, m a multiple of 8.
-
-    MKL's batched product of 15 rows takes three times as long as that of 16, whatever the 16th is.
-    """
+    """A view of A (S, m, n), m up to a multiple of 8 if there is memory: MKL is slow at 15 rows."""
     stacks, m, n = A.shape
     size, stride = (stacks, m + -m % 8, n), A.stride()
     last = sum((number - 1) * step for number, step in zip(size, stride, strict=True))
@@ -92,9 +88,8 @@ def dominant_basis(G: Tensor, rank: int, start: Tensor | None = None) -> Tensor:
 def _cholesky_qr(Y: Tensor, otherwise: Tensor, shift: float = 0.0) -> Tensor:
     """Y R⁻¹ with YᵀY = RᵀR, in float64; ``otherwise`` if Cholesky fails, decided on the device.
 
-    Orthonormal to κ² roundings, κ being the condition of Y with normalized columns (Demmel 1989).
-    A ``shift`` helps Cholesky, and shortens columns only in directions as small as its root
-    (Fukaya et al. 2020).
+    Orthonormal to κ² roundings, κ being the condition of Y with normalized columns (Demmel 1989),
+    but in directions as small as the root of the ``shift`` (Fukaya et al. 2020).
     """
     small = Y.mT @ Y
     if shift:

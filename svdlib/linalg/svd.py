@@ -30,14 +30,14 @@ class SVD:
 
     ``U`` (…, m, k) and ``Vh`` (…, k, n) have orthonormal columns and rows; ``S`` (…, k) descends.
     ``error`` (…), in float64, is the Frobenius norm of A − U diag(S) Vh before any rounding to
-    half precision. ``source`` is A if it required a gradient. Unpacks as ``U, S, Vh``.
+    half precision. Unpacks as ``U, S, Vh``.
     """
 
     U: Tensor
     S: Tensor
     Vh: Tensor
     error: Tensor
-    source: Tensor | None = None
+    source: Tensor | None = None  # A, if it required a gradient
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter((self.U, self.S, self.Vh))
@@ -138,8 +138,7 @@ def truncated_svd(A: Tensor, rank: int) -> SVD:
         rank: the number k of terms, 1 ≤ k ≤ min(m, n).
 
     Raises:
-        ValueError: a rank out of range, not a dense, real, finite matrix, or singular values too
-            large for A's half-precision type.
+        ValueError: a rank out of range, not a dense, real, finite matrix, or an overflow of A's type.
 
     >>> A = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
     >>> truncated_svd(A, rank=2).S
@@ -171,9 +170,8 @@ def randomized_svd(
 
         E ‖A − Q Qᵀ A‖ ≤ [1 + √(k/(p−1))] σ_{k+1} + (e √(k+p) / p) (Σ_{j>k} σ_j²)^½ .
 
-    With ``tol`` it solves the fixed-precision problem ‖A − U diag(S) Vh‖_F ≤ tol instead: Q grows
-    by blocks of 32 columns, and the error follows from ‖A‖² − ‖Qᵀ A‖² (Yu, Gu and Li 2018,
-    Algorithm 2, randQB_EI), verified at the end.
+    With ``tol`` it solves the fixed-precision problem ‖A − U diag(S) Vh‖_F ≤ tol instead (Yu, Gu
+    and Li 2018, Algorithm 2, randQB_EI): Q grows by 32 columns until ‖A‖² − ‖Qᵀ A‖² is small.
 
     Args:
         A: matrices (…, m, n) in floating point, each with a sketch of its own. Or, with a rank, a
@@ -184,7 +182,7 @@ def randomized_svd(
         relative: whether ``tol`` is a fraction of A's Frobenius norm.
         oversample: p ≥ 0; if k + p reaches min(m, n) the result is exact. Not used with ``tol``.
         power_iters: q ≥ 0; each shrinks the tail of the spectrum by another factor σ².
-        generator: the source of Ω, on A's device; torch's global one if None.
+        generator: the source of Ω, on A's device.
 
     Raises:
         ValueError: as `truncated_svd`; both or neither of rank and tol, a tol below what A's type
@@ -204,8 +202,7 @@ def randomized_svd(
         operator = cast(Operator, A)
         return SVD(*sketched_operator(operator, rank, oversample, power_iters, generator))
     _check(A)
-    if rank is not None:
-        rank = checks.rank(rank, A.shape)
+    rank = None if rank is None else checks.rank(rank, A.shape)
     checks.generator(generator, A.device)
     work, scale, norm = _moderate(A)
     if rank is None:
@@ -304,7 +301,7 @@ def _within(
 
 
 def _norm(A: Tensor) -> Tensor:
-    """Frobenius norms (…) in float64, in one pass over A."""
+    """Frobenius norms (…) in float64."""
     rows = torch.linalg.vector_norm(A.detach(), dim=-1)
     return cast(Tensor, torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64))
 
