@@ -36,8 +36,7 @@ def positive_int(value: object, what: str, least: int = 1) -> int:
 
 
 def rank(value: object, shape: Sequence[int]) -> int:
-    largest = min(shape[-2:])
-    if (number := positive_int(value, "rank")) > largest:
+    if (number := positive_int(value, "rank")) > (largest := min(shape[-2:])):
         limit = f"min(m, n) = {largest} for shape {tuple(shape)}"
         raise ValueError(f"rank must be at most {limit}, not {number}")
     return number

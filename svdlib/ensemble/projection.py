@@ -228,14 +228,10 @@ def layer_stacks(
 
 
 class Group:
-    """Networks that share a projection: their numbers among ``weights``, (S, out, in) per layer."""
+    """Networks, numbers among ``weights`` (S, out, in) per layer, that share a projection."""
 
     def __init__(
-        self,
-        projection: Projection,
-        networks: list[int],
-        weights: list[Tensor],
-        generators: Generators,
+        self, projection: Projection, networks: list[int], weights: list[Tensor], own: Generators
     ) -> None:
         self.projection, self.weights, self.projected = projection, weights, False
         low, high = networks[0], networks[-1] + 1
@@ -243,7 +239,6 @@ class Group:
         self.index = torch.tensor(networks, device=weights[0].device)
         own_weights = [W[self.index] if scattered else W[low:high] for W in weights]
         self.copies = list(zip(weights, own_weights, strict=True)) if scattered else []
-        own = [generators[i] for i in networks if generators]
         self.stacks = layer_stacks(own_weights, projection.ranks(len(weights)), projection, own)
 
     def project_(self) -> None:
@@ -276,8 +271,9 @@ def per_network(projection: Projections, nets: MLPEnsemble) -> Choices:
 
 def grouped(choices: Choices, weights: list[Tensor], generators: Generators = ()) -> list[Group]:
     """Networks by projection, each then one batched call per layer."""
-    members: dict[Projection, list[int]] = {}
-    for network, choice in enumerate(choices):
-        if choice is not None:
-            members.setdefault(choice, []).append(network)
-    return [Group(choice, networks, weights, generators) for choice, networks in members.items()]
+    groups = []
+    for choice in dict.fromkeys(filter(None, choices)):
+        networks = [network for network, other in enumerate(choices) if other == choice]
+        own = [generators[network] for network in networks if generators]
+        groups.append(Group(choice, networks, weights, own))
+    return groups

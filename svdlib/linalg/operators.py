@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -45,9 +46,7 @@ def sketched_operator(
     rank = checks.rank(rank, (m, n))
     checks.generator(generator, device)
 
-    def gaussian(columns: int) -> Tensor:
-        return torch.randn(n, columns, dtype=dtype, device=device, generator=generator)
-
+    gaussian = partial(torch.randn, n, dtype=dtype, device=device, generator=generator)
     At = A.mT
     Q = orthonormal(_times(A, gaussian(min(rank + oversample, m, n)), m))
     for _ in range(power_iters):

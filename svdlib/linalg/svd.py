@@ -119,8 +119,7 @@ class _RankK(torch.autograd.Function):
         gap = torch.where(gap > smallest, gap, torch.inf)
         c, d = second.square() / gap, first * second / gap
         M, N = U.mT @ G @ Vh2.mT, U2.mT @ G @ Vh.mT
-        gradient = gradient + U @ (c * M + d * N.mT) @ Vh2
-        gradient = gradient + U2 @ (c.mT * N + d.mT * M.mT) @ Vh
+        gradient = gradient + U @ (c * M + d * N.mT) @ Vh2 + U2 @ (c.mT * N + d.mT * M.mT) @ Vh
         return gradient.to(dtype), None, None, None
 
 
