@@ -11,10 +11,7 @@ from tqdm import tqdm
 
 
 def bar(items: Iterable[Any] | None = None, *, progress: bool = True, **settings: Any) -> tqdm:
-    """tqdm's bar with these settings, if ``progress``.
-
-    A notebook shows it as text, which it keeps when it is saved. A widget would become an error.
-    """
+    """tqdm's bar, if ``progress``; as text in a notebook, where a saved widget would be an error."""
     shell = "IPython" in sys.modules and sys.modules["IPython"].get_ipython()
     in_notebook = getattr(shell, "kernel", None) is not None
     file = _Output() if progress and in_notebook else None

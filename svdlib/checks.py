@@ -27,7 +27,6 @@ def device(name: str | torch.device = "auto") -> torch.device:
 
 
 def positive_int(value: object, what: str, least: int = 1) -> int:
-    """``value`` as an int, if it is a whole number of at least ``least``."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise ValueError(f"{what} must be a whole number of at least {least}, not {value!r}")
     number: int = value.__index__()
@@ -37,37 +36,31 @@ def positive_int(value: object, what: str, least: int = 1) -> int:
 
 
 def rank(value: object, shape: Sequence[int]) -> int:
-    """``value`` as an int, if a matrix of that shape (…, m, n) can have that rank."""
-    largest = min(shape[-2:])
-    if (number := positive_int(value, "rank")) > largest:
+    if (number := positive_int(value, "rank")) > (largest := min(shape[-2:])):
         limit = f"min(m, n) = {largest} for shape {tuple(shape)}"
         raise ValueError(f"rank must be at most {limit}, not {number}")
     return number
 
 
 def several(values: object, what: str, example: str) -> tuple[Any, ...]:
-    """``values`` as a tuple, if they are an iterable other than text."""
     if not isinstance(values, Iterable) or isinstance(values, str | bytes):
         raise ValueError(f"{what} must be several, such as {example}, not {values!r}")  # noqa: TRY004
     return tuple(values)
 
 
 def number(value: object, what: str) -> float:
-    """``value`` as a float, if it is a real number."""
     if isinstance(value, bool | str | bytes | complex) or not hasattr(value, "__float__"):
         raise ValueError(f"{what} must be a number, not {value!r}")
     return float(value)
 
 
 def truth(value: object, what: str) -> bool:
-    """``value`` if it is True or False."""
     if type(value) is not bool:
         raise ValueError(f"{what} must be True or False, not {value!r}")
     return value
 
 
 def generator(value: object, device: torch.device) -> None:
-    """Refuse anything but a generator on that device, or None."""
     if value is None:
         return
     place = getattr(value, "device", None)
@@ -78,35 +71,33 @@ def generator(value: object, device: torch.device) -> None:
 
 
 def one_of(value: object, known: tuple[str, ...], what: str) -> None:
-    """Refuse an unknown name, and list the known ones."""
     if value not in known:
         raise ValueError(f"unknown {what} {value!r}; known: {', '.join(known)}")
 
 
 def finite(tensor: Tensor, what: str) -> None:
-    """Refuse NaN and inf."""
-    if not bool(torch.isfinite(tensor).all()):
+    if not torch.isfinite(tensor).all():
         raise ValueError(f"{what} has NaN or infinite entries; it must be finite")
 
 
 def labeled_images(part: str, x: object, y: object) -> None:
     """Refuse ``{part}_x`` and ``{part}_y`` unless they are n ≥ 1 images and their n labels."""
     if not isinstance(x, Tensor) or x.ndim != 2 or not x.is_floating_point():
-        needed = "_x must be a floating-point tensor (n, features), one image per row"
-        raise ValueError(f"{part}{needed}, not {_described(x)}")
+        needed = "a floating-point tensor (n, features), one image per row"
+        raise ValueError(f"{part}_x must be {needed}, not {_described(x)}")
     integer = isinstance(y, Tensor) and torch.can_cast(y.dtype, torch.int64)
     if not isinstance(y, Tensor) or y.ndim != 1 or not integer or y.dtype == torch.bool:
-        needed = "_y must be a tensor (n,) of whole class numbers"
-        raise ValueError(f"{part}{needed}, not {_described(y)}")
+        needed = "a tensor (n,) of whole class numbers"
+        raise ValueError(f"{part}_y must be {needed}, not {_described(y)}")
     if len(x) != len(y) or not len(x):
         counts = f"{part}: {len(x)} images and {len(y)} labels"
         raise ValueError(f"{counts}; give one label per image, and at least one image")
 
 
 def _described(value: object) -> str:
-    return (
-        f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-    )
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    return type(value).__name__
 
 
 # Frames of the library and of what wraps its functions are not where a caller reads a warning.

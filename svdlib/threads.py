@@ -53,9 +53,8 @@ def side_by_side(
 ) -> list[Result]:
     """Results of ``work`` on each piece, by the pool's threads, in none of the caller's modes.
 
-    ``tick`` is called every tenth of a second, and at the end. The exception of the first piece
-    that has one is raised once all are done. ``stop`` is set if this thread is interrupted, as by
-    Ctrl-C; the work should then end early, as this function waits for it.
+    ``tick`` is called every tenth of a second, and at the end. If this thread is interrupted, as by
+    Ctrl-C, ``stop`` is set: the work should then end early, as this function waits for it.
     """
     futures: list[Future[Result]] = []
     try:

@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from svdlib.ensemble.networks import MLPEnsemble, losses_and_hits
 
-# The backward pass of max(·, 0), into a buffer.
-threshold_backward_ = torch.ops.aten.threshold_backward.grad_input
+threshold_backward_ = torch.ops.aten.threshold_backward.grad_input  # of max(·, 0)
 log_softmax_ = torch.ops.aten._log_softmax.out
 
 
 class Affine:
-    """The maps h ↦ W h + b of S networks, W (out × in), each one matrix, rows padded with zeros:
+    """The maps h ↦ W h + b of S networks, each one matrix, [W b; 0 1] [h; 1] = [W h + b; 1].
 
-        [W b] [h]   [W h + b]
-        [0 1] [1] = [   1   ].
-
-    So products, gradients and updates include the bias, and activations keep their row of ones.
-    The last layer's matrix has no last row. The inner factor of a layer, which is not ``outer``,
-    keeps b = 0, and no max(·, 0) follows it.
+    ``factor`` is [W b] (S, out, in + 1), copied, or the inner V (S, r, in) of a layer, which is not
+    ``outer``, keeps b = 0, and has no max(·, 0) after it. The ``last`` matrix has no last row.
     """
 
     def __init__(self, factor: Tensor, outer: bool, last: bool) -> None:
-        """From a copy of [W b] (S, out, in + 1), or of an inner V (S, r, in)."""
         networks, out, columns = factor.shape
         ins = columns - outer
-        # To whole cache lines, 16 floats.
+        # Rows are whole cache lines, 16 floats.
         padded = factor.new_zeros(networks, out + (not last), -(-(ins + 1) // 16) * 16)
         padded[:, :out, :columns] = factor
         if not last:
@@ -42,10 +36,10 @@ class Affine:
 
 
 def descent(
-    maps: Sequence[Affine],
-    target: Sequence[Tensor],
+    maps: list[Affine],
+    target: list[Tensor],
     dropout: float,
-    generator: torch.Generator | None,
+    generator: Generator | None,
     batch: int,
 ) -> Callable[[Tensor, Tensor, float, Tensor], None]:
     """A function that adds a multiple of the gradient of S perceptrons' loss to ``target``.
@@ -59,11 +53,7 @@ def descent(
 
         δ_L = p − y,   δ_{l−1} = (W_lᵀ δ_l) ⊙ [h_{l−1} > 0],   ∂L/∂[W_l b_l] = δ_l h_{l−1}ᵀ / B.
 
-    Added to the matrices themselves with a negative scale, this is a step of gradient descent. All
-    networks share x, so the first layer's products are single ones of an (S·out) × in matrix. A
-    factorized layer is two maps. Dropout with probability d multiplies an input of a layer by
-    1/(1−d) or by 0, the same for all networks. All buffers are made here, once.
-
+    All networks share x, so the first layer's products are single ones of an (S·out) × in matrix.
     The function takes x (B, in + 1), the last column ones; minus the one-hot labels, class by
     class (classes · B,); the scale; and a tensor (S,) for each network's summed loss on the batch.
     """
@@ -110,16 +100,13 @@ def descent(
     return descend
 
 
-def _mask(like: Tensor, dropout: float, generator: torch.Generator | None) -> Tensor:
-    """Zeros with probability d, else 1/(1−d): the same for all networks, which stay comparable."""
+def _mask(like: Tensor, dropout: float, generator: Generator | None) -> Tensor:
+    """Zeros with probability d, else 1/(1−d), the same for all networks."""
     return torch.empty_like(like).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
 
 
 class Step:
-    """Steps of training for some networks of an ensemble, on copies of their matrices.
-
-    ``weights`` are views of each W (S, out, in), or V and U; `store` puts the copies back.
-    """
+    """Steps of training for some networks of an ensemble, on copies that `store` puts back."""
 
     def __init__(
         self,
@@ -127,14 +114,14 @@ class Step:
         networks: slice = slice(None),
         optimizer: str = "sgd",
         dropout: float = 0.0,
-        generator: torch.Generator | None = None,
+        generator: Generator | None = None,
     ) -> None:
         layers = [layer.factors for layer in nets.layers]
         outer = [factor is factors[-1] for factors in layers for factor in factors]
         self.factors = [factor.detach()[networks] for factors in layers for factor in factors]
         last = [factor is self.factors[-1] for factor in self.factors]
         self.maps = list(map(Affine, self.factors, outer, last))
-        self.weights = [affine.weight for affine in self.maps]
+        self.weights = [affine.weight for affine in self.maps]  # views
         self.adam: torch.optim.Adam | None = None
         target = [affine.trained for affine in self.maps]
         if optimizer == "adam":
@@ -147,17 +134,15 @@ class Step:
 
     def take(self, x: Tensor, y: Tensor, rate: float, loss: Tensor) -> None:
         """One step on a batch, in place; see `descent` for x, y and loss."""
-        descend = self.descent(len(x))
         if self.adam is None:
-            descend(x, y, -rate, loss)
-            return
-        self.adam.zero_grad(set_to_none=False)
-        descend(x, y, 1.0, loss)
-        self.adam.param_groups[0]["lr"] = rate
-        self.adam.step()
+            self.descent(len(x))(x, y, -rate, loss)
+        else:
+            self.adam.zero_grad(set_to_none=False)
+            self.descent(len(x))(x, y, 1.0, loss)
+            self.adam.param_groups[0]["lr"] = rate
+            self.adam.step()
 
     def store(self) -> None:
-        """Put the matrices back into the ensemble."""
         for factor, affine in zip(self.factors, self.maps, strict=True):
             factor.copy_(affine.trained[:, : affine.out])
 

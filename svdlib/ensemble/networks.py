@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svdlib import checks, threads
-from svdlib.network import kinds
 from svdlib.network.chain import is_relu_perceptron
+from svdlib.network.kinds import Layer
 from svdlib.network.low_rank import LowRank
 from svdlib.network.opened import find_layers
 
@@ -25,12 +25,11 @@ def perceptron(sizes: Sequence[int]) -> nn.Sequential:
     return nn.Sequential(*modules[:-1])
 
 
-class Layer(nn.Module):
+class StackedLayer(nn.Module):
     """One layer h ↦ W h + b of S networks, dense, or factorized as W = U V.
 
     ``factors`` are [W b] (S, out, in + 1), or V (S, r, in) and [U b] (S, out, r + 1) with the
-    largest rank r: zeros pad those of lower rank, and stay zero in training. ``ranks`` (S,) of a
-    dense layer is None.
+    largest of the ``ranks`` (S,): zeros pad those of lower rank, and stay zero in training.
     """
 
     ranks: Tensor | None
@@ -42,10 +41,10 @@ class Layer(nn.Module):
         self.register_buffer("ranks", ranks)
 
     @classmethod
-    def of(cls, layers: Sequence[kinds.Layer]) -> Layer:
-        """Copies of one layer of each network, all of them dense or all factorized."""
+    def of(cls, layers: Sequence[Layer]) -> StackedLayer:
+        """A copy of one layer of each network, all of them dense or all factorized."""
         factors = zip(*(layer.weights for layer in layers), strict=True)
-        weights = [_padded([weight.detach() for weight in stack]) for stack in factors]
+        weights = [_padded(stack) for stack in factors]
         bias = torch.stack([cast(Tensor, layer.bias).detach() for layer in layers])
         ranks = [layer.max_rank for layer in layers if layer.is_factorized]
         return cls(weights, bias, torch.tensor(ranks, device=bias.device) if ranks else None)
@@ -58,16 +57,13 @@ class Layer(nn.Module):
 
     @property
     def bias(self) -> Tensor:
-        """b (S, out), a view."""
         return self.factors[-1][..., -1]
 
     def matrix(self) -> Tensor:
-        """The weight W (S, out, in), a product if the layer is factorized."""
         *inner, outer = self.weights
         return outer @ inner[0] if inner else outer
 
     def module(self, network: int) -> nn.Linear | LowRank:
-        """A copy of the layer of one network."""
         if self.ranks is None:
             return _linear(self.weights[0][network], self.bias[network])
         rank = int(self.ranks[network])
@@ -76,7 +72,6 @@ class Layer(nn.Module):
 
     @torch.no_grad()
     def truncate_(self, tail: float) -> None:
-        """Lower the ranks of a factorized layer in place, see `truncated`."""
         V, U = self.weights
         V, U, self.ranks = truncated(V, U, tail)
         rank = int(self.ranks.max())
@@ -87,10 +82,9 @@ class Layer(nn.Module):
 def truncated(V: Tensor, U: Tensor, tail: float) -> tuple[Tensor, Tensor, Tensor]:
     """V and U of the best W = U V that discards no more than a relative tail, and ranks (S,).
 
-    With U = Q_1 R_1 and Vᵀ = Q_2 R_2, the SVD of the r × r matrix R_1 R_2ᵀ = P Σ Oᵀ gives
-    W = (Q_1 P) Σ (Q_2 O)ᵀ. Each network keeps the smallest rank j ≥ 1 with
-    (Σ_{i>j} σ_i²)^½ ≤ tail · (Σ σ_i²)^½, its factors balanced, √Σ each, and zero from there on
-    (Schotthöfer et al. 2022, Algorithm 1, the truncation).
+    With U = Q_1 R_1 and Vᵀ = Q_2 R_2, the SVD R_1 R_2ᵀ = P Σ Oᵀ gives W = (Q_1 P) Σ (Q_2 O)ᵀ.
+    Each network keeps the smallest rank j ≥ 1 with (Σ_{i>j} σ_i²)^½ ≤ tail · (Σ σ_i²)^½, its
+    factors balanced, √Σ each (Schotthöfer et al. 2022, Algorithm 1, the truncation).
     """
     Q1, R1 = torch.linalg.qr(U)
     Q2, R2 = torch.linalg.qr(V.mT)
@@ -107,23 +101,21 @@ class MLPEnsemble(nn.Module):
     """S ReLU perceptrons of one shape, one for each seed.
 
     Layer l of all networks is one tensor [W b] (S, out, in + 1), so that a step of training is a
-    handful of batched products. ``weights[l]`` (S, out, in) and ``biases[l]`` (S, out) are views of
-    it. A factorized layer (see `from_modules`) has two weights, (S, r, in) and (S, out, r).
-    ``ensemble[i]`` is a copy of network i, which starts bit for bit as
+    handful of batched products. ``ensemble[i]`` is a copy of network i, which starts bit for bit as
 
         torch.manual_seed(seeds[i]); nn.Sequential(nn.Linear(…), nn.ReLU(), …, nn.Linear(…))
 
     Args:
         sizes: widths (in, hidden, …, out), at least two.
         seeds: S integers. The global random state is left alone.
-        device: where the tensors live; ``"auto"`` is CUDA if available.
+        device: where the tensors live; "auto" is CUDA if available.
 
     >>> nets = MLPEnsemble((784, 15, 15, 10), seeds=range(32), device="cpu")
     >>> nets.weights[0].shape
     torch.Size([32, 15, 784])
     """
 
-    layers: Sequence[Layer]
+    layers: Sequence[StackedLayer]
     seeds: tuple[int, ...] | None
 
     @threads.making()
@@ -131,9 +123,9 @@ class MLPEnsemble(nn.Module):
         self, sizes: Sequence[int], seeds: Iterable[int] = (0,), device: str | torch.device = "auto"
     ) -> None:
         sizes = checks.several(sizes, "sizes", "(784, 15, 10)")
-        sizes = tuple(checks.positive_int(size, "a layer size") for size in sizes)
+        sizes = [checks.positive_int(size, "a layer size") for size in sizes]
         if len(sizes) < 2:
-            raise ValueError(f"sizes must hold at least (in, out), not {sizes}")
+            raise ValueError(f"sizes must hold at least (in, out), not {tuple(sizes)}")
         seeds = checks.several(seeds, "seeds", "range(4)")
         seeds = tuple(checks.positive_int(seed, "a seed", least=0) for seed in seeds)
         if not seeds:
@@ -153,14 +145,9 @@ class MLPEnsemble(nn.Module):
     def from_modules(
         cls, modules: Iterable[nn.Sequential], seeds: Iterable[int] | None = None
     ) -> MLPEnsemble:
-        """An ensemble with copies of the weights of perceptrons ``Linear, ReLU, …, Linear``.
+        """An ensemble of copies of perceptrons ``Linear, ReLU, …, Linear`` of one shape.
 
-        The modules must have one shape, and biases in every layer. A Linear may be a `LowRank`
-        layer, as `factorize` makes them, if it is one in all modules; ranks may differ.
-
-        >>> nets = MLPEnsemble.from_modules([perceptron((4, 3, 2)) for _ in range(5)])
-        >>> len(nets), nets.sizes
-        (5, (4, 3, 2))
+        All need biases. A layer may be a `LowRank`, if it is one in all; ranks may differ.
         """
         modules = checks.several(modules, "modules", "[net]")
         _check_perceptrons(modules)
@@ -174,9 +161,8 @@ class MLPEnsemble(nn.Module):
         return ensemble
 
     def restack_(self, modules: Sequence[nn.Sequential]) -> None:
-        """Replace the networks by copies of these, as many and of the same shape."""
         stacks = zip(*(find_layers(module).values() for module in modules), strict=True)
-        self.layers = nn.ModuleList(Layer.of(layers) for layers in stacks)  # type: ignore[assignment]
+        self.layers = nn.ModuleList(map(StackedLayer.of, stacks))  # type: ignore[assignment]
 
     @property
     def weights(self) -> list[Tensor]:
@@ -201,8 +187,8 @@ class MLPEnsemble(nn.Module):
     @property
     def ranks(self) -> list[tuple[int | None, ...]]:
         """For each network, the rank of each factorized layer, and None for a dense one."""
-        layers = (layer.ranks for layer in self.layers)
-        columns = [[None] * len(self) if ranks is None else ranks.tolist() for ranks in layers]
+        none = [None] * len(self)
+        columns = (none if layer.ranks is None else layer.ranks.tolist() for layer in self.layers)
         return list(zip(*columns, strict=True))
 
     def matrices(self) -> list[Tensor]:
@@ -241,7 +227,7 @@ class MLPEnsemble(nn.Module):
         return self.logits(x).mT
 
     def logits(self, x: Tensor) -> Tensor:
-        """Logits (S, out, n), feature-first, for inputs (n, in)."""
+        """Logits (S, out, n), feature-first."""
         hidden = x.mT
         for layer in self.layers:
             for weight in layer.weights:
@@ -256,10 +242,7 @@ class MLPEnsemble(nn.Module):
     @threads.plain()
     @torch.no_grad()
     def losses(self, x: Tensor, y: Tensor, chunk: int = 2000) -> tuple[Tensor, Tensor]:
-        """Cross-entropy (S, n) of each network on each image, and whether its answer is right.
-
-        Inputs x (n, in) and labels y (n,) are taken ``chunk`` at a time, which bounds the memory.
-        """
+        """Cross-entropy (S, n) of each network on each image, and whether its answer is right."""
         dtype = self.weights[0].dtype
         logits = (self.logits(part.to(dtype)) for part in x.split(chunk))
         losses, hits = zip(*map(losses_and_hits, logits, y.split(chunk)), strict=True)
@@ -286,10 +269,10 @@ def losses_and_hits(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _padded(matrices: Sequence[Tensor]) -> Tensor:
-    """A stack of matrices, the smaller ones padded with zeros."""
+    """A stack of copies of the matrices, the smaller ones padded with zeros."""
     rows, columns = (max(sizes) for sizes in zip(*(W.shape for W in matrices), strict=True))
     missing = [(0, columns - W.shape[1], 0, rows - W.shape[0]) for W in matrices]
-    return torch.stack(list(map(F.pad, matrices, missing)))
+    return torch.stack(list(map(F.pad, matrices, missing))).detach()
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -303,7 +286,6 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def _check_perceptrons(modules: Sequence[nn.Sequential]) -> None:
-    """Refuse anything but perceptrons of one shape, with biases and real weights."""
     if not modules:
         raise ValueError("an ensemble needs at least one module, none was given")
     shapes = set()
@@ -311,8 +293,8 @@ def _check_perceptrons(modules: Sequence[nn.Sequential]) -> None:
         if not is_relu_perceptron(module):
             raise ValueError(f"a perceptron is Linear, ReLU, …, Linear, not {module}")
         layers = find_layers(module).values()
-        is_complex = any(parameter.is_complex() for parameter in module.parameters())
-        if is_complex or any(layer.bias is None for layer in layers):
+        complex_ = any(p.is_complex() for p in module.parameters())
+        if complex_ or any(layer.bias is None for layer in layers):
             raise ValueError(f"every Linear needs a bias and real weights, not so in {module}")
         shapes.add(tuple((type(layer.module).__name__, *layer.sides[::-1]) for layer in layers))
     if len(shapes) > 1:

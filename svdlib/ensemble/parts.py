@@ -14,35 +14,24 @@ from svdlib.ensemble.descent import Step
 from svdlib.ensemble.networks import MLPEnsemble
 from svdlib.ensemble.projection import Choices, grouped, sketch_generators
 
-# Multiply-adds of a step, forward, that are worth a thread: sixteen of the paper's networks.
-THREAD = 12_400_000
+THREAD = 12_400_000  # multiply-adds, forward, worth a thread: sixteen of the paper's networks
 
 
 def shares(nets: MLPEnsemble, batch_size: int) -> tuple[list[slice], bool]:
     """Which networks each part has, and whether operations are large enough for inner threads.
 
-    By sizes alone, so results do not depend on the number of threads. Fewer than sixteen networks
-    like the paper's are one part, as all are on a GPU. More are an even number of parts of eight
-    to twenty-four, which fit into a processor's cache. A large network is a part of its own, and
-    remaining threads work inside its products (where their number may change the last bits).
-
-    >>> shares(MLPEnsemble((784, 15, 15, 10), range(32), device="cpu"), batch_size=64)
-    ([slice(0, 16, None), slice(16, 32, None)], False)
+    By sizes alone, so results do not depend on the number of threads, but for the last bits of
+    large networks. Eight to twenty-four of the paper's networks fit into a processor's cache.
     """
     work = sum(factor.numel() for factor in nets.parameters()) * batch_size / THREAD
-    count = 1
-    if nets.device.type == "cpu" and work >= 1:
-        count = min(len(nets), 2 * max(1, round(work / 2)))
+    alone = nets.device.type != "cpu" or work < 1
+    count = 1 if alone else min(len(nets), 2 * max(1, round(work / 2)))
     ends = [len(nets) * part // count for part in range(count + 1)]
     return [slice(*pair) for pair in pairwise(ends)], work >= len(nets)
 
 
 class Batches:
-    """The batches of an epoch, as `descent` takes them, of ``size`` images or fewer in the last.
-
-    Of images (n, features + 1) that end in ones, and minus one-hot labels (n, classes), in an
-    order drawn by the generator, if there is one.
-    """
+    """The batches of an epoch, as `descent` takes them, in an order that a generator may draw."""
 
     def __init__(
         self, images: Tensor, labels: Tensor, size: int, generator: torch.Generator | None
@@ -66,11 +55,7 @@ class Batches:
 
 
 class Part:
-    """Some networks of an ensemble while it is trained, after ``done`` steps.
-
-    ``choices`` has a projection or None for each network of the ensemble. ``seed`` is that of the
-    dropout, which is the same in all parts, and, with the networks' own seeds, of the projections.
-    """
+    """Some networks of an ensemble while it is trained, after ``done`` steps."""
 
     def __init__(
         self,
@@ -82,29 +67,24 @@ class Part:
         seed: int,
     ) -> None:
         self.networks, self.choices, self.done = networks, choices[networks], 0
-        masks = torch.Generator(nets.device).manual_seed(seed)
-        self.settings = networks, optimizer, dropout, masks
-        seeds = (nets.seeds or range(len(nets)))[networks]
-        self.generators = sketch_generators(seeds, seed, nets.device)
+        device, seeds = nets.device, (nets.seeds or range(len(nets)))[networks]
+        self.settings = networks, optimizer, dropout, torch.Generator(device).manual_seed(seed)
+        self.generators = sketch_generators(seeds, seed, device)
         # A new thread would work in the default stream instead of the caller's.
-        on_gpu = nets.device.type == "cuda"
-        self.stream = torch.cuda.current_stream(nets.device) if on_gpu else None
+        self.stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self.begin(nets)
 
     def begin(self, nets: MLPEnsemble) -> None:
-        """Train the tensors that the ensemble holds now."""
+
         self.step = Step(nets, *self.settings)
         self.groups = grouped(self.choices, self.step.weights, self.generators)
 
     @torch.inference_mode()
     def train(self, batches: Batches, rates: Sequence[float], losses: Tensor, stop: Event) -> None:
-        """One epoch, or its steps until ``stop`` is set, with the projections then due.
-
-        ``losses`` (steps, networks of the ensemble) receive the batches' summed losses.
-        """
+        """An epoch, until ``stop`` is set; losses (steps, all networks) get the batches' sums."""
+        rows = losses[:, self.networks].unbind()
         with torch.cuda.stream(self.stream):
             try:
-                rows = losses[:, self.networks].unbind()
                 for (x, y), rate, loss in zip(batches, rates, rows, strict=True):
                     if stop.is_set():
                         break
@@ -118,6 +98,5 @@ class Part:
 
     @torch.inference_mode()
     def test(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Step.losses`."""
         with torch.cuda.stream(self.stream):
             return self.step.losses(x, y)

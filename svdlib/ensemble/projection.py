@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from svdlib import checks
 from svdlib.ensemble.networks import MLPEnsemble
 from svdlib.layers.project import project_
-from svdlib.linalg.bases import dominant_basis, randomized_basis, sketched_basis, with_spare_rows
+from svdlib.linalg.bases import dominant_basis, gram, range_basis, sketched_basis, with_spare_rows
 from svdlib.linalg.svd import METHODS, OVERSAMPLE, POWER_ITERS
 from svdlib.network.opened import Network
 
@@ -28,7 +28,7 @@ class Projection:
         method: "truncsvd" (the best approximation) or "rsvd" (the randomized one).
         rank: one for all layers, or one per layer; a layer of no higher rank stays as it is.
         every: "epoch", "step", or a number of steps.
-        oversample, power_iters: of the randomized method, see `randomized_svd`.
+        oversample, power_iters: see `randomized_svd`.
     """
 
     method: Literal["rsvd", "truncsvd"]
@@ -39,12 +39,11 @@ class Projection:
 
     def __post_init__(self) -> None:
         checks.one_of(self.method, METHODS, "method")
-        rank: int | tuple[int, ...]
         if isinstance(self.rank, Iterable) and getattr(self.rank, "ndim", True):
-            rank = tuple(checks.positive_int(rank, "rank") for rank in self.rank)
+            ranks = tuple(checks.positive_int(rank, "rank") for rank in self.rank)
+            object.__setattr__(self, "rank", ranks)
         else:
-            rank = checks.positive_int(self.rank, "rank")
-        object.__setattr__(self, "rank", rank)
+            object.__setattr__(self, "rank", checks.positive_int(self.rank, "rank"))
         if isinstance(self.every, str):
             checks.one_of(self.every, ("epoch", "step"), "every")
         else:
@@ -54,14 +53,9 @@ class Projection:
 
     @classmethod
     def published(cls, method: Literal["rsvd", "truncsvd"], rank: int = 10) -> Projection:
-        """The projection in the paper's code, which differs from the paper's text.
+        """The projection in the paper's code, unlike its text: after every step.
 
-        It follows every step. The truncated SVD zeroes σ_j for j > rank counting from 0, which
-        keeps rank + 1 terms. The randomized SVD draws ``rank`` vectors in all, with two power
-        iterations.
-
-        >>> Projection.published("truncsvd").rank
-        11
+        The truncated SVD keeps rank + 1 terms, the randomized SVD draws ``rank`` vectors in all.
         """
         rank = checks.positive_int(rank, "rank")
         if method == "truncsvd":
@@ -78,16 +72,13 @@ class Projection:
     ) -> RemovableHandle:
         """Project a model's weights after steps of an optimizer, in a training loop of your own.
 
-        What `train` does to an ensemble, for any module and optimizer. Steps that a gradient
-        scaler skips are not counted.
+        Steps that a gradient scaler skips are not counted.
 
         Args:
-            model: changed in place, see `project_`; layers that can't be projected are left as they
-                are, with one warning.
+            model: changed in place; layers that can't be projected stay, with one warning.
             optimizer: the one that steps the model's parameters.
             layers: names of layers or parameters, as `project_` takes them; all layers by default.
-            generator: the source of random sketches, on the model's device; torch's global one
-                if None.
+            generator: the source of sketches, on the model's device.
 
         Returns:
             a handle; ``handle.remove()`` ends the projections.
@@ -98,10 +89,6 @@ class Projection:
         >>> model = nn.Linear(20, 15)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> handle = Projection("truncsvd", rank=3, every="step").attach(model, optimizer)
-        >>> model(torch.ones(1, 20)).sum().backward()
-        >>> optimizer.step()
-        >>> torch.linalg.matrix_rank(model.weight).item()
-        3
         """
         if self.every == "epoch":
             raise ValueError("an optimizer knows no epochs; give every='step' or a number of steps")
@@ -125,12 +112,11 @@ class Projection:
         return optimizer.register_step_post_hook(project)
 
     def is_due(self, done: int, epoch: int = 0) -> bool:
-        """Whether a projection follows step ``done`` (from 1); an epoch has so many steps."""
+        """Whether a projection follows step ``done`` (from 1); ``epoch`` is an epoch's steps."""
         every = {"epoch": epoch, "step": 1}.get(str(self.every), self.every)
         return done % int(every) == 0
 
     def ranks(self, layers: int) -> tuple[int, ...]:
-        """The rank of each of ``layers`` layers."""
         if isinstance(self.rank, int):
             return (self.rank,) * layers
         if len(self.rank) != layers:
@@ -138,24 +124,15 @@ class Projection:
         return self.rank
 
 
-# One per network; for all of them.
-Choices = Sequence[Projection | None]
+Choices = Sequence[Projection | None]  # one per network
 Projections = Projection | None | Choices
-
-# One per network, for its sketches; none: torch's global one.
-Generators = Sequence[torch.Generator | None]
-
-# Up to this many rows the randomized method works on the Gram matrix, beyond on the matrix.
-GRAM_ROWS = 64
-
-# Sketches between epochs are drawn several steps ahead, up to so many numbers per network.
-AHEAD = 16_384
+Generators = Sequence[torch.Generator | None]  # one per network; empty: torch's global one
+GRAM_ROWS = 64  # up to so many the randomized method works on the Gram matrix
+AHEAD = 16_384  # numbers per network that sketches between epochs are drawn ahead
 
 
-def sketch_generators(
-    seeds: Sequence[int], seed: int, device: torch.device
-) -> list[torch.Generator]:
-    """A generator per network, seeded by its own seed and the call's, whatever networks are beside."""
+def sketch_generators(seeds: Sequence[int], seed: int, device: torch.device) -> Generators:
+    """A generator per network, seeded by its own seed and the call's, whatever its neighbors."""
     mixed = [np.random.SeedSequence([seed % 2**64, network % 2**64]) for network in seeds]
     states = [int(sequence.generate_state(1, np.uint64)[0]) >> 1 for sequence in mixed]
     return [torch.Generator(device).manual_seed(state) for state in states]
@@ -164,10 +141,7 @@ def sketch_generators(
 def sketches(
     generators: Generators, shape: tuple[int, int, int], like: Tensor, frequent: bool
 ) -> Iterator[Tensor]:
-    """The Gaussian matrices Ω (layers · networks, rows, columns) of one projection after another.
-
-    ``shape`` is (layers, rows, columns). ``frequent`` ones are drawn several projections ahead.
-    """
+    """Gaussian Ω (layers · networks, rows, columns) without end, ``frequent`` ones drawn ahead."""
     layers, rows, columns = shape
     ahead = max(1, AHEAD // (layers * rows * columns)) if frequent else 1
     drawn = like.new_empty(ahead, layers, len(generators), rows, columns)
@@ -181,18 +155,12 @@ def sketches(
 class LayerStack:
     """Layers with equally many rows on the shorter side, projected by one batched factorization.
 
-    The rank-k matrix of A (S, m, n) is U Uᵀ A, with U the k < m leading left singular vectors:
-    exact ones for "truncsvd", those of a sketch for "rsvd". ``sides`` has A of each layer, its
-    stack of weights or their transposes, equal in height including their spare rows
-    (`with_spare_rows`); changed in place.
+    The rank-k matrix of A (S, m, n) is U Uᵀ A, with U its k < m leading left singular vectors.
+    ``sides`` are such A, weights or their transposes, equally high with their spare rows.
     """
 
     def __init__(
-        self,
-        sides: Sequence[Tensor],
-        rank: int,
-        projection: Projection,
-        generators: Generators = (),
+        self, sides: Sequence[Tensor], rank: int, projection: Projection, generators: Generators
     ) -> None:
         networks, rows = sides[0].shape[:2]
         self.sides, self.rank, self.power_iters = sides, rank, projection.power_iters
@@ -203,10 +171,9 @@ class LayerStack:
         self.thin = 4 * rank < rows
         self.tall = [with_spare_rows(A) for A in sides]
         size = self.tall[0].shape[1] if self.by_gram else 0
-        # What a sketch misses is as small as one step's change, and its square would be lost in
-        # a Gram matrix of float32.
-        like = sides[0] if self.exact else sides[0].new_empty(0, dtype=torch.float64)
-        self.G = like.new_empty(len(sides) * networks, size, size)
+        # What a sketch misses is as small as a step's change; its square needs float64.
+        dtype = sides[0].dtype if self.exact else torch.float64
+        self.G = sides[0].new_empty(len(sides) * networks, size, size, dtype=dtype)
         self.P = sides[0].new_empty(len(sides) * networks, *([0, 0] if self.thin else [rows, rows]))
         self.G_of, self.P_of = self.G.split(networks), self.P.split(networks)
         # One sketch for all layers if Ω has A's rows, else one per layer, as columns may differ.
@@ -230,8 +197,10 @@ class LayerStack:
                 U = sketched_basis(G, omega, self.rank, self.power_iters, start)
                 self.U = U.to(self.P.dtype)
         else:
-            pairs = zip(self.sides, self.sketches, strict=True)
-            bases = [randomized_basis(A, next(s), self.rank, self.power_iters) for A, s in pairs]
+            bases = []
+            for A, sketch in zip(self.sides, self.sketches, strict=True):
+                Q = range_basis(A, next(sketch), self.power_iters)
+                bases.append(Q @ dominant_basis(gram(Q.mT @ A), self.rank))
             self.U = torch.cat(bases)
         if self.thin:
             for A, U in zip(self.sides, self.U.chunk(len(self.sides)), strict=True):
@@ -243,23 +212,12 @@ class LayerStack:
 
 
 def layer_stacks(
-    weights: Sequence[Tensor],
-    ranks: Sequence[int],
-    projection: Projection,
-    generators: Generators = (),
+    weights: list[Tensor], ranks: Sequence[int], projection: Projection, generators: Generators = ()
 ) -> list[LayerStack]:
     """The layers of an ensemble in as few stacks as possible, without those of rank ≥ min(m, n).
 
-    Args:
-        weights: stacks (S, out, in), one per layer; changed in place by ``project_``.
-        ranks: one per layer.
-        generators: one per network, for the sketches; none: torch's global one.
-
-    >>> W = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0))
-    >>> (stack,) = layer_stacks([W, torch.zeros(3, 2, 4)], [2, 2], Projection("truncsvd", rank=2))
-    >>> stack.project_(warm=False)
-    >>> torch.linalg.matrix_rank(W)
-    tensor([2, 2, 2])
+    ``weights`` are (S, out, in), one per layer like the ranks, changed in place by ``project_``;
+    generators are one per network, torch's global one by default.
     """
     stacks: dict[tuple[int, int, int], list[Tensor]] = {}
     for W, rank in zip(weights, ranks, strict=True):
@@ -270,36 +228,28 @@ def layer_stacks(
 
 
 class Group:
-    """Networks that share a projection: their places in ``weights``, (S, out, in) per layer."""
+    """Networks, numbers among ``weights`` (S, out, in) per layer, that share a projection."""
 
     def __init__(
-        self,
-        projection: Projection,
-        networks: Sequence[int],
-        weights: Sequence[Tensor],
-        generators: Generators = (),
+        self, projection: Projection, networks: list[int], weights: list[Tensor], own: Generators
     ) -> None:
-        self.projection, self.networks, self.weights = projection, list(networks), weights
+        self.projection, self.weights, self.projected = projection, weights, False
         low, high = networks[0], networks[-1] + 1
-        self.scattered = high - low > len(networks)
-        self.index = torch.tensor(self.networks, device=weights[0].device)
-        self.own = [W[self.index] if self.scattered else W[low:high] for W in weights]
-        ranks = projection.ranks(len(weights))
-        self.stacks = layer_stacks(self.own, ranks, projection, generators)
-        self.projected = False
+        scattered = high - low > len(networks)
+        self.index = torch.tensor(networks, device=weights[0].device)
+        own_weights = [W[self.index] if scattered else W[low:high] for W in weights]
+        self.copies = list(zip(weights, own_weights, strict=True)) if scattered else []
+        self.stacks = layer_stacks(own_weights, projection.ranks(len(weights)), projection, own)
 
     def project_(self) -> None:
-        """Project the weights of these networks, in place."""
-        if self.scattered:
-            for W, own in zip(self.weights, self.own, strict=True):
-                torch.index_select(W, 0, self.index, out=own)
+        for W, own in self.copies:
+            torch.index_select(W, 0, self.index, out=own)
         warm = self.projected and self.projection.every == "step"
         for stack in self.stacks:
             stack.project_(warm)
         self.projected = True
-        if self.scattered:
-            for W, own in zip(self.weights, self.own, strict=True):
-                W.index_copy_(0, self.index, own)
+        for W, own in self.copies:
+            W.index_copy_(0, self.index, own)
 
 
 def per_network(projection: Projections, nets: MLPEnsemble) -> Choices:
@@ -319,15 +269,11 @@ def per_network(projection: Projections, nets: MLPEnsemble) -> Choices:
     return choices
 
 
-def grouped(
-    choices: Choices, weights: Sequence[Tensor], generators: Generators = ()
-) -> list[Group]:
-    """Networks by projection, so that each projection is one batched call per layer."""
-    members: dict[Projection, list[int]] = {}
-    for network, choice in enumerate(choices):
-        if choice is not None:
-            members.setdefault(choice, []).append(network)
-    return [
-        Group(choice, networks, weights, [generators[i] for i in networks] if generators else ())
-        for choice, networks in members.items()
-    ]
+def grouped(choices: Choices, weights: list[Tensor], generators: Generators = ()) -> list[Group]:
+    """Networks by projection, each then one batched call per layer."""
+    groups = []
+    for choice in dict.fromkeys(filter(None, choices)):
+        networks = [network for network, other in enumerate(choices) if other == choice]
+        own = [generators[network] for network in networks if generators]
+        groups.append(Group(choice, networks, weights, own))
+    return groups

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from threading import Event
 from typing import Any
@@ -25,9 +24,8 @@ from svdlib.ensemble.projection import Choices, Projections, per_network
 
 Row = dict[str, object]
 Watch = Callable[[list[Row]], object] | None
-# Images and labels by part of the data; columns of the history, a number per network.
-Parts = dict[str, tuple[Tensor, Tensor]]
-Columns = dict[str, list[Any]]
+Parts = dict[str, tuple[Tensor, Tensor]]  # images and labels by part of the data
+Columns = dict[str, list[Any]]  # of the history, a number per network
 
 
 @threads.making()
@@ -51,15 +49,11 @@ def train(
 ) -> pd.DataFrame:
     """Train every network of an ensemble, in place. The defaults are the paper's.
 
-    All networks see the same batches. Each may have a `Projection` of its own: a sweep of ranks
-    or a comparison of methods from the same seeds is one call. Factorized networks
-    (`MLPEnsemble.from_modules`) stay factorized: their thin factors are trained. With ``tail``,
-    each layer's W = U V is truncated after every epoch to the smallest rank r with
-    (Σ_{i>r} σ_i²)^½ ≤ tail · (Σ σ_i²)^½, as in dynamical low-rank training (Schotthöfer et al.
-    2022, Algorithm 1) after every step; Adam's moments then start anew.
-
-    Whatever stops the training, be it Ctrl-C or an exception in ``watch``, the networks keep their
-    last weights and the exception carries the rows so far as ``history``.
+    All networks see the same batches. Factorized networks (`MLPEnsemble.from_modules`) stay
+    factorized. With ``tail``, each layer's W = U V is truncated after every epoch to the smallest
+    rank r with (Σ_{i>r} σ_i²)^½ ≤ tail · (Σ σ_i²)^½, as in dynamical low-rank training (Schotthöfer
+    et al. 2022, Algorithm 1) after every step; Adam's moments then start anew. Whatever stops the
+    training, the networks keep their last weights, and the exception has the rows as ``history``.
 
     Args:
         nets: the ensemble in float32 or float64, moved to the data's device.
@@ -69,34 +63,27 @@ def train(
         schedule: of the learning rate: "constant", or "cosine", from lr down to 0.
         dropout: probability that a step ignores a pixel or a layer's input (Srivastava et al. 2014).
         projection: None (stock), one for all networks, or one (or None) per network.
-        tail: the relative tail of a truncation, between 0 and 1; None: no truncation.
-        validation: images and labels held out of the data (`Data.hold_out`). Each network then
-            ends with its weights of the epoch with the fewest errors on them (the last such).
+        tail: the relative tail of a truncation, between 0 and 1.
+        validation: images and labels (`Data.hold_out`). Each network then ends with its weights of
+            the epoch with the fewest errors on them (the last such).
         shuffle: draw a new order before each epoch.
         seed: of the order, the dropout and the randomized projections.
         watch: called with the rows so far, some ten times a second and after each epoch.
-        progress: show a progress bar.
 
     Returns:
         one row per network and epoch: network, seed, method, rank, every, epoch (from 1),
-        train_loss (mean over the epoch's batches as they were trained on), test_loss, test_error
-        and accuracy (percent), and seconds, the epoch's wall time for the whole ensemble without
-        testing. With ``validation`` also validation_loss and validation_error.
+        train_loss (as it was trained), test_loss, test_error and accuracy (percent), seconds (for
+        all networks, without testing), and with ``validation`` its loss and error.
 
     Raises:
-        ValueError: frozen networks or less than float32, data or projections that do not fit the
-            networks, NaN in test or validation images, a projection of factorized layers or a
-            tail without them, an unknown optimizer or schedule, a number out of range.
+        ValueError: networks, data, and settings that do not fit each other, a number out of range.
         TypeError: not an `MLPEnsemble`, not `Data`.
-        FloatingPointError: NaN or infinite weights before the first step, or losses after an
-            epoch; names the network, and the layer or step.
+        FloatingPointError: NaN or infinite weights before the first step, or losses after an epoch.
 
     >>> from svdlib import Projection, load
     >>> data = load("MNIST", device="cpu").head(640, 100)
     >>> nets = MLPEnsemble((784, 15, 10), seeds=(0, 1), device="cpu")
-    >>> choices = [None, Projection("truncsvd", 5)]
-    >>> train(nets, data, epochs=1, projection=choices, progress=False).method.tolist()
-    ['stock', 'truncsvd']
+    >>> history = train(nets, data, epochs=1, projection=[None, Projection("truncsvd", 5)])
     """
     _check_networks(nets, data, tail)
     epochs = checks.positive_int(epochs, "epochs")
@@ -118,16 +105,17 @@ def train(
     steps = -(-len(images) // batch_size)
     networks, large = shares(nets, min(batch_size, len(images)))
     parts = [Part(nets, share, choices, optimizer, dropout, seed) for share in networks]
-    progress_bar = _bar(nets, choices, epochs, steps, progress)
-    crew = _Crew(nets, parts, progress_bar, watch)
+    rates = [lr] * (epochs * steps)
+    if schedule == "cosine":
+        rates = [lr * (1 + math.cos(math.pi * i / len(rates))) / 2 for i in range(len(rates))]
+    crew = _Crew(nets, parts, large, _bar(nets, choices, epochs, steps, progress), watch)
     try:
-        with progress_bar, crew.at_work(large):
+        with crew.progress_bar, threads.inside(crew.inner_threads), crew.pool:
             for epoch in range(1, epochs + 1):
                 start = clock.now(data.device)
                 if shuffle or epoch == 1:
                     batches = Batches(images, labels, batch_size, generator)
-                rates = _rates(schedule, lr, epoch, epochs, steps)
-                train_loss = crew.train(epoch, batches, rates, tail)
+                train_loss = crew.train(epoch, batches, rates[steps * (epoch - 1) :][:steps], tail)
                 seconds = clock.now(data.device) - start
                 columns: Columns = {"epoch": [epoch] * len(nets), "train_loss": train_loss}
                 columns |= crew.test(held_out) | {"seconds": [seconds] * len(nets)}
@@ -142,45 +130,32 @@ def train(
 
 
 class _Crew:
-    """The parts of an ensemble in training, each with a thread of its own.
-
-    ``rows`` are the history so far, ``best`` each network at its highest validation accuracy.
-    """
+    """Parts of an ensemble in training; ``best`` is each network at its best on validation data."""
 
     def __init__(
-        self, nets: MLPEnsemble, parts: Sequence[Part], progress_bar: tqdm, watch: Watch
+        self, nets: MLPEnsemble, parts: list[Part], large: bool, progress_bar: tqdm, watch: Watch
     ) -> None:
         self.nets, self.parts, self.progress_bar, self.watch = nets, parts, progress_bar, watch
         self.rows: list[Row] = []
         self.best = [(-math.inf, nn.Sequential())] * len(nets)
-        self.stop = Event()
-
-    @contextmanager
-    def at_work(self, large: bool) -> Iterator[None]:
-        """Start the threads; ``large`` operations have inner threads too, if any are left."""
-        usual, parts = torch.get_num_threads(), len(self.parts)
-        with (
-            threads.inside(max(1, usual // parts) if large else 1),
-            # A new thread learns of torch's setting only when it asks.
-            ThreadPoolExecutor(min(usual, parts), initializer=torch.get_num_threads) as self.pool,
-        ):
-            yield
+        self.stop, usual = Event(), torch.get_num_threads()
+        self.inner_threads = max(1, usual // len(parts)) if large else 1
+        # A new thread learns of torch's setting only when it asks.
+        self.pool = ThreadPoolExecutor(min(usual, len(parts)), initializer=torch.get_num_threads)
 
     def tick(self) -> None:
-        """Move the bar, and call ``watch``."""
         done = sum(part.done for part in self.parts) // len(self.parts)
         self.progress_bar.update(done - self.progress_bar.n)
         if self.watch:
             self.watch(self.rows)
 
     def all_do(self, work: Callable[[Part], Any]) -> list[Any]:
-        """What ``work`` returns for each part."""
         return threads.side_by_side(self.pool, work, self.parts, self.tick, self.stop)
 
     def train(
         self, epoch: int, batches: Batches, rates: Sequence[float], tail: float | None
     ) -> list[float]:
-        """Each network's mean loss in an epoch of training, which a tail's truncation ends."""
+        """Each network's mean loss in an epoch of training, then truncated."""
         losses = batches.images.new_zeros(len(rates), len(self.nets))
         try:
             self.all_do(lambda part: part.train(batches, rates, losses, self.stop))
@@ -201,8 +176,7 @@ class _Crew:
         for name, (x, y) in held_out.items():
             results = self.all_do(partial(Part.test, x=x, y=y))
             loss, right = map(torch.cat, zip(*results, strict=True))
-            accuracy = 100 * right / len(y)
-            accuracies[name] = accuracy.tolist()
+            accuracies[name] = (accuracy := 100 * right / len(y)).tolist()
             columns[f"{name}_loss"] = (loss / len(y)).tolist()
             columns[f"{name}_error"] = (100 - accuracy).tolist()
         for network, percent in enumerate(accuracies.get("validation", [])):
@@ -212,7 +186,7 @@ class _Crew:
 
 
 def _bar(nets: MLPEnsemble, choices: Choices, epochs: int, steps: int, progress: bool) -> tqdm:
-    """A progress bar with a title: ``8 networks, rsvd of rank 10 every step, 10 epochs``."""
+    """A bar titled like ``8 networks, rsvd of rank 10 every step, 10 epochs``."""
     title = f"{len(nets)} {'factorized ' * nets.factorized}network{'s' * (len(nets) > 1)}, "
     if (different := len(set(choices))) > 1:
         title += f"{different} ways, "
@@ -223,30 +197,21 @@ def _bar(nets: MLPEnsemble, choices: Choices, epochs: int, steps: int, progress:
     return bar(total=epochs * steps, progress=progress, unit="step", desc=title, mininterval=1.0)
 
 
-def _rates(schedule: str, lr: float, epoch: int, epochs: int, steps: int) -> list[float]:
-    """The learning rates of the steps in an epoch (from 1)."""
-    if schedule == "constant":
-        return [lr] * steps
-    done = range((epoch - 1) * steps, epoch * steps)
-    return [lr * (1 + math.cos(math.pi * step / (epochs * steps))) / 2 for step in done]
-
-
 def _rows(nets: MLPEnsemble, choices: Choices, tail: float | None, more: Columns) -> Iterator[Row]:
     """The rows of an epoch: which network, what was done to it, and more columns."""
     ranks = nets.ranks
     for network, choice in enumerate(choices):
-        row: Row = {"network": network, "seed": nets.seeds[network] if nets.seeds else None}
-        row |= {"method": "stock", "rank": None, "every": None}
+        method: tuple[object, ...] = "stock", None, None
         if nets.factorized:
-            every = None if tail is None else "epoch"
-            row |= {"method": "factorized", "rank": ranks[network], "every": every}
+            method = "factorized", ranks[network], tail and "epoch"
         elif choice:
-            row |= {"method": choice.method, "rank": choice.rank, "every": choice.every}
+            method = choice.method, choice.rank, choice.every
+        row: Row = {"network": network, "seed": nets.seeds[network] if nets.seeds else None}
+        row |= zip(("method", "rank", "every"), method, strict=True)
         yield row | {name: values[network] for name, values in more.items()}
 
 
 def _check_networks(nets: object, data: object, tail: float | None) -> None:
-    """Refuse anything but data and an ensemble that can be trained, so with a tail."""
     if not isinstance(nets, MLPEnsemble):
         given = type(nets).__name__
         raise TypeError(f"train takes an MLPEnsemble, not {given}; see MLPEnsemble.from_modules")
@@ -262,8 +227,7 @@ def _check_networks(nets: object, data: object, tail: float | None) -> None:
         raise ValueError("a tail cuts factorized networks; factorize them, or use a Projection")
     for number, layer in enumerate(nets.layers):
         for factor in layer.factors:
-            bad = (~factor.detach().isfinite()).flatten(1).any(1).nonzero()
-            if len(bad):
+            if len(bad := (~factor.detach().isfinite()).flatten(1).any(1).nonzero()):
                 where = f"network {int(bad[0])}, layer {number}"
                 raise FloatingPointError(f"{where} has NaN or infinite weights before training")
 
@@ -292,9 +256,7 @@ def _parts(nets: MLPEnsemble, data: Data, validation: object) -> Parts:
 
 
 def _check_losses(losses: Tensor, epoch: int) -> None:
-    """Name the first step and network without a finite loss."""
-    bad = (~losses.isfinite()).nonzero()
-    if len(bad):
+    if len(bad := (~losses.isfinite()).nonzero()):
         step, network = bad[0].tolist()
         what = f"network {network} has an infinite or NaN loss at step {step + 1} of epoch {epoch}"
         raise FloatingPointError(f"{what}; a smaller learning rate may help")

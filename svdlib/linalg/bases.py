@@ -13,25 +13,19 @@ def orthonormal(Y: Tensor) -> Tensor:
     """An orthonormal basis (…, m, k) of the range of Y (…, m, k), m ≥ k, by Cholesky QR twice.
 
     With YᵀY = RᵀR the columns of Q = Y R⁻¹ are orthonormal up to κ(Y) roundings, after a second
-    pass up to one (Yamamoto et al. 2015). The Gram matrix is summed in float64, so float32 columns
-    may have κ(Y) up to 1e7 (Yamazaki, Tomov and Dongarra 2015). Householder's QR takes over if
-    Cholesky fails, if the first pass leaves columns far from orthonormal, or for a gradient of Y.
+    pass up to one (Yamamoto et al. 2015); summed in float64, for κ(Y) up to 1e7 (Yamazaki, Tomov
+    and Dongarra 2015). Householder's QR takes over beyond that, or for a gradient of Y.
     """
-    Q, _ = normalized(Y)
-    Q, spread = normalized(Q)
+    Q, spread = normalized(normalized(Y)[0])
     return Q if spread < 2 else torch.linalg.qr(Y).Q
 
 
 def normalized(Y: Tensor) -> tuple[Tensor, float]:
-    """Roughly orthonormal columns with the range of Y (…, m, k), by one pass of Cholesky QR.
-
-    Beside them, the ratio of R's largest diagonal entry to its smallest (a batch's maximum): a
-    lower bound of κ(Y), infinite where Householder's QR took over as in `orthonormal`.
-    """
+    """One pass of Cholesky QR; and R's largest diagonal entry over its smallest, at most κ(Y)."""
     if not Y.requires_grad:
         wide = Y.double()
         R, failed = torch.linalg.cholesky_ex(wide.mT @ wide, upper=True)
-        if not bool(failed.any()):
+        if not failed.any():
             diagonal = R.diagonal(dim1=-2, dim2=-1)
             spread = float((diagonal.amax(-1) / diagonal.amin(-1)).max())
             eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
@@ -61,14 +55,7 @@ def _product(A: Tensor, X: Tensor) -> Tensor:
     return (X.mT @ A.mT).mT if A.stride(-2) == 1 else A @ X
 
 
-def randomized_basis(A: Tensor, omega: Tensor, rank: int, power_iters: int) -> Tensor:
-    """The randomized SVD's left singular vectors U_k (…, m, k) of A, from its sketch A Ω."""
-    Q = range_basis(A, omega, power_iters)
-    return Q @ dominant_basis(gram(Q.mT @ A), rank)
-
-
 def gram(A: Tensor) -> Tensor:
-    """The Gram matrices A Aᵀ (…, m, m) of A (…, m, n)."""
     m = A.shape[-2]
     if A.ndim > 2 and m < 64:
         A = F.pad(A, (0, 0, 0, -m % 8))  # see `with_spare_rows`
@@ -76,15 +63,11 @@ def gram(A: Tensor) -> Tensor:
 
 
 def with_spare_rows(A: Tensor) -> Tensor:
-    """A view of A (S, m, n) and the memory behind its rows, m rounded up to a multiple of 8.
-
-    MKL's batched product of 15 rows takes three times as long as that of 16, whatever the 16th
-    row holds. The result is A itself if there is too little memory behind its rows.
-    """
+    """A view of A (S, m, n), m up to a multiple of 8 if there is memory: MKL is slow at 15 rows."""
     stacks, m, n = A.shape
     size, stride = (stacks, m + -m % 8, n), A.stride()
-    ends = [(number - 1) * step for number, step in zip(size, stride, strict=True)]
-    room = (A.storage_offset() + sum(ends) + 1) * A.itemsize <= A.untyped_storage().nbytes()
+    last = sum((number - 1) * step for number, step in zip(size, stride, strict=True))
+    room = (A.storage_offset() + last + 1) * A.itemsize <= A.untyped_storage().nbytes()
     if m < 64 and room and stride[0] >= size[1] * stride[1] and stride[1] >= n:
         return A.as_strided(size, stride)
     return A
@@ -94,10 +77,8 @@ def dominant_basis(G: Tensor, rank: int, start: Tensor | None = None) -> Tensor:
     """The leading left singular vectors U_k (…, m, k) of A, from its Gram matrix G = A Aᵀ.
 
     ``start`` is such a basis from before a small change of A. One step of orthogonal iteration
-    (Golub and Van Loan, section 7.3.2) then replaces the eigenvectors, without waiting for the
-    device. It reduces the error by (σ_{k+1}/σ_k)², for a rank-k matrix of the order of the change
-    squared. Singular values descend, so the columns of G U are nearly orthogonal, and Cholesky QR
-    is as good as Householder's.
+    (Golub and Van Loan, section 7.3.2) then reduces the error by (σ_{k+1}/σ_k)², without waiting
+    for the device. The columns of G U are nearly orthogonal, so Cholesky QR is accurate.
     """
     if start is None:
         return torch.linalg.eigh(G).eigenvectors[..., -rank:].flip(-1)
@@ -107,9 +88,8 @@ def dominant_basis(G: Tensor, rank: int, start: Tensor | None = None) -> Tensor:
 def _cholesky_qr(Y: Tensor, otherwise: Tensor, shift: float = 0.0) -> Tensor:
     """Y R⁻¹ with YᵀY = RᵀR, in float64; ``otherwise`` if Cholesky fails, decided on the device.
 
-    Orthonormal to κ² roundings, κ being the condition of Y with normalized columns (Demmel 1989).
-    A ``shift`` keeps Cholesky from failing, and shortens columns only in directions as small as
-    its root (Fukaya et al. 2020).
+    Orthonormal to κ² roundings, κ being the condition of Y with normalized columns (Demmel 1989),
+    but in directions as small as the root of the ``shift`` (Fukaya et al. 2020).
     """
     small = Y.mT @ Y
     if shift:
@@ -131,12 +111,10 @@ def sketched_basis(
     """The randomized SVD's left singular vectors U_k (…, m, k) of A, from its Gram matrix G = A Aᵀ.
 
     The columns of A Ω are independent normal vectors with covariance G, as are those of L Ω with
-    G = L Lᵀ and a Gaussian Ω (…, m, k+p). So sketch, power iterations G^q, and the SVD of Qᵀ A need
-    G alone. ``start`` is as in `dominant_basis`, for the step from k+p to k columns.
+    G = L Lᵀ and a Gaussian Ω (…, m, k+p): G alone is enough. ``start`` is as in `dominant_basis`.
     """
     small, columns = G.to(torch.float64, copy=True), omega.shape[-1]
-    # A projected matrix is rank-deficient: the shifts help Cholesky. If it fails all the same,
-    # G itself, whose columns have the same range, takes the place of L.
+    # A projected matrix is rank-deficient. If Cholesky fails despite the shift, G has L's range.
     _shift_(small, 1e-14)
     L, failed = torch.linalg.cholesky_ex(small)
     L = torch.where((failed == 0)[..., None, None], L, small)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -10,8 +11,7 @@ from torch import Tensor
 from svdlib import checks
 from svdlib.linalg.bases import orthonormal
 
-# Columns that the error is estimated with.
-PROBES = 32
+PROBES = 32  # columns that the error is estimated with
 
 
 class Operator(Protocol):
@@ -31,14 +31,12 @@ def sketched_operator(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """U, S and Vh from a sketch with k + p columns, and an estimate of their Frobenius error.
 
-    For the residual M and a Gaussian ω, E ‖M ω‖² = ‖M‖_F². The mean over 32 of them has a
-    relative standard deviation of at most (2·32)^(−½), about an eighth.
+    For the residual M and a Gaussian ω, E ‖M ω‖² = ‖M‖_F². The root of the mean over 32 of them has
+    a relative standard deviation of at most (2·32)^(−½), about an eighth.
     """
     shape = tuple(getattr(A, "shape", ()))
     if len(shape) != 2 or not (hasattr(A, "mT") and hasattr(A, "__matmul__")):
-        needed = (
-            "a floating-point torch tensor, or an operator with shape (m, n), A @ X and A.mT @ Y"
-        )
+        needed = "a floating-point torch tensor, or an operator with shape (m, n), @ and mT"
         raise ValueError(f"A must be {needed}, not {type(A).__name__}")
     m, n = (checks.positive_int(side, "a side of the operator") for side in shape)
     dtype = getattr(A, "dtype", torch.float32)
@@ -48,9 +46,7 @@ def sketched_operator(
     rank = checks.rank(rank, (m, n))
     checks.generator(generator, device)
 
-    def gaussian(columns: int) -> Tensor:
-        return torch.randn(n, columns, dtype=dtype, device=device, generator=generator)
-
+    gaussian = partial(torch.randn, n, dtype=dtype, device=device, generator=generator)
     At = A.mT
     Q = orthonormal(_times(A, gaussian(min(rank + oversample, m, n)), m))
     for _ in range(power_iters):
@@ -63,11 +59,9 @@ def sketched_operator(
 
 
 def _times(A: Operator, X: Tensor, rows: int) -> Tensor:
-    """A X, if it is finite and of the right shape."""
-    Y = A @ X
-    if not isinstance(Y, Tensor) or Y.shape != (rows, X.shape[1]):
+    Y, needed = A @ X, (rows, X.shape[1])
+    if not isinstance(Y, Tensor) or Y.shape != needed:
         found = tuple(Y.shape) if isinstance(Y, Tensor) else type(Y).__name__
-        product = f"the operator times {tuple(X.shape)}"
-        raise ValueError(f"{product} must give {(rows, X.shape[1])}, not {found}")
+        raise ValueError(f"the operator times {tuple(X.shape)} must give {needed}, not {found}")
     checks.finite(Y, "the operator's product")
     return Y

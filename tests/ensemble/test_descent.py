@@ -11,7 +11,7 @@ import svdlib
 from svdlib.data import with_ones
 from svdlib.ensemble import descent
 from svdlib.ensemble.descent import Step
-from svdlib.ensemble.networks import Layer, perceptron, truncated
+from svdlib.ensemble.networks import StackedLayer, perceptron, truncated
 from svdlib.ensemble.projection import Projection, grouped, sketch_generators
 
 # Tolerances in float64 are some hundred ε for sums of a dozen terms.
@@ -148,7 +148,7 @@ def test_factors_and_their_truncation_stay_on_the_gpu():
         nets = on_fake_gpu()
         with torch.device("cuda"):
             V, U, ranks = torch.ones(4, 5, 784), torch.ones(4, 15, 5), torch.full((4,), 5)
-        nets.layers[0] = Layer([V, U], nets.biases[0].detach(), ranks)
+        nets.layers[0] = StackedLayer([V, U], nets.biases[0].detach(), ranks)
         step = Step(nets)
         x, y = torch.ones(64, 785, device="cuda"), torch.zeros(640, device="cuda")
         with torch.inference_mode():

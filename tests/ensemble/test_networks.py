@@ -6,7 +6,7 @@ from matrices import matrix
 from torch import nn
 
 import svdlib
-from svdlib.ensemble.networks import Layer, perceptron
+from svdlib.ensemble.networks import StackedLayer, perceptron
 
 # Tolerances: torch.testing's own, or in float64 ten times the worst seen.
 
@@ -146,7 +146,7 @@ def test_bad_modules(modules, message):
 def test_truncation_keeps_the_smallest_rank_within_the_tail(tail, seed):
     V, U = matrix((3, 5, 12), seed), matrix((3, 9, 5), seed + 1)
     U *= 0.5 ** torch.arange(5, dtype=U.dtype)
-    layer = Layer([V, U], torch.zeros(3, 9), torch.full((3,), 5))
+    layer = StackedLayer([V, U], torch.zeros(3, 9), torch.full((3,), 5))
     layer.truncate_(tail)
     for before, after, kept in zip(U @ V, layer.matrix(), layer.ranks, strict=True):
         sigma = torch.linalg.svdvals(before)[:5]
