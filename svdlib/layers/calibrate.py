@@ -22,11 +22,9 @@ from svdlib.network.opened import Network
 
 # mask(batch) -> bool (n, T): the places of a batch that count, the others are padding.
 Mask = Callable[[Batch], Tensor]
-
 # Share of its trace that is added to the diagonal of a covariance before it is inverted: the
 # smallest eigenvalues are noise.
 RIDGE = 1e-5
-
 # Inputs of a call, where calibration is a single batch.
 BATCH = 128
 

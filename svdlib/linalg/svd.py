@@ -20,7 +20,6 @@ OVERSAMPLE, POWER_ITERS = 10, 2  # generous, after Halko, Martinsson and Tropp
 # Norms whose squares are no problem in these types; other matrices are scaled first.
 MODERATE = {torch.float32: (1e-10, 1e15), torch.float64: (1e-100, 1e100)}
 BLOCK = 2**22  # elements of A in each block of a residual
-
 Factors = tuple[Tensor, Tensor, Tensor]
 
 

@@ -15,10 +15,8 @@ from svdlib.network.batches import Batch, copied_to, described
 
 Call = Callable[[nn.Module, Batch], Any]
 Objective = Callable[[nn.Module, Batch], Tensor]
-
 # A target that counts for nothing, as in torch's cross-entropy.
 IGNORED = -100
-
 ADVICE = "give objective=(model, batch) -> losses (n,)"
 
 

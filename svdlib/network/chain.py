@@ -21,14 +21,12 @@ from svdlib.network.task import MEMORY, Moments, Sweep, Task, check_data
 
 # Numbers that fit a processor's cache, about: stacks of this size are fastest.
 CACHED = 2**20
-
 # Modules that work on each number alone, or do nothing in evaluation mode.
 ELEMENTWISE = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish,
     nn.Tanh, nn.Sigmoid, nn.LogSigmoid, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardswish,
     nn.Hardsigmoid, nn.Tanhshrink, nn.Identity, nn.Dropout, nn.AlphaDropout,
 )  # fmt: skip
-
 # Modules that work on each input of a call alone.
 INPUTWISE = (
     *ELEMENTWISE, *(type_ for kind in KINDS for type_ in kind.types), nn.LayerNorm, nn.GroupNorm,

@@ -16,8 +16,6 @@ from svdlib.linalg.svd import SVD
 
 # Vectors that are multiplied at a time: enough for a fast product, few enough for any memory.
 BLOCK = 4096
-
-
 # The settings of a convolution.
 WINDOWS = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
@@ -334,7 +332,6 @@ class TransposedConvolution(Convolution):
 
 # The first that includes a module is its kind.
 KINDS = (OfTransposedLinear, Linear, Embedding, Convolution, TransposedConvolution, Conv1D)
-
 # What layers call their sides and settings.
 ATTRIBUTES = {name for kind in KINDS for name in (*kind.side_names, *kind.settings)}
 

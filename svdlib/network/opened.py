@@ -23,10 +23,8 @@ from svdlib.network.modes import After, Before
 
 # Where a module keeps its parts: what it holds elsewhere, it does not know as its own.
 REGISTERED = ("_modules", "_parameters", "_buffers")
-
 # Networks of fewer numbers repeat small operations, which more threads only hold up.
 SMALL = 100_000
-
 READ = "the model reads its weight without calling it, which would multiply the factors each time"
 
 

@@ -20,10 +20,8 @@ from svdlib.network.opened import Network
 
 # Sums over so few classes are faster with images side by side in memory.
 FEW = 64
-
 # Bytes that intermediate results may take, about, unless the caller says otherwise.
 MEMORY = 2**28
-
 # Contexts in which the model is another, or which give another model.
 Variants = Callable[[], Iterable[AbstractContextManager[nn.Module | None]]]
 

@@ -23,10 +23,8 @@ from svdlib.network.task import MEMORY, Moments, check_data
 # The largest number of combinations by default, and of those that may be asked for.
 ALL = 20_000
 MOST = 1_000_000
-
 # The images are measured in this many shares, side by side.
 SHARES = 4
-
 Ranks = Iterable[int] | Mapping[str, Iterable[int]] | None
 
 

@@ -20,7 +20,6 @@ from svdlib.network.task import MEMORY, check_data
 from svdlib.ranks.profile import profiled_layers
 
 METHODS = ("output", "gradient", "fisher")
-
 Factors = tuple[Tensor, Tensor, Tensor]
 
 

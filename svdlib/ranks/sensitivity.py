@@ -19,7 +19,6 @@ from svdlib.ranks.profile import profile_of
 
 # Ranks per layer at which the loss is measured; between them it is interpolated.
 GRID = 10
-
 # Weight of the output's whole error beside the largest rise of the loss.
 LITTLE = 1e-3
 

@@ -30,7 +30,6 @@ IGNORED = re.compile(r"test|\.(_|externals|setup|onnx|distributed|utils\.bench|a
 TOKENS = 128  # of the encoder's longest text
 INPUTS = ("input_ids", "attention_mask")  # of a batch, for the encoder
 MIN_SHARE = 0.02  # of the encoder's weights, at which each layer still has a rank
-
 Batch = dict[str, Tensor]
 
 

@@ -105,7 +105,6 @@ while found and time.monotonic() < end:
     time.sleep(0.05 * found)
 shutil.rmtree(place, ignore_errors=True)
 """
-
 guards: set[int] = set()  # the guards of this process, by number
 
 

@@ -15,7 +15,6 @@ from svdlib.ranks.joint import ALL
 
 PIXELS, CLASSES = 784, 10
 LARGEST = 10**12  # larger whole numbers are a typing mistake, and too large for a seed
-
 Widths = Sequence[int]  # of a network's layers; a layer from n to m neurons has a matrix m × n
 Rule = Callable[[str, Any], object]
 
@@ -132,7 +131,6 @@ RULES: dict[str, Rule] = {
     "switch": lambda name, value: checks.truth(value, name),
     "every": lambda name, value: checks.one_of(value, ("epoch", "step", "published"), name),
 }
-
 # The parameters that many notebooks have.
 COMMON: dict[str, Rule] = {
     "dataset": lambda name, value: checks.one_of(value, data.NAMES, name),

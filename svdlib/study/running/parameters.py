@@ -14,10 +14,8 @@ import nbformat
 
 NOTEBOOKS = Path("notebooks")
 MAX_COMBINATIONS = 100_000  # more are a typing mistake
-
 # Declared types that a text is checked against; any other declaration takes any value.
 TYPES = {"str", "int", "float", "bool", "list", "dict", "tuple", "None"}
-
 Values = str | Sequence[object]  # several values of a parameter: as text, or one by one
 
 
