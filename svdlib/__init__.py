@@ -12,8 +12,7 @@ from svdlib.layers.storage import export_onnx, load_factorized, save_factorized
 from svdlib.linalg.svd import SVD, randomized_svd, truncated_svd
 from svdlib.network.calls import next_token_losses
 from svdlib.network.low_rank import LowRank
-from svdlib.ranks.front import front
-from svdlib.ranks.joint import joint_profile
+from svdlib.ranks.joint import front, joint_profile
 from svdlib.ranks.predicted import predicted_profile
 from svdlib.ranks.profile import loss_profile, search_ranks
 from svdlib.ranks.reduced import refine_ranks, verify_ranks

@@ -16,13 +16,12 @@ from svdlib import checks, clock, threads
 from svdlib.layers.calibrate import BATCH, Calibration, Fit, Mask, fits_of, lost_by
 from svdlib.layers.cost import WHOLE_MODEL, cost, counted
 from svdlib.layers.factorize import Fits, factorized, one_after_another
-from svdlib.network.batches import Batch, Batches, first_batch, refuse_generator
-from svdlib.network.calls import Call, Objective
+from svdlib.network.calls import Batch, Batches, Call, Objective, first_batch, refuse_generator
 from svdlib.network.chain import task_of
 from svdlib.network.low_rank import low_rank_layers
 from svdlib.network.opened import Network
 from svdlib.network.task import Task
-from svdlib.ranks.plan import Plan, plan_of
+from svdlib.ranks.allocate import Plan, plan_of
 from svdlib.ranks.sensitivity import GRID, added_losses, sensitivities
 
 if TYPE_CHECKING:

@@ -15,8 +15,7 @@ from torch.nn.functional import pad
 
 from svdlib import checks
 from svdlib.bars import bar
-from svdlib.network.batches import Batch, Batches, batches, copied
-from svdlib.network.calls import Call, run
+from svdlib.network.calls import Batch, Batches, Call, batches, copied, run
 from svdlib.network.kinds import Layer
 from svdlib.network.opened import Network
 

@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from svdlib import checks, clock, threads
 from svdlib.layers.factorize import merge
-from svdlib.network.batches import Batch, Batches, first_batch, tensors
-from svdlib.network.calls import Call, run
+from svdlib.network.calls import Batch, Batches, Call, first_batch, run, tensors
 from svdlib.network.kinds import Layer
 from svdlib.network.modes import evaluating
 from svdlib.network.opened import Network

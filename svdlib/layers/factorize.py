@@ -12,8 +12,7 @@ from svdlib import checks, threads
 from svdlib.bars import bar
 from svdlib.layers.calibrate import BATCH, Calibration, Mask, call_order, fit, fits_of, paired_sums
 from svdlib.network.attention import pack_
-from svdlib.network.batches import Batches, batches, refuse_generator
-from svdlib.network.calls import Call
+from svdlib.network.calls import Batches, Call, batches, refuse_generator
 from svdlib.network.kinds import Layer
 from svdlib.network.low_rank import Approximations, LowRank, low_rank_layers, thin_twins
 from svdlib.network.opened import READ, Network, duplicate, merge_

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from svdlib import checks, threads
 from svdlib.files import complete_file
-from svdlib.network.batches import Batch, Batches, copied, first_batch, rebuilt, tensors
-from svdlib.network.calls import Call, prepared
+from svdlib.network import calls
+from svdlib.network.calls import Batch, Batches, Call
 from svdlib.network.low_rank import low_rank_layers, thin_twins
 from svdlib.network.modes import evaluating
 from svdlib.network.opened import Network
@@ -112,8 +112,8 @@ def export_onnx(
         ValueError: onnxruntime's outputs differ; inputs that the model or numpy does not take;
             outputs other than one tensor or logits; ``path`` as in `save_factorized`.
     """
-    batch = first_batch(x)
-    if any(tensor.dtype == torch.bfloat16 for tensor in tensors(batch)):
+    batch = calls.first_batch(x)
+    if any(tensor.dtype == torch.bfloat16 for tensor in calls.tensors(batch)):
         raise ValueError("onnxruntime takes no bfloat16 inputs; export model.float()")
     try:
         import onnxruntime
@@ -122,14 +122,14 @@ def export_onnx(
         raise ImportError(f"{error}; pip install 'svdlib[onnx]'") from None
     path = _place(path)
     with torch.no_grad(), evaluating(model):
-        expected = prepared(model, copied(batch), call)()
+        expected = calls.prepared(model, calls.copied(batch), call)()
     exported: nn.Module = model
     if call is not None or not isinstance(batch, Tensor) or not isinstance(expected, Tensor):
         exported = _OfTensors(model, batch, call)
         batch, expected = exported.batch, getattr(expected, "logits", expected)
     if not torch.is_tensor(expected):
         raise ValueError(f"the model must put out one tensor, not {type(expected).__name__}")
-    inputs = tensors(copied(batch))
+    inputs = calls.tensors(calls.copied(batch))
     names = [f"x{place}" for place in range(len(inputs))] if len(inputs) > 1 else ["x"]
     if isinstance(batch, Mapping) and len(inputs) == len(batch):
         names = [str(name) for name in batch]
@@ -151,7 +151,7 @@ def export_onnx(
         )
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
         used = {node.name for node in session.get_inputs()}
-        values = zip(names, tensors(batch), strict=True)
+        values = zip(names, calls.tensors(batch), strict=True)
         (found,) = session.run(None, {name: x.cpu().numpy() for name, x in values if name in used})
         expected = expected.cpu().double()
         difference = (torch.from_numpy(found).double() - expected).abs().max().item()
@@ -167,7 +167,7 @@ class _OfTensors(nn.Module):
     def __init__(self, model: nn.Module, batch: Batch, call: Call | None) -> None:
         super().__init__()
         if call is None:
-            inputs = prepared(model, batch, None)
+            inputs = calls.prepared(model, batch, None)
             batch = inputs.keywords or inputs.args[1:]  # without targets
             named = isinstance(batch, Mapping)
             call = lambda model, batch: model(**batch) if named else model(*batch)
@@ -175,7 +175,7 @@ class _OfTensors(nn.Module):
 
     def forward(self, *values: Tensor) -> Any:
         left = iter(values)
-        output = self.call(self.model, rebuilt(self.batch, lambda _: next(left)))
+        output = self.call(self.model, calls.rebuilt(self.batch, lambda _: next(left)))
         return getattr(output, "logits", output)
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from svdlib import checks
 from svdlib.bars import bar
-from svdlib.network.batches import Batch, Batches, refuse_generator, tensors
-from svdlib.network.calls import Objective, called, cross_entropy
+from svdlib.network import calls
+from svdlib.network.calls import Batch, Batches, Objective
 from svdlib.network.kinds import KINDS, Layer
 from svdlib.network.low_rank import LowRank
 from svdlib.network.modes import hooked
@@ -90,7 +90,7 @@ class Chain(Task):
             self.widths.append(-(-z.numel() // len(z)))
 
         with hooked(self.steps, after=note):
-            z = called(self.net.model, self.given(self.data[0][:2]))
+            z = calls.called(self.net.model, self.given(self.data[0][:2]))
         self.width = max(self.widths)
         return max(1, self.memory // (8 * self.width * z.element_size()))
 
@@ -103,7 +103,7 @@ class Chain(Task):
         z = model(self.given(x))
         if (shape := tuple(z.shape))[:-1] != (len(x),):
             raise ValueError(f"the model must give class scores ({len(x)}, classes), not {shape}")
-        return cross_entropy(z, y)
+        return calls.cross_entropy(z, y)
 
     def sweeps(self, layers: Mapping[str, Layer]) -> Iterator[Sweep]:
         """As `Task`, with a `ChainSweep` where the layer has one matrix of its own."""
@@ -198,11 +198,11 @@ def task_of(
         if function is not None and not callable(function):
             raise ValueError(f"{what} must be a function of (model, batch), not {function!r}")
     if why is not None:
-        refuse_generator(data, why)
+        calls.refuse_generator(data, why)
     data = data if y is None else (data, y)
     if isinstance(data, tuple) and len(data) == 2 and not objective and not accuracy:
         x, y = data
-        nested = not isinstance(x, Tensor) and bool(tensors(x))
+        nested = not isinstance(x, Tensor) and bool(calls.tensors(x))
         if not isinstance(y, Tensor) or (y.ndim <= 1 and not nested):
             check_data(x, cast(Tensor, y))
             if (steps := chain_of(net.model)) is not None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from svdlib.network.attention import Attention
@@ -51,12 +50,6 @@ def hooked(
                 change = lambda _, x, more, z, name=name: after(name, (*x, *more.values()), z)
                 handles.enter_context(module.register_forward_hook(change, with_kwargs=True))
         yield
-
-
-def uncompiled(model: nn.Module) -> AbstractContextManager[None]:
-    """Compiled parts run as they are written, from this call on: compiled code ignores hooks."""
-    compiled = any(map(is_compiled, model.modules()))
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 # Attributes by which torch marks encoders that it may compute by one fused operation.

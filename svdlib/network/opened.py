@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, cast
@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from svdlib import checks, clock, threads
 from svdlib.network import modes
 from svdlib.network.attention import HELD, Made, pack_, projections, unpack_
-from svdlib.network.batches import Batch, copied_to, tensors
-from svdlib.network.calls import Call, prepared, run
+from svdlib.network.calls import Batch, Call, copied_to, prepared, run, tensors
 from svdlib.network.kinds import Layer, Linear, layer_of
 from svdlib.network.low_rank import Factorized, LowRank, low_rank_layers, tied
 from svdlib.network.modes import After, Before
@@ -274,11 +273,9 @@ class Network:
         self, names: Iterable[str], after: After | None = None, before: Before | None = None
     ) -> Iterator[None]:
         modules = {name: self.layers[name].module for name in names}
-        with (
-            modes.evaluating(self.model),
-            modes.hooked(modules, after, before),
-            modes.uncompiled(self.model),
-        ):
+        compiled = any(map(modes.is_compiled, self.model.modules()))  # such code ignores hooks
+        eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+        with modes.evaluating(self.model), modes.hooked(modules, after, before), eager:
             yield
 
     def seconds(self, model: nn.Module, x: Batch, call: Call | None) -> list[float]:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from svdlib.bars import bar
-from svdlib.network.batches import Batch, Batches, batches, count_inputs, is_single, tensors
-from svdlib.network.calls import Objective, check_labels, judged
+from svdlib.network import calls
+from svdlib.network.calls import Batch, Batches, Objective
 from svdlib.network.kinds import Layer
 from svdlib.network.modes import hooked
 from svdlib.network.opened import Network
@@ -92,26 +92,26 @@ class Task:
         self.net, self.data, self.memory = net, data, memory
         self.objective, self.accuracy = objective, accuracy
         self.width, self.mixes, self.loss = 1, False, math.nan
-        self.size = self._fitting_size() if is_single(data) else None
+        self.size = self._fitting_size() if calls.is_single(data) else None
         self._own: list[tuple[Tensor, Tensor]] = []
 
     def judge(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        return judged(model, batch, self.objective, self.accuracy)
+        return calls.judged(model, batch, self.objective, self.accuracy)
 
     def _fitting_size(self) -> int:
         """How many inputs fit memory; all, where what is found depends on those of a call."""
-        n, model, sizes = count_inputs(self.data), self.net.model, [1]
-        few = next(batches(self.data, min(n, 4)))
+        n, model, sizes = calls.count_inputs(self.data), self.net.model, [1]
+        few = next(calls.batches(self.data, min(n, 4)))
 
         def note(name: str, inputs: object, output: object) -> None:
-            sizes.extend(t.numel() * t.element_size() for t in tensors(output))
+            sizes.extend(t.numel() * t.element_size() for t in calls.tensors(output))
 
         with hooked(dict(model.named_modules()), after=note):
             together, _ = self.judge(model, few)
         self.width = -(-max(sizes) // (4 * min(n, 4)))
         if n < 4:
             return n
-        halves = torch.cat([self.judge(model, half)[0] for half in batches(few, 2)])
+        halves = torch.cat([self.judge(model, half)[0] for half in calls.batches(few, 2)])
         self.mixes = not equal_up_to_rounding(halves, together)
         return n if self.mixes else max(1, self.memory // (2 * max(sizes)))
 
@@ -122,7 +122,9 @@ class Task:
         """
         known, losses, seen = list(self._own), 0.0, 0
         total = len(self.data) if self.size is None and hasattr(self.data, "__len__") else None
-        pieces = bar(batches(self.data, self.size), progress=progress, total=total, desc="batches")
+        pieces = bar(
+            calls.batches(self.data, self.size), progress=progress, total=total, desc="batches"
+        )
         for number, batch in enumerate(pieces):
             full, right = known[number] if known else self.judge(self.net.model, batch)
             if not known and not bool(full.isfinite().all()):
@@ -244,4 +246,4 @@ def check_data(x: Tensor, y: Tensor) -> None:
         raise ValueError("the data are empty; the loss needs at least one image")
     if y.shape != (len(x),):
         raise ValueError(f"{len(x)} inputs need labels of shape ({len(x)},), not {tuple(y.shape)}")
-    check_labels(y)
+    calls.check_labels(y)

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svdlib import checks, threads
-from svdlib.network.batches import Batch, batches, copied
-from svdlib.network.calls import class_losses
+from svdlib.network.calls import Batch, batches, class_losses, copied
 from svdlib.network.chain import CACHED, task_of
 from svdlib.network.kinds import Layer
 from svdlib.network.opened import Network

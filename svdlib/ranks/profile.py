@@ -8,8 +8,7 @@ import pandas as pd
 from torch import Tensor, nn
 
 from svdlib import checks
-from svdlib.network.batches import Batches
-from svdlib.network.calls import Objective
+from svdlib.network.calls import Batches, Objective
 from svdlib.network.chain import task_of
 from svdlib.network.kinds import Layer
 from svdlib.network.opened import Network

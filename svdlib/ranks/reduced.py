@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from svdlib import checks
-from svdlib.network.batches import Batches
-from svdlib.network.calls import Objective
+from svdlib.network.calls import Batches, Objective
 from svdlib.network.chain import task_of
 from svdlib.network.low_rank import low_rank_layers
 from svdlib.network.opened import Network

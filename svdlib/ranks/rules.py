@@ -14,7 +14,7 @@ from scipy.optimize import minimize_scalar
 from svdlib import checks
 from svdlib.network.kinds import stored
 from svdlib.ranks.allocate import Choices, allocate
-from svdlib.ranks.front import optimal, walk
+from svdlib.ranks.joint import optimal, walk
 
 Tolerance = float | Mapping[str, float]
 

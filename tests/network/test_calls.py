@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from svdlib import next_token_losses
-from svdlib.network.batches import batches, copied, refuse_generator
-from svdlib.network.calls import class_losses, judged, prepared
+from svdlib.network.calls import batches, class_losses, copied, judged, prepared, refuse_generator
 
 Pair = namedtuple("Pair", "x y")
 

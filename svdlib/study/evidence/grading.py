@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 from torch import Tensor, nn
 
-from svdlib.ranks.front import layers_of
-from svdlib.ranks.joint import joint_profile
+from svdlib.ranks.joint import joint_profile, layers_of
 from svdlib.ranks.predicted import METHODS, predicted_profile
 from svdlib.ranks.profile import loss_profile
 from svdlib.ranks.reduced import refine_ranks

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from svdlib.layers.calibrate import Calibration, input_sums
 from svdlib.layers.factorize import factorized
-from svdlib.network.batches import Batch
-from svdlib.network.calls import Objective, run
+from svdlib.network.calls import Batch, Objective, run
 from svdlib.network.modes import evaluating
 from svdlib.network.opened import Network
 from svdlib.study.running import inputs

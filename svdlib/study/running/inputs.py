@@ -110,10 +110,6 @@ def _is_positive(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
-def _is_folder(value: object) -> bool:
-    return isinstance(value, str | Path) and (not str(value) or Path(value).is_dir())
-
-
 RULES: dict[str, Rule] = {
     "whole": _integer,
     "from_zero": partial(_integer, smallest=0),
@@ -136,7 +132,10 @@ COMMON: dict[str, Rule] = {
     "dataset": lambda name, value: checks.one_of(value, data.NAMES, name),
     "train_images": partial(_integer, smallest=100),
     "device": lambda name, value: checks.device(str(value)),
-    "figures": _needed(_is_folder, "a folder that is there, or '' to save nothing"),
+    "figures": _needed(
+        lambda value: isinstance(value, str | Path) and (not str(value) or Path(value).is_dir()),
+        "a folder that is there, or '' to save nothing",
+    ),
     "progress": RULES["switch"],
 }
 

@@ -15,8 +15,7 @@ from svdlib import clock
 from svdlib.linalg.bases import range_basis
 from svdlib.linalg.svd import randomized_svd
 from svdlib.network.opened import find_layers
-from svdlib.ranks.front import front, layers_of
-from svdlib.ranks.joint import joint_profile
+from svdlib.ranks.joint import front, joint_profile, layers_of
 from svdlib.study.evidence.theory import random_basis, residual_norms, sharp_bound
 from svdlib.study.running import inputs
 
