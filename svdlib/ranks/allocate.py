@@ -71,7 +71,8 @@ def allocate(layers: Mapping[str, Choices], budget: float, *, of: str = "cost") 
         raise ValueError("costs and errors must be finite")
     lowest = sum(float(option[row].min()) for option in options)
     if not budget >= lowest:
-        raise ValueError(f"a total {of} of {budget:.12g} is too small; the least is {lowest:.12g}")
+        found = f"the smallest reachable {of} is {lowest:.12g}"
+        raise ValueError(f"a budget of {budget:.12g} is too small; {found}")
     # More than the best choices of all layers use is left anyway.
     budget = min(budget, sum(float(option[row, option[1 - row].argmin()]) for option in options))
     price = _price(options, row, budget)

@@ -67,16 +67,16 @@ def test_many_layers_with_many_ranks(scale):
 @settings(max_examples=50, deadline=None)
 @given(made=layers(), less=st.floats(1e-6, 10))
 def test_a_budget_below_the_least_is_refused(made, less):
-    with pytest.raises(ValueError, match=f"too small; the least is {least(made):g}"):
+    with pytest.raises(ValueError, match=f"smallest reachable cost is {least(made):g}"):
         allocate(made, least(made) - less)
     smallest = sum(layer.errors.min() for layer in made.values())
-    with pytest.raises(ValueError, match=f"too small; the least is {smallest:g}"):
+    with pytest.raises(ValueError, match=f"smallest reachable error is {smallest:g}"):
         allocate(made, smallest - less, of="error")
     assert totals(made, allocate(made, least(made)))[0] == least(made)
 
 
 def test_nan_is_refused():
-    with pytest.raises(ValueError, match="nan is too small; the least is 3"):
+    with pytest.raises(ValueError, match="nan is too small; the smallest reachable cost is 3"):
         allocate({"a": Choices(np.array([1]), np.array([3.0]), np.array([1.0]))}, np.nan)
     layer = Choices(np.array([1, 2]), np.array([3.0, 6.0]), np.array([1.0, np.nan]))
     with pytest.raises(ValueError, match="must be finite"):

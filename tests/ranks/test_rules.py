@@ -181,8 +181,14 @@ def test_bad_input():
     refused("'level' takes parameters=…, got tolerance=0.1", rule="level", tolerance=0.1)
     refused("'level' takes parameters=…, got increase=0.1", rule="level", increase=0.1)
     refused("3 weights are too few; the lowest ranks have 52", rule="level", parameters=3)
-    refused("a total cost of 3 is too small; the least is 52", rule="budget", parameters=3)
-    refused("a total error of -5 is too small; the least is 0", rule="budget", increase=-5.0)
+    refused(
+        "a budget of 3 is too small; the smallest reachable cost is 52", rule="budget", parameters=3
+    )
+    refused(
+        "a budget of -5 is too small; the smallest reachable error is 0",
+        rule="budget",
+        increase=-5.0,
+    )
 
 
 ASKED = [

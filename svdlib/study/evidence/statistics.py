@@ -11,11 +11,11 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 
-def interval(values: ArrayLike) -> pd.Series:
-    """n, mean, and the ends of Student's 95% interval for the mean; NaN for a single value."""
+def interval(values: ArrayLike, level: float = 0.95) -> pd.Series:
+    """n, mean, and the ends of Student's interval for the mean; NaN for a single value."""
     x = np.asarray(values, float)
     n, mean = len(x), x.mean()
-    half = stats.t.ppf(0.975, n - 1) * stats.sem(x) if n > 1 else np.nan
+    half = stats.t.ppf((1 + level) / 2, n - 1) * stats.sem(x) if n > 1 else np.nan
     return pd.Series({"n": n, "mean": mean, "low": mean - half, "high": mean + half})
 
 
