@@ -35,7 +35,8 @@ test: setup lint
 	fi
 
 # Kernels that MKL and torch take on processors without AVX2, with AVX2, and on this one.
-NUMERICAL := tests/linalg tests/layers tests/ensemble tests/ranks tests/study/test_theory.py
+NUMERICAL := tests/linalg tests/network tests/layers tests/ensemble tests/ranks \
+	tests/study/evidence/test_theory.py
 processors: setup
 	@for kernels in "MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default" \
 			"MKL_CBWR=AVX2 ATEN_CPU_CAPABILITY=avx2" ""; do \
