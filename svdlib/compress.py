@@ -142,18 +142,19 @@ def compress(
         task = task_of(net, x, y, objective, accuracy)
         task.measure()
         one_pass = clock.now() - start
-        few = first_batch(inputs.data, BATCH)
-        layers = net.replaceable(names, few, call)
-        own = net.untied(layers)
-        fits: dict[str, Fit | None] = dict.fromkeys(layers.keys() - own)
-        fits |= fits_of(net, own, inputs)
-        if not fits:
-            raise ValueError(f"calibration reaches no layer, such as {own[0]!r}")
-        layers = {name: layer for name, layer in layers.items() if name in fits}
-        errors = {name: lost_by(layer, fits[name]) for name, layer in layers.items()}
-        costs = counted(net, few, call)[kind if kind == "multiply_adds" else "parameters"]
-        if (estimate := one_pass * (GRID + 1) * len(layers)) <= seconds:
-            description = f"profile of {len(layers)} layers, about {estimate:.0f} s"
+    few = first_batch(inputs.data, BATCH)
+    layers = net.replaceable(names, few, call)
+    own = net.untied(layers)
+    fits: dict[str, Fit | None] = dict.fromkeys(layers.keys() - own)
+    fits |= fits_of(net, own, inputs)
+    if not fits:
+        raise ValueError(f"calibration reaches no layer, such as {own[0]!r}")
+    layers = {name: layer for name, layer in layers.items() if name in fits}
+    errors = {name: lost_by(layer, fits[name]) for name, layer in layers.items()}
+    costs = counted(net, few, call)[kind if kind == "multiply_adds" else "parameters"]
+    if (estimate := one_pass * (GRID + 1) * len(layers)) <= seconds:
+        description = f"profile of {len(layers)} layers, about {estimate:.0f} s"
+        with net.measuring():
             errors = sensitivities(task, layers, errors, description, progress)
     plan = plan_of(net, layers, errors, costs, multiple_of, f"{kind}={budget:g}")
     maker = _Maker(task, fits, inputs, sequential)

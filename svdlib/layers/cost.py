@@ -75,6 +75,7 @@ def latency(model: nn.Module, x: Tensor, repeats: int = 50) -> float:
         return clock.median(partial(model, x.clone()), repeats, device=x.device)
 
 
+@torch.no_grad()
 def counted(net: Network, x: Batch, call: Call | None) -> pd.DataFrame:
     """The columns of `cost` that need no clock, by layer."""
     products = _Products(net.layers)

@@ -119,8 +119,7 @@ class ChainSweep(Sweep):
     def __init__(self, task: Chain, layers: Mapping[str, Layer]) -> None:
         super().__init__(task, layers)
         ((self.name, self.layer),) = layers.items()
-        U, S, self.Vh = self.factors[self.name]
-        self.US = U * S.unsqueeze(-2)
+        self.US, S, self.Vh = self.factors[self.name]
         steps, place = list(task.steps.values()), list(task.steps).index(self.name)
         self.before, self.behind = nn.Sequential(*steps[:place]), nn.Sequential(*steps[place + 1 :])
         x = task.data[0]

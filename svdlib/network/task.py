@@ -177,10 +177,10 @@ class Sweep:
 
     def __init__(self, task: Task, layers: Mapping[str, Layer]) -> None:
         self.task, self.layers = task, layers
-        self.factors = {
-            name: torch.linalg.svd(layer.matrix(), full_matrices=False)
-            for name, layer in layers.items()
-        }
+        self.factors = {}
+        for name, layer in layers.items():
+            U, S, Vh = torch.linalg.svd(layer.matrix(), full_matrices=False)
+            self.factors[name] = U * S.unsqueeze(-2), S, Vh
 
     def table(self, ranks: Iterable[int] | None = None, progress: bool = False) -> pd.DataFrame:
         """The rows of `loss_profile` for these ranks, capped at each layer's full rank, or all."""
@@ -205,9 +205,9 @@ class Sweep:
 
         def variants() -> Iterator[AbstractContextManager[None]]:
             for name, layer in self.layers.items():
-                U, S, Vh = self.factors[name]
+                US, _, Vh = self.factors[name]
                 for rank in ranks[name]:
-                    yield replaced({layer.weight: layer.at_rank(U * S.unsqueeze(-2), Vh, rank)})
+                    yield replaced({layer.weight: layer.at_rank(US, Vh, rank)})
 
         means = self.task.means(variants, sum(map(len, ranks.values())), progress)
         return {name: values[1:] for name, values in means.items()}

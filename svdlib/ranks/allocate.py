@@ -69,10 +69,9 @@ def allocate(layers: Mapping[str, Choices], budget: float, *, of: str = "cost") 
     options = [np.stack([layer.costs, layer.errors]) for layer in layers.values()]
     if not all(np.isfinite(option).all() for option in options):
         raise ValueError("costs and errors must be finite")
-    lowest = sum(float(option[row].min()) for option in options)
-    if not budget >= lowest:
-        found = f"the smallest reachable {of} is {lowest:.12g}"
-        raise ValueError(f"a budget of {budget:.12g} is too small; {found}")
+    if not budget >= (lowest := sum(float(option[row].min()) for option in options)):
+        limit = f"the smallest reachable {of} is {lowest:.12g}"
+        raise ValueError(f"a budget of {budget:.12g} is too small; {limit}")
     # More than the best choices of all layers use is left anyway.
     budget = min(budget, sum(float(option[row, option[1 - row].argmin()]) for option in options))
     price = _price(options, row, budget)
