@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -216,13 +216,12 @@ def input_sums(net: Network, names: Iterable[str], calibration: Calibration) -> 
 
 
 def call_order(
-    net: Network, names: Iterable[str], calibration: Calibration
+    net: Network, names: Collection[str], calibration: Calibration
 ) -> tuple[list[list[str]], set[str]]:
     """The layers in groups by their first call, and those that each batch calls at most once.
 
     A group has one input for all its layers, each called once.
     """
-    names = list(names)
     first: list[str] = []
     called: list[str] = []  # in this batch
     earlier: set[str] = set()  # called in batches before

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import chain
 
 import torch
@@ -79,7 +79,7 @@ def factorize(
     if sequential:
         refuse_generator(calibration, "calibration of one layer after the other")
     net, named = Network.copy_of(model), isinstance(ranks, Mapping)
-    earlier = low_rank_layers(duplicate(model))
+    earlier = low_rank_layers(duplicate(model)) if low_rank_layers(model) else {}
     chosen = _chosen(net, ranks, earlier)
     fits: Fits = dict.fromkeys(net.untied(chosen)).items()
     with torch.random.fork_rng(devices=[]):  # a DataLoader draws random numbers
@@ -164,7 +164,7 @@ def factorized(net: Network, ranks: Mapping[str, int], fits: Fits) -> nn.Module:
 
 
 def one_after_another(
-    net: Network, dense: Network, names: Iterable[str], calibration: Calibration
+    net: Network, dense: Network, names: Collection[str], calibration: Calibration
 ) -> Iterator[tuple[str, Approximations]]:
     """Fits in the order of the calls, each on the inputs that the layers cut before it leave."""
     order, once = call_order(net, names, calibration)

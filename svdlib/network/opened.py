@@ -186,10 +186,9 @@ class Network:
         return [name for name in self.layers if fits(name, wanted) and not fits(name, barred)]
 
     def replaceable(
-        self, names: Iterable[str], batch: Batch, call: Call | None
+        self, names: Collection[str], batch: Batch, call: Call | None
     ) -> dict[str, Layer]:
         """Those of the layers that can be replaced, as a call shows; why others can't is in ``left``."""
-        names = list(names)
         layers = self.choose(None, "compress", replace=True)
         self.left |= dict.fromkeys(self.weights_read(layers, batch, call), READ)
         for group in self.ties:
