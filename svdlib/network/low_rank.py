@@ -40,8 +40,8 @@ class LowRank(nn.Sequential):
         """Sides and settings of the layer replaced, from the factor that knows them."""
         if name not in ATTRIBUTES or not hasattr(self.main, name):
             return super().__getattr__(name)
-        first, second = map(kind, self.factors)
-        sides = zip(kind(self.main).side_names, (first.sides[0], second.sides[1]), strict=True)
+        first, second = map(as_layer, self.factors)
+        sides = zip(as_layer(self.main).side_names, (first.sides[0], second.sides[1]), strict=True)
         return dict(sides).get(name, getattr(self.main, name))
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -60,25 +60,25 @@ class LowRank(nn.Sequential):
     def main(self) -> nn.Module:
         """The factor that is of the kind of the layer replaced, and has its window."""
         first, second = self.factors
-        later = kind(second).own_factor == 1 or isinstance(first, TransposedLinear)
+        later = as_layer(second).own_factor == 1 or isinstance(first, TransposedLinear)
         return cast(nn.Module, second if later else first)
 
     @property
     def rank(self) -> int:
         """The number r of terms."""
         first = self.factors[0]
-        return kind(first).to_matrix(first.weight).shape[-2]
+        return as_layer(first).to_matrix(first.weight).shape[-2]
 
     @property
     def weight(self) -> Tensor:
         """The product of the factors, in the shape of the weight that they replace."""
-        first, second = (kind(factor).to_matrix(factor.weight) for factor in self.factors)
-        return kind(self.main).to_weight(second @ first)
+        first, second = (as_layer(factor).to_matrix(factor.weight) for factor in self.factors)
+        return as_layer(self.main).to_weight(second @ first)
 
     @property
     def bias(self) -> Tensor | None:
         """The bias of the second factor."""
-        return kind(self.factors[1]).bias
+        return as_layer(self.factors[1]).bias
 
     def fill_(self, layer: Layer, found: Approximations | None) -> None:
         """Take the factors of a layer's matrix, the best in itself or by a fit."""
@@ -92,14 +92,14 @@ class LowRank(nn.Sequential):
         root = S.sqrt()
         parts = (root.unsqueeze(-1) * Vh, U * root.unsqueeze(-2))
         for factor, part in zip(self.factors, parts, strict=True):
-            factor.weight.copy_(kind(factor).to_weight(part))
+            factor.weight.copy_(as_layer(factor).to_weight(part))
             factor.weight.requires_grad_(layer.weight.requires_grad)
         if layer.bias is not None and self.bias is not None:
             moved = 0.0 if shift is None else shift.flatten().to(layer.bias.dtype)
             self.bias.copy_(layer.bias + moved).requires_grad_(layer.bias.requires_grad)
 
 
-def kind(factor: nn.Module) -> Layer:
+def as_layer(factor: nn.Module) -> Layer:
     return cast(Layer, layer_of(factor))
 
 
@@ -111,9 +111,9 @@ class Factorized(Layer):
 
     def __init__(self, module: LowRank) -> None:
         super().__init__(module)
-        self.main = kind(module.main)
+        self.main = as_layer(module.main)
         self.groups = self.main.groups
-        self.factors = [kind(factor) for factor in module]
+        self.factors = [as_layer(factor) for factor in module]
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
@@ -160,7 +160,7 @@ def thin_twins(layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> dict[st
             if type(shared[0]) is type(twin[0]):
                 twin[0].weight, twin[1].weight = left, right
             else:
-                factor = kind(twin[0])
+                factor = as_layer(twin[0])
                 twin[0] = factor.new(TransposedLinear, *factor.sides)
                 twin[0].weight, twin[1].weight = right, left
     return twins
