@@ -86,6 +86,11 @@ class Layer:
         weight = self.weight.detach()
         return self.to_matrix(weight if weight.element_size() >= 4 else weight.float())
 
+    def decomposed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """U Σ, Σ and Vᵀ of its matrix, for `at_rank`."""
+        U, S, Vh = torch.linalg.svd(self.matrix(), full_matrices=False)
+        return U * S.unsqueeze(-2), S, Vh
+
     def to_matrix(self, weight: Tensor) -> Tensor:
         """The matrix that a weight of such a layer holds."""
         A = weight.unflatten(0, (self.groups, -1)).flatten(2)

@@ -177,10 +177,7 @@ class Sweep:
 
     def __init__(self, task: Task, layers: Mapping[str, Layer]) -> None:
         self.task, self.layers = task, layers
-        self.factors = {}
-        for name, layer in layers.items():
-            U, S, Vh = torch.linalg.svd(layer.matrix(), full_matrices=False)
-            self.factors[name] = U * S.unsqueeze(-2), S, Vh
+        self.factors = {name: layer.decomposed() for name, layer in layers.items()}
 
     def table(self, ranks: Iterable[int] | None = None, progress: bool = False) -> pd.DataFrame:
         """The rows of `loss_profile` for these ranks, capped at each layer's full rank, or all."""

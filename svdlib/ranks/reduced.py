@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Mapping
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from svdlib import checks
@@ -41,6 +40,7 @@ def verify_ranks(
     Raises:
         ValueError: as `loss_profile`, or a rank above the matrix's smaller side.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
     >>> verify_ranks(net, {"0": 2}, torch.rand(20, 8), torch.arange(20) % 3)["parameters"]
     55.0
@@ -77,6 +77,7 @@ def refine_ranks(
     Raises:
         ValueError: as `verify_ranks`; an impossible tolerance, no ranks, a generator for data.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
     >>> x, y = torch.rand(20, 8), torch.arange(20) % 3
     >>> refine_ranks(net, x, y, {"0": 6, "2": 3}, tolerance=9.0)
@@ -126,8 +127,7 @@ class _Reduced:
         earlier = low_rank_layers(original)
         sizes: dict[int, int] = {}  # of weights as they are stored now
         for name, layer in self.layers.items():
-            U, S, Vh = torch.linalg.svd(layer.matrix(), full_matrices=False)
-            self.factors[name] = (U * S.unsqueeze(-2), Vh)
+            self.factors[name] = layer.decomposed()[::2]  # without Σ
             thin = earlier.get(name)
             self.max_ranks[name] = thin.rank if thin else layer.full_rank
             for factor in thin.factors if thin else (layer,):
