@@ -12,7 +12,8 @@ from torch import Tensor
 from svdlib.data import with_ones
 from svdlib.ensemble.descent import Step
 from svdlib.ensemble.networks import MLPEnsemble
-from svdlib.ensemble.projection import Choices, grouped, sketch_generators
+from svdlib.ensemble.projection import Choices, grouped
+from svdlib.ensemble.stacks import sketch_generators
 
 THREAD = 12_400_000  # multiply-adds, forward, worth a thread: sixteen of the paper's networks
 
@@ -38,6 +39,7 @@ class Batches:
     ) -> None:
         self.images, self.size = images, size
         self.order: Sequence[Tensor] = ()
+        self.grams: dict[int, Tensor] = {}
         if generator is not None:
             order = torch.randperm(len(images), generator=generator, device=images.device)
             labels, self.order = labels[order], order.split(size)
@@ -52,6 +54,13 @@ class Batches:
         for chosen, y in zip(self.order, self.labels, strict=True):
             torch.index_select(self.images, 0, chosen, out=x[: len(chosen)])
             yield x[: len(chosen)], y
+
+    def with_grams(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """x and y of each batch, and x xᵀ without the ones, kept if there is no order."""
+        for number, (x, y) in enumerate(self):
+            if self.order or number not in self.grams:
+                self.grams[number] = x[:, :-1] @ x[:, :-1].mT
+            yield x, y, self.grams[number]
 
 
 class Part:
@@ -75,7 +84,6 @@ class Part:
         self.begin(nets)
 
     def begin(self, nets: MLPEnsemble) -> None:
-
         self.step = Step(nets, *self.settings)
         self.groups = grouped(self.choices, self.step.weights, self.generators)
 
@@ -83,18 +91,30 @@ class Part:
     def train(self, batches: Batches, rates: Sequence[float], losses: Tensor, stop: Event) -> None:
         """An epoch, until ``stop`` is set; losses (steps, all networks) get the batches' sums."""
         rows = losses[:, self.networks].unbind()
-        with torch.cuda.stream(self.stream):
+        thin = self.step.thin is not None or self._may_be_thin(batches.size)
+        # Torch would look for better plans for a function that has been called a few times.
+        with torch.cuda.stream(self.stream), torch.jit.optimized_execution(False):
             try:
-                for (x, y), rate, loss in zip(batches, rates, rows, strict=True):
+                each = batches.with_grams() if thin else batches
+                for batch, rate, loss in zip(each, rates, rows, strict=True):
                     if stop.is_set():
                         break
-                    self.step.take(x, y, rate, loss)
+                    x, y, *grams = batch
+                    self.step.take(x, y, rate, loss, *grams)
                     self.done += 1
                     for group in self.groups:
                         if group.projection.is_due(self.done, len(rates)):
                             group.project_()
+                    if thin and self.step.thin is None:
+                        self.step.hold(self.groups[0].hold_first(self.step.maps[0]))
             finally:
                 self.step.store()
+
+    def _may_be_thin(self, batch: int) -> bool:
+        """Whether the first layer can be held as two factors from one projection to the next."""
+        _, optimizer, dropout, _ = self.settings
+        alike = len(set(self.choices)) == 1 and bool(self.groups)
+        return alike and optimizer == "sgd" and not dropout and self.groups[0].holds_first(batch)
 
     @torch.inference_mode()
     def test(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

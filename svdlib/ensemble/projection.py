@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from svdlib import checks
+from svdlib.ensemble import thin
+from svdlib.ensemble.affine import Affine
 from svdlib.ensemble.networks import MLPEnsemble
+from svdlib.ensemble.stacks import Generators, layer_stacks
 from svdlib.layers.project import project_
-from svdlib.linalg.bases import dominant_basis, gram, range_basis, sketched_basis, with_spare_rows
 from svdlib.linalg.svd import METHODS, OVERSAMPLE, POWER_ITERS
 from svdlib.network.opened import Network
 
@@ -126,105 +127,6 @@ class Projection:
 
 Choices = Sequence[Projection | None]  # one per network
 Projections = Projection | None | Choices
-Generators = Sequence[torch.Generator | None]  # one per network; empty: torch's global one
-GRAM_ROWS = 64  # up to so many the randomized method works on the Gram matrix
-AHEAD = 16_384  # numbers per network that sketches between epochs are drawn ahead
-
-
-def sketch_generators(seeds: Sequence[int], seed: int, device: torch.device) -> Generators:
-    """A generator per network, seeded by its own seed and the call's, whatever its neighbors."""
-    mixed = [np.random.SeedSequence([seed % 2**64, network % 2**64]) for network in seeds]
-    states = [int(sequence.generate_state(1, np.uint64)[0]) >> 1 for sequence in mixed]
-    return [torch.Generator(device).manual_seed(state) for state in states]
-
-
-def sketches(
-    generators: Generators, shape: tuple[int, int, int], like: Tensor, frequent: bool
-) -> Iterator[Tensor]:
-    """Gaussian Ω (layers · networks, rows, columns) without end, ``frequent`` ones drawn ahead."""
-    layers, rows, columns = shape
-    ahead = max(1, AHEAD // (layers * rows * columns)) if frequent else 1
-    drawn = like.new_empty(ahead, layers, len(generators), rows, columns)
-    while True:
-        numbers = like.new_empty(ahead, layers, rows, columns)
-        for network, generator in enumerate(generators):
-            drawn[:, :, network] = numbers.normal_(generator=generator)
-        yield from drawn.flatten(1, 2).unbind()
-
-
-class LayerStack:
-    """Layers with equally many rows on the shorter side, projected by one batched factorization.
-
-    The rank-k matrix of A (S, m, n) is U Uᵀ A, with U its k < m leading left singular vectors.
-    ``sides`` are such A, weights or their transposes, equally high with their spare rows.
-    """
-
-    def __init__(
-        self, sides: Sequence[Tensor], rank: int, projection: Projection, generators: Generators
-    ) -> None:
-        networks, rows = sides[0].shape[:2]
-        self.sides, self.rank, self.power_iters = sides, rank, projection.power_iters
-        columns = rank + projection.oversample
-        # With so many columns a sketch would span everything: the exact answer costs less.
-        self.exact = projection.method == "truncsvd" or columns >= rows
-        self.by_gram = self.exact or rows <= GRAM_ROWS
-        self.thin = 4 * rank < rows
-        self.tall = [with_spare_rows(A) for A in sides]
-        size = self.tall[0].shape[1] if self.by_gram else 0
-        # What a sketch misses is as small as a step's change; its square needs float64.
-        dtype = sides[0].dtype if self.exact else torch.float64
-        self.G = sides[0].new_empty(len(sides) * networks, size, size, dtype=dtype)
-        self.P = sides[0].new_empty(len(sides) * networks, *([0, 0] if self.thin else [rows, rows]))
-        self.G_of, self.P_of = self.G.split(networks), self.P.split(networks)
-        # One sketch for all layers if Ω has A's rows, else one per layer, as columns may differ.
-        shapes = [(len(sides), rows)] if self.by_gram else [(1, A.shape[2]) for A in sides]
-        own, frequent = generators or [None] * networks, projection.every != "epoch"
-        self.sketches = [sketches(own, (*shape, columns), sides[0], frequent) for shape in shapes]
-        self.U: Tensor | None = None
-
-    def project_(self, warm: bool) -> None:
-        """Project the weights, ``warm`` from the last basis, if they have changed little since."""
-        rows = self.sides[0].shape[1]
-        if self.by_gram:
-            for A, G in zip(self.tall, self.G_of, strict=True):
-                wide = A.to(G.dtype)
-                torch.bmm(wide, wide.mT, out=G)
-            G, start = self.G[:, :rows, :rows], self.U if warm else None
-            if self.exact:
-                self.U = dominant_basis(G, self.rank, start)
-            else:
-                omega = next(self.sketches[0])
-                U = sketched_basis(G, omega, self.rank, self.power_iters, start)
-                self.U = U.to(self.P.dtype)
-        else:
-            bases = []
-            for A, sketch in zip(self.sides, self.sketches, strict=True):
-                Q = range_basis(A, next(sketch), self.power_iters)
-                bases.append(Q @ dominant_basis(gram(Q.mT @ A), self.rank))
-            self.U = torch.cat(bases)
-        if self.thin:
-            for A, U in zip(self.sides, self.U.chunk(len(self.sides)), strict=True):
-                A.copy_(torch.bmm(U, torch.bmm(U.mT, A)))
-        else:
-            torch.bmm(self.U, self.U.mT, out=self.P)
-            for A, P in zip(self.sides, self.P_of, strict=True):
-                A.copy_(torch.bmm(P, A))
-
-
-def layer_stacks(
-    weights: list[Tensor], ranks: Sequence[int], projection: Projection, generators: Generators = ()
-) -> list[LayerStack]:
-    """The layers of an ensemble in as few stacks as possible, without those of rank ≥ min(m, n).
-
-    ``weights`` are (S, out, in), one per layer like the ranks, changed in place by ``project_``;
-    generators are one per network, torch's global one by default.
-    """
-    stacks: dict[tuple[int, int, int], list[Tensor]] = {}
-    for W, rank in zip(weights, ranks, strict=True):
-        A = W if W.shape[1] <= W.shape[2] else W.mT
-        if rank < A.shape[1]:
-            stacks.setdefault((rank, A.shape[1], with_spare_rows(A).shape[1]), []).append(A)
-    return [LayerStack(sides, rank, projection, generators) for (rank, *_), sides in stacks.items()]
 
 
 class Group:
@@ -233,15 +135,17 @@ class Group:
     def __init__(
         self, projection: Projection, networks: list[int], weights: list[Tensor], own: Generators
     ) -> None:
-        self.projection, self.weights, self.projected = projection, weights, False
+        self.projection, self.projected = projection, False
         low, high = networks[0], networks[-1] + 1
         scattered = high - low > len(networks)
         self.index = torch.tensor(networks, device=weights[0].device)
-        own_weights = [W[self.index] if scattered else W[low:high] for W in weights]
-        self.copies = list(zip(weights, own_weights, strict=True)) if scattered else []
-        self.stacks = layer_stacks(own_weights, projection.ranks(len(weights)), projection, own)
+        self.weights = [W[self.index] if scattered else W[low:high] for W in weights]
+        self.copies = list(zip(weights, self.weights, strict=True)) if scattered else []
+        ranks = projection.ranks(len(weights))
+        self.stacks = layer_stacks(self.weights, ranks, projection, own)
 
     def project_(self) -> None:
+        """Project the weights in place."""
         for W, own in self.copies:
             torch.index_select(W, 0, self.index, out=own)
         warm = self.projected and self.projection.every == "step"
@@ -250,6 +154,19 @@ class Group:
         self.projected = True
         for W, own in self.copies:
             W.index_copy_(0, self.index, own)
+
+    def holds_first(self, batch: int) -> bool:
+        """Whether the first layer is better held as two factors: its products with x then rule."""
+        rows, columns = self.weights[0].shape[1:]
+        stack = next(iter(self.stacks), None)
+        followed = stack is not None and stack.by_gram and stack.sides[0] is self.weights[0]
+        return followed and self.projection.every == "step" and 2 * max(rows, batch) <= columns
+
+    def hold_first(self, dense: Affine) -> thin.Layer:
+        """The first layer, just projected, as two factors, which projects others in its steps."""
+        followed = [stack for stack in self.stacks if stack.by_gram]
+        self.stacks = [stack for stack in self.stacks if not stack.by_gram]
+        return thin.Layer(dense, followed)
 
 
 def per_network(projection: Projections, nets: MLPEnsemble) -> Choices:

@@ -58,19 +58,8 @@ def _product(A: Tensor, X: Tensor) -> Tensor:
 def gram(A: Tensor) -> Tensor:
     m = A.shape[-2]
     if A.ndim > 2 and m < 64:
-        A = F.pad(A, (0, 0, 0, -m % 8))  # see `with_spare_rows`
+        A = F.pad(A, (0, 0, 0, -m % 8))  # MKL is slow at 15 rows
     return (A @ A.mT)[..., :m, :m]
-
-
-def with_spare_rows(A: Tensor) -> Tensor:
-    """A view of A (S, m, n), m up to a multiple of 8 if there is memory: MKL is slow at 15 rows."""
-    stacks, m, n = A.shape
-    size, stride = (stacks, m + -m % 8, n), A.stride()
-    last = sum((number - 1) * step for number, step in zip(size, stride, strict=True))
-    room = (A.storage_offset() + last + 1) * A.itemsize <= A.untyped_storage().nbytes()
-    if m < 64 and room and stride[0] >= size[1] * stride[1] and stride[1] >= n:
-        return A.as_strided(size, stride)
-    return A
 
 
 def dominant_basis(G: Tensor, rank: int, start: Tensor | None = None) -> Tensor:
@@ -105,13 +94,11 @@ def _shift_(G: Tensor, part: float) -> None:
     diagonal += part * diagonal.sum(-1, keepdim=True)
 
 
-def sketched_basis(
-    G: Tensor, omega: Tensor, rank: int, power_iters: int, start: Tensor | None = None
-) -> Tensor:
+def sketched_basis(G: Tensor, omega: Tensor, rank: int, power_iters: int) -> Tensor:
     """The randomized SVD's left singular vectors U_k (…, m, k) of A, from its Gram matrix G = A Aᵀ.
 
     The columns of A Ω are independent normal vectors with covariance G, as are those of L Ω with
-    G = L Lᵀ and a Gaussian Ω (…, m, k+p): G alone is enough. ``start`` is as in `dominant_basis`.
+    G = L Lᵀ and a Gaussian Ω (…, m, k+p): G alone is enough.
     """
     small, columns = G.to(torch.float64, copy=True), omega.shape[-1]
     # A projected matrix is rank-deficient. If Cholesky fails despite the shift, G has L's range.
@@ -125,6 +112,5 @@ def sketched_basis(
     # The shift shortens columns; a second pass makes them orthonormal.
     Q = _cholesky_qr(_cholesky_qr(Y, any_basis, shift=1e-14), any_basis)
     if columns > rank:
-        first = None if start is None else Q.mT @ start.double()
-        Q = Q @ dominant_basis(Q.mT @ small @ Q, rank, first)
+        Q = Q @ dominant_basis(Q.mT @ small @ Q, rank)
     return Q.to(G.dtype)

@@ -1,0 +1,120 @@
+"""A first layer that is projected after every step, held as two thin factors."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from svdlib.ensemble.affine import Affine
+from svdlib.ensemble.stacks import LayerStack, follow_, follow_randomly_
+from svdlib.linalg.subspace import turn_
+
+Tensors = tuple[Tensor, ...]
+
+
+class Layer:
+    """The first layers of S networks at rank k, W = V C, whose product is never formed.
+
+    C = UᵀW (S, k, n), so that k rows meet the images instead of m, and V = U (UᵀU)⁻¹ (S, m, k) in
+    the map ``outer``, [V b]; U and V are the first bases of the first stack. See `step_`.
+
+    Args:
+        dense: the layer, just projected.
+        stacks: of the layers that are projected in its steps, the layer itself being the first.
+    """
+
+    def __init__(self, dense: Affine, stacks: list[LayerStack]) -> None:
+        self.stacks = stacks
+        self.settings = {
+            "power_iters": stacks[0].power_iters,
+            "random": tuple(not stack.exact for stack in stacks),
+        }
+        W = stacks[0].sides.pop(0)
+        U = stacks[0].U[: len(W)]
+        self.C = U.mT @ W
+        self.H = self.C @ self.C.mT
+        bias = dense.matrix[:, : dense.out, -1:]
+        self.outer = Affine(torch.cat([U, bias], -1), outer=True, last=dense.last)
+
+    def tensors(self, batch: int) -> tuple[Tensors, ...]:
+        """What `forward_` and `step_` work on, with buffers for so many images."""
+        code, UD = self.C.new_zeros(2, *self.C.shape[:2], batch)
+        with_ones = F.pad(code, (0, 0, 0, 1), value=1.0)
+        layer = self.C, self.H, self.outer.matrix, code, with_ones, UD
+        return layer, *(stack.tensors() for stack in self.stacks)
+
+    def more(self, gram: Tensor) -> list[Tensor]:
+        """What else `step_` needs in the next step; ``gram`` is x xᵀ (B, B)."""
+        for stack in self.stacks:
+            R = stack.renew_()
+            if stack is self.stacks[0] and R is not None:
+                R = R[: len(self.C)]
+                self.C.copy_(torch.linalg.solve_triangular(R.mT, self.C, upper=False))
+                torch.bmm(self.C, self.C.mT, out=self.H)
+                self.outer.weight.copy_(stack.V[: len(R)])
+        return [gram, *(sketch for stack in self.stacks for sketch in stack.sketch())]
+
+    def dense(self) -> Affine:
+        """The layer as one matrix."""
+        V, bias = self.outer.weight, self.outer.matrix[:, : self.outer.out, -1:]
+        return Affine(torch.cat([V @ self.C, bias], -1), outer=True, last=self.outer.last)
+
+
+def forward_(layer: Tensors, x: Tensor, out: Tensor) -> None:
+    """V C xᵀ + b (S, m, B) of the batch x (B, n + 1), whose last column is ones."""
+    C, _, Vb, code, with_ones, _ = layer
+    torch.mm(C.flatten(0, 1), x[:, :-1].t(), out=code.flatten(0, 1))
+    with_ones[:, :-1].copy_(code)
+    torch.bmm(Vb, with_ones, out=out)
+
+
+def step_(
+    layer: Tensors,
+    stacks: tuple[Tensors, ...],
+    x: Tensor,
+    D: Tensor,
+    gram: Tensor,
+    *sketches: Tensor,
+    random: tuple[bool, ...],
+    power_iters: int,
+) -> Tensor:
+    """A step from W = V C to P (W + D x), with the projection P onto the new range(U), in place.
+
+    With the scaled deltas D (S, m, B) and the batch x (B, n), of which mostly K = x xᵀ is needed:
+
+        A = UᵀD,   C′ = C + A x = Uᵀ(W + D x),   W + D x = V C′ + N,   N = (D − V A) x.
+
+    So C′xᵀ = C xᵀ + A K, C′C′ᵀ = C Cᵀ + A (C xᵀ)ᵀ + (C′xᵀ) Aᵀ, and N C′ᵀ = (D − V A)(C′xᵀ)ᵀ are
+    small products, and `turn_` takes them. As UᵀV = I after U has turned, too, C becomes
+    Uᵀ(W + D x) = C + UᵀD x: only added to, by a product with k rows. The other layers of the
+    ``stacks`` are projected as well.
+    """
+    C, H, Vb, code, _, UD = layer
+    U, V = (basis[: len(C)] for basis in stacks[0][:2])
+    D = D[:, : U.shape[1]].contiguous()
+    torch.bmm(U.mT, D, out=UD)
+    new_code = torch.mm(UD.flatten(0, 1), gram).view_as(code).add_(code)
+    DC = torch.bmm(D, new_code.mT)
+    UDC = torch.bmm(U.mT, DC)
+    H.baddbmm_(UD, code.mT).add_(UDC.mT)
+    X = torch.baddbmm(DC, V, UDC, alpha=-1)
+    remaining = iter(sketches)
+    if random[0]:
+        N = torch.baddbmm(D, V, UD, alpha=-1)
+        NN = torch.bmm(torch.mm(N.flatten(0, 1), gram).view_as(N), N.mT)
+        E = follow_randomly_(stacks[0], next(remaining), (H, X, NN), power_iters)[: len(C)]
+        H.baddbmm_(X.mT, E).baddbmm_(E.mT, torch.baddbmm(X, NN, E))
+    else:
+        turn_(U, V, H, X)
+        follow_(stacks[0][0][len(C) :], *stacks[0][2:])
+    for stack, is_random in zip(stacks[1:], random[1:], strict=True):
+        if is_random:
+            follow_randomly_(stack, next(remaining), power_iters=power_iters)
+        else:
+            follow_(stack[0], *stack[2:])
+    torch.bmm(U.mT, D, out=UD)
+    weight = Vb[:, : U.shape[1]]
+    weight[..., :-1].copy_(V)
+    weight[..., -1].add_(D.sum(-1))
+    return C.flatten(0, 1).addmm_(UD.flatten(0, 1), x[:, :-1])
