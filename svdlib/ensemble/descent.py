@@ -124,7 +124,7 @@ def _descend(
     if more:
         return thin.step_(first[0], first[1:], x, layers[0][1], *more, **settings)
     A, _, delta, target = first
-    return target.addmm_(delta, x if A.shape == target.shape else x[:, :-1])
+    return target.addmm_(delta, x.narrow(1, 0, target.shape[1]))
 
 
 def _mask(like: Tensor, dropout: float, generator: Generator | None) -> Tensor:

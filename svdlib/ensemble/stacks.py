@@ -20,7 +20,7 @@ Generators = Sequence[torch.Generator | None]  # one per network; empty: torch's
 Measures = tuple[Tensor, ...]  # H, X, and N Nᵀ of `turn_randomly_`
 GRAM_ROWS = 64  # up to so many the randomized method works on the Gram matrix
 AHEAD = 16_384  # numbers per network that sketches between epochs are drawn ahead
-STEPS = 50  # after so many the bases are made orthonormal anew
+STEPS = {True: 50, False: 16}  # exact or random: after so many, bases are orthonormal anew
 
 
 def sketch_generators(seeds: Sequence[int], seed: int, device: torch.device) -> Generators:
@@ -104,7 +104,7 @@ class LayerStack:
     def renew_(self) -> Tensor | None:
         """Before some steps, make U orthonormal; returns the triangular R that it is divided by."""
         self.steps += 1
-        if self.steps % STEPS != 1:
+        if self.steps % STEPS[self.exact] != 1:
             return None
         Q, R = torch.linalg.qr(self.U)
         self.U.copy_(Q)

@@ -41,8 +41,10 @@ class Layer:
         """What `forward_` and `step_` work on, with buffers for so many images."""
         code, UD = self.C.new_zeros(2, *self.C.shape[:2], batch)
         with_ones = F.pad(code, (0, 0, 0, 1), value=1.0)
-        layer = self.C, self.H, self.outer.matrix, code, with_ones, UD
-        return layer, *(stack.tensors() for stack in self.stacks)
+        own, bases = slice(len(self.C)), [stack.tensors() for stack in self.stacks]
+        views = with_ones[:, :-1], self.outer.weight, self.outer.matrix[:, : self.outer.out, -1]
+        layer = self.C, self.H, *(basis[own] for basis in bases[0][:2]), code, UD
+        return (*layer, self.outer.matrix, with_ones, *views), *bases
 
     def more(self, gram: Tensor) -> list[Tensor]:
         """What else `step_` needs in the next step; ``gram`` is x xᵀ (B, B)."""
@@ -63,9 +65,9 @@ class Layer:
 
 def forward_(layer: Tensors, x: Tensor, out: Tensor) -> None:
     """V C xᵀ + b (S, m, B) of the batch x (B, n + 1), whose last column is ones."""
-    C, _, Vb, code, with_ones, _ = layer
-    torch.mm(C.flatten(0, 1), x[:, :-1].t(), out=code.flatten(0, 1))
-    with_ones[:, :-1].copy_(code)
+    C, _, _, _, code, _, Vb, with_ones, to_code, *_ = layer
+    torch.mm(C.flatten(0, 1), x.narrow(1, 0, C.shape[-1]).t(), out=code.flatten(0, 1))
+    to_code.copy_(code)
     torch.bmm(Vb, with_ones, out=out)
 
 
@@ -90,9 +92,8 @@ def step_(
     Uᵀ(W + D x) = C + UᵀD x: only added to, by a product with k rows. The other layers of the
     ``stacks`` are projected as well.
     """
-    C, H, Vb, code, _, UD = layer
-    U, V = (basis[: len(C)] for basis in stacks[0][:2])
-    D = D[:, : U.shape[1]].contiguous()
+    C, H, U, V, code, UD, *_, to_V, bias = layer
+    D = D.narrow(1, 0, U.shape[1]).contiguous()
     torch.bmm(U.mT, D, out=UD)
     new_code = torch.mm(UD.flatten(0, 1), gram).view_as(code).add_(code)
     DC = torch.bmm(D, new_code.mT)
@@ -114,7 +115,6 @@ def step_(
         else:
             follow_(stack[0], *stack[2:])
     torch.bmm(U.mT, D, out=UD)
-    weight = Vb[:, : U.shape[1]]
-    weight[..., :-1].copy_(V)
-    weight[..., -1].add_(D.sum(-1))
-    return C.flatten(0, 1).addmm_(UD.flatten(0, 1), x[:, :-1])
+    to_V.copy_(V)
+    bias.add_(D.sum(-1))
+    return C.flatten(0, 1).addmm_(UD.flatten(0, 1), x.narrow(1, 0, C.shape[-1]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-TURN = 0.5  # the largest norm of E in a step
+TURN, UPSET = 0.5, 30.0  # the largest norms of U's change in a step, if exact and if random
 SHIFT = 1e-7  # of the trace, added before a Cholesky factorization
 LEAST = 1e-36  # added to what is divided by, which may be zero
 
@@ -22,11 +22,10 @@ def turn_(U: Tensor, V: Tensor, H: Tensor, X: Tensor) -> None:
     The small E is not rounded beside V. U + E spans nearly the same and stays dual to the old V, so
     that the new C is the old one plus a small product. The subspace's error falls by
     (σ_{k+1}/σ_k)², without waiting for the device. One step of Newton and Schulz makes V + E dual
-    to the new U; it converges as E is kept below TURN.
+    to the new U; it converges as the norm of E is kept below TURN.
     """
     L = _cholesky(H, SHIFT, LEAST)
-    E = _solve(_solve_transposed(X, L), L)
-    E.mul_((TURN / torch.linalg.vector_norm(E, dim=(1, 2), keepdim=True)).clamp_(max=1))
+    E = _limited(_solve(_solve_transposed(X, L), L), TURN)
     F = V + E
     U.add_(E)
     torch.baddbmm(F, F, torch.bmm(U.mT, F), beta=2, alpha=-1, out=V)
@@ -37,13 +36,14 @@ def turn_randomly_(
 ) -> Tensor:
     """Turn as `turn_` to the subspace of a randomized SVD of W; returns the change of U.
 
-    NN is N Nᵀ (S, m, m), the ``sketch`` a `small_sketch`. The subspace may turn far.
+    NN is N Nᵀ (S, m, m), the ``sketch`` a `small_sketch`. The subspace may turn far,
+    now and then by almost a right angle, whose tangent UPSET bounds.
     """
     L = _cholesky(H, SHIFT, LEAST)
     E = _solve_transposed(X, L)
     E = E + _missed(E, L, NN, sketch, power_iters)
     E = torch.baddbmm(E, V, torch.bmm(U.mT, E), alpha=-1)  # rounding
-    change = torch.bmm(_solve(E, L), torch.bmm(U.mT, U))
+    change = _limited(torch.bmm(_solve(E, L), torch.bmm(U.mT, U)), UPSET)
     U.add_(change)
     L = _cholesky(torch.bmm(U.mT, U))
     V.copy_(_solve(_solve_transposed(U, L), L))
@@ -86,6 +86,10 @@ def small_sketch(omega: Tensor, k: int) -> Tensor:
     T = upper[..., :k].tril(-1) + torch.diag_embed(torch.linalg.vector_norm(upper.triu(), dim=-1))
     tilt = _solve(lower[..., :k], T)
     return torch.cat([tilt, lower[..., k:]], -1)
+
+
+def _limited(E: Tensor, norm: float) -> Tensor:
+    return E.mul_((norm / torch.linalg.vector_norm(E, dim=(1, 2), keepdim=True)).clamp_(max=1))
 
 
 def _solve(X: Tensor, L: Tensor) -> Tensor:

@@ -102,6 +102,17 @@ def test_deficient_starts_stay_finite_and_low(start, mnist):
     assert (torch.linalg.matrix_rank(W, rtol=1e-5) <= 5).all()
 
 
+def test_a_sketch_that_misses_much_breaks_nothing(mnist):
+    """Without oversampling the subspace turns by nearly a right angle now and then."""
+    nets = svdlib.MLPEnsemble((784, 15, 15, 10), seeds=range(32), device="cpu")
+    projection = Projection("rsvd", 10, "step", oversample=0, power_iters=0)
+    data = mnist.head(64 * 200, 100)
+    history = svdlib.train(nets, data, epochs=3, projection=projection, progress=False)
+    losses = history.pivot(index="network", columns="epoch", values="train_loss")
+    assert (losses[3] < losses[1]).all()
+    assert (torch.linalg.matrix_rank(nets.weights[0], rtol=1e-5) == 10).all()
+
+
 def test_a_layer_is_thin_only_where_it_pays(monkeypatch, mnist):
     held = []
     hold = Step.hold
