@@ -1,5 +1,6 @@
 # make study:      set up, fetch MNIST, execute every notebook, rebuild figures/
-# make test:       set up, then every test (code, notebooks, style, types)
+# make test:       set up, then what protects a change (code, notebooks, style, types)
+# make test-all:   the same and the slow tests, as CI does
 # make lab:       set up, then open copies of the notebooks in JupyterLab
 # make explore:   set up, then serve the explorer as an app without code
 # make site:       set up, then the study as pages to read in a browser: docs/_build/html/index.html
@@ -9,11 +10,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: study test site evidence processors setup lab explore refresh lint clean
+.PHONY: study test test-all site evidence processors setup lab explore refresh lint clean
 .DELETE_ON_ERROR:
 
 study: setup
-	$(BIN)/python -m svdlib run
+	$(BIN)/python -m svdlib run $(ARGS)
 
 # Warnings are errors; -E reads all pages anew, because a docstring or conf.py may have changed.
 site: setup
@@ -24,13 +25,14 @@ evidence: setup
 
 # Two processes with two spinning OpenMP threads each crawl on two cores; one thread each does not.
 # Both parts run, whatever becomes of the first; either can fail the target.
-test: export OMP_NUM_THREADS = 1
-test: setup lint
-	$(PYTEST) -n 2 --dist loadfile; code=$$?; \
+test test-all: export OMP_NUM_THREADS = 1
+test: CODE := -m "not slow"
+test test-all: setup lint
+	$(PYTEST) -n 2 --dist loadfile $(CODE); code=$$?; \
 	$(PYTEST) -n 2 --dist loadfile --nbval --nbval-current-env -p no:cacheprovider notebooks; \
 	notebooks=$$?; \
 	if [ $$code$$notebooks != 00 ]; then \
-		echo "make test: exit status $$code of the code's tests, $$notebooks of the notebooks'"; \
+		echo "make $@: exit status $$code of the code's tests, $$notebooks of the notebooks'"; \
 		exit 1; \
 	fi
 
@@ -60,9 +62,10 @@ explore: setup
 	cd notebooks && JUPYTER_PATH=../svdlib/study/pictures/explorer/jupyter ../$(BIN)/voila 09_explorer.ipynb \
 		--template=svdlib --token --no-browser
 
-# Execute the notebooks in place, at their own parameters, before committing them.
+# Execute the notebooks in place, and draw all figures anew, timings too, before committing them.
 refresh: setup
 	$(BIN)/python -m svdlib refresh
+	$(BIN)/python -m svdlib run --rewrite
 
 setup: .venv/ready
 

@@ -6,7 +6,7 @@ from random import Random
 from svdlib.study.running.parameters import defaults, parse
 
 SMALL = {
-    "01_baseline": {"seeds": "3", "epochs": "2", "progress": "true"},
+    "01_baseline": {"seeds": "1", "sizes": "[784, 12, 10]", "epochs": "2", "progress": "true"},
     "02_rsvd": {"seeds": "3", "epochs": "2"},
     "03_truncsvd": {"seeds": "3", "epochs": "2"},
     "04_comparison": {

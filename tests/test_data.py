@@ -337,6 +337,7 @@ print(len(svdlib.load("KMNIST", device="cpu").train_y))
 """
 
 
+@pytest.mark.slow
 def test_leftovers_of_killed_downloads_are_removed_and_a_running_one_is_waited_for(
     monkeypatch, tmp_path
 ):

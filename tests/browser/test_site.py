@@ -14,6 +14,8 @@ import pytest
 
 import svdlib
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PAGES = (
     "index.html",

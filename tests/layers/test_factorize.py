@@ -232,6 +232,7 @@ def test_a_recurrent_network_with_attention():
         svdlib.factorize(model, {"lstm": 3})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "vit_b_16"])
 def test_networks_of_real_size(name):
     torch.manual_seed(0)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import shutil
 import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from operator import methodcaller
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from svdlib import clock, files
 from svdlib.study.evidence import readme, records
 from svdlib.study.running import lab, results, sweeps
 from svdlib.study.running.execute import Done, cleaned, cores
+from svdlib.study.running.figures import publish
 from svdlib.study.running.parameters import NOTEBOOKS, Values, find
 from svdlib.study.running.sweeps import Outcome, Run
 
@@ -42,12 +41,14 @@ def run(
     figures: Path | None = None,
     folder: Path = NOTEBOOKS,
     fresh: bool = False,
+    rewrite: bool = False,
     dry_run: bool = False,
     progress: bool = True,
 ) -> list[Outcome]:
     """Execute notebooks, each with every combination of parameters; an outcome per run.
 
-    See docs/sweeps.md. Whatever stops this call, the same call completes what is missing.
+    See docs/sweeps.md. Whatever stops this call, the same call completes what is missing. On this
+    machine two go at a time, and those that time something alone, last; or as many as ``jobs``.
     """
     notebooks, given = find(names, folder), given or {}
     lacking = sweeps.lacking(notebooks, (*given, *dict(over)))
@@ -67,29 +68,49 @@ def run(
         return []
     for place in (out, *targets.values(), *(out / notebook.stem for notebook in notebooks)):
         _prepare(place)
-    outcomes = [Outcome(place.parent.name, out / place, 0.0) for place in complete]
-    if missing:
-        outcomes += _executed(missing, out, jobs, scheduler, progress)
-    for index, outcome in enumerate(outcomes):
-        if outcome.error is None:
-            target = targets.get(outcome.output.relative_to(out), outcome.output)
-            if target != outcome.output:
-                _publish(outcome.output, target)
-            outcomes[index] = replace(outcome, figures=target)
+
+    def keep(planned: Run, done: Done | None = None) -> Outcome:
+        """Store a run's results, unless they are there, and put its figures where they belong."""
+        outcome = Outcome(planned.place.parent.name, out / planned.place, 0.0)
+        if done:
+            outcome = sweeps.save(planned, done, out=out)
+        if outcome.error:
+            return outcome
+        if (target := targets.get(planned.place)) is None:
+            return replace(outcome, figures=outcome.output)
+        every = rewrite or target.resolve() != FIGURES.resolve()
+        copied = publish(outcome.output, target, planned.times or (), every)
+        return replace(outcome, figures=target, copied=copied)
+
+    outcomes = [keep(planned) for planned in runs if planned.place in complete]
+    outcomes += _executed(missing, keep, jobs, scheduler, progress)
     return sorted(outcomes, key=lambda outcome: str(outcome.output))
 
 
 def _executed(
-    runs: Sequence[Run], out: Path, jobs: int | None, scheduler: str | None, progress: bool
+    runs: Sequence[Run],
+    keep: Callable[[Run, Done], Outcome],
+    jobs: int | None,
+    scheduler: str | None,
+    progress: bool,
 ) -> list[Outcome]:
-    """Execute runs on a scheduler's workers, or on as many of this machine as ``jobs``."""
-    with sweeps.connected(scheduler) if scheduler else sweeps.local(jobs or 1) as client:
-        if progress and "dashboard" in client.scheduler_info().get("services", {}):
-            _note(f"dashboard: {client.dashboard_link}")
-        patience = math.inf if scheduler else PATIENCE
-        coming = sweeps.complete(client, runs, partial(sweeps.save, out=out), patience)
-        with contextlib.closing(coming):
-            return _shown(coming, len(runs), progress)
+    """Execute runs on a scheduler's workers, or on this machine."""
+    patience = math.inf if scheduler else PATIENCE
+    outcomes: list[Outcome] = []
+    batches = [(jobs or 1, list(runs))]
+    if jobs is None and scheduler is None:
+        alone = [planned for planned in runs if planned.times is not None]
+        others = [planned for planned in runs if planned.times is None]
+        batches = [(min(2, cores(), max(1, len(others))), others), (1, alone)]
+    for together, batch in batches:
+        if batch:
+            with sweeps.connected(scheduler) if scheduler else sweeps.local(together) as client:
+                if progress and "dashboard" in client.scheduler_info().get("services", {}):
+                    _note(f"dashboard: {client.dashboard_link}")
+                coming = sweeps.complete(client, batch, keep, patience)
+                with contextlib.closing(coming):
+                    outcomes += _shown(coming, len(batch), progress)
+    return outcomes
 
 
 def _note(line: str) -> None:
@@ -179,6 +200,8 @@ def _shown(
                 found.append(outcome)
                 failed += outcome.error is not None
                 bar.update()
+                if progress and total <= LISTED:
+                    tqdm.write(_line(outcome), file=sys.stderr)
             bar.set_postfix_str(f"{running} running, {failed} failed", refresh=False)
             now = clock.now()
             if progress and not bars and now - noted >= line:
@@ -189,22 +212,13 @@ def _shown(
     return found
 
 
-def _publish(place: Path, figures: Path) -> None:
-    """Copy a run's pictures and tables, all of them or none, one process at a time."""
-    with files.alone(figures), files.unfinished(figures) as stage:
-        new, old = stage / "new", stage / "old"
-        shutil.copytree(place, new, ignore=shutil.ignore_patterns("*.ipynb", "*.json"))
-        old.mkdir()
-        with contextlib.ExitStack() as undo:
-            for path in [*new.iterdir()]:
-                target, copy = figures / path.name, old / path.name
-                if target.exists():
-                    shutil.copy2(target, copy)
-                    undo.callback(copy.replace, target)
-                else:
-                    undo.callback(target.unlink, missing_ok=True)
-                path.replace(target)
-            undo.pop_all()  # all are in place
+def _line(outcome: Outcome) -> str:
+    """A finished run in a line, with a figure to open."""
+    if outcome.error:
+        return f"{outcome.name} failed: {outcome.error}"
+    pictures = sorted((outcome.figures or outcome.output).glob(f"{outcome.name[:3]}*.png"))
+    look = f"; see {pictures[0]}" if pictures else ""
+    return f"{outcome.name} done in {outcome.seconds:.0f} s{look}"
 
 
 def report(outcomes: Sequence[Outcome]) -> str:
@@ -227,6 +241,13 @@ def report(outcomes: Sequence[Outcome]) -> str:
             figures.setdefault(place, {})[outcome.name] = None
     for place, names in sorted(figures.items(), reverse=True):  # "in FOLDER" first
         lines.append(f"figures {place}: {', '.join(names)}")
+    copied = [new for outcome in outcomes for new in outcome.copied.values()]
+    if stayed := copied.count(False):
+        lines.append(
+            f"{copied.count(True)} of {len(copied)} were written; {stayed} stayed, as they agree "
+            "with this run or are timings (all of this run's are beside the executed notebooks; "
+            "--rewrite puts them in place)"
+        )
     return "\n".join(lines)
 
 
@@ -275,7 +296,8 @@ def _parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(add_help=False)
     out.add_argument("--out", type=Path, default=Path("runs"), help="folder of the runs (runs)")
     many = argparse.ArgumentParser(add_help=False, parents=[out])
-    many.add_argument("--jobs", type=int, help="runs at a time on this machine (1)")
+    jobs = "runs at a time on this machine (2; those that time something alone, last)"
+    many.add_argument("--jobs", type=int, help=jobs)
     many.add_argument("--scheduler", help="address of a Dask scheduler, instead of --jobs")
     many.add_argument("--fresh", action="store_true", help="repeat completed runs too")
     many.add_argument("--dry-run", action="store_true", help="only list what would run")
@@ -290,6 +312,7 @@ def _parser() -> argparse.ArgumentParser:
     runner.add_argument("--over", metavar=("NAME", "1,2,3|0:100:10"), **pair)
     where = "folder for the figures (figures at a notebook's own parameters, else beside it)"
     runner.add_argument("--figures", type=Path, help=where)
+    runner.add_argument("--rewrite", action="store_true", help="replace figures that agree, too")
     swept = add("sweep", help="measure what is in results/", parents=[many])
     swept.add_argument("names", nargs="*", metavar="NAME", help="of results/NAME.toml; all")
     add("refresh", help="execute notebooks in place, for committing", parents=[notebooks])

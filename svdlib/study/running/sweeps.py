@@ -15,7 +15,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +29,7 @@ from distributed.comm import CommClosedError
 import svdlib
 from svdlib import clock, files
 from svdlib.study.running.execute import Done, cores, environment, execute, guards
+from svdlib.study.running.figures import timed
 from svdlib.study.running.parameters import Values, combinations, declared, defaults, statements
 
 TRIES = 3  # of a run whose worker or kernel is killed
@@ -43,6 +44,7 @@ class Run:
     everything: dict[str, object]  # these and the notebook's own, if results depend on them
     own: bool  # whether ``everything`` is the notebook's own
     place: Path  # the folder of its results, ``NOTEBOOK/NAME=VALUE,…-HASH``
+    times: frozenset[str] | None = None  # figures of seconds; None if it measures none
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Outcome:
     seconds: float
     error: str | None = None
     figures: Path | None = None
+    copied: Mapping[str, bool] = field(default_factory=dict)  # see `figures.publish`
 
 
 def plan(
@@ -71,6 +74,7 @@ def plan(
     for notebook in notebooks:
         own, known = defaults(notebook), declared(notebook)
         content, sources = nbformat.read(notebook, as_version=4), []
+        times = timed(content.cells)
         for cell in content.cells:
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = [], None
@@ -93,7 +97,9 @@ def plan(
             except ImportError:  # what is only beside the notebook; there, its kernel checks
                 pass
             place = Path(notebook.stem, _name(sources, changed, everything))
-            runs[place] = Run(notebook, text, quiet | parameters, everything, not changed, place)
+            runs[place] = Run(
+                notebook, text, quiet | parameters, everything, not changed, place, times
+            )
     return list(runs.values())
 
 

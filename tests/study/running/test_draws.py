@@ -53,6 +53,7 @@ def test_draws_are_often_enough_legal_and_never_an_internal_error(path):
 
 
 # All but 10, which reads sentences for a minute; its small case is executed in test_notebooks.
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS[:-1], ids=lambda path: path.stem)
 def test_what_is_not_refused_runs(path, few_images, tmp_path, monkeypatch):
     monkeypatch.chdir(FOLDER)

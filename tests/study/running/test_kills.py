@@ -17,6 +17,8 @@ from nbformat.v4 import new_code_cell, new_notebook
 from svdlib import files
 from svdlib.study.running import runner
 
+pytestmark = pytest.mark.slow
+
 
 def write(folder, name, *sources):
     cells = [new_code_cell("figures: str = ''", metadata={"tags": ["parameters"]})]

@@ -100,6 +100,7 @@ def test_root_is_allowed_where_it_is_root_and_options_are_passed_on(
     assert Path.cwd() == folder.parent / "lab"
 
 
+@pytest.mark.slow
 def test_jupyterlab_shows_and_saves_the_copies(folder):
     """A real one, as the command starts it; by the interface that its pages use."""
     pytest.importorskip("jupyterlab")

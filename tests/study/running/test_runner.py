@@ -12,6 +12,7 @@ import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from svdlib.study.running import figures as publishing
 from svdlib.study.running import parameters, runner
 from svdlib.study.running.execute import cores
 from svdlib.study.running.sweeps import Outcome
@@ -124,10 +125,10 @@ def test_figures_are_put_in_place_all_or_none(tmp_path, monkeypatch, function, c
 
         return fails
 
-    target = Path if function == "replace" else runner.shutil
+    target = Path if function == "replace" else publishing.shutil
     monkeypatch.setattr(target, function, failing(getattr(target, function)))
     try:
-        runner._publish(place, figures)
+        publishing.publish(place, figures)
     except OSError:
         wanted = {"a.csv": b"old", "c.csv": b"old"}
     else:
@@ -145,7 +146,7 @@ def test_two_runs_at_once_do_not_mix_their_figures(tmp_path, monkeypatch):
         for name in ("a.csv", "b.csv"):
             (tmp_path / run / name).write_text(run)
     original, seen = Path.replace, []
-    other = threading.Thread(target=runner._publish, args=(tmp_path / "two", figures))
+    other = threading.Thread(target=publishing.publish, args=(tmp_path / "two", figures))
 
     def slow(path, target):
         if threading.current_thread() is not other:
@@ -156,7 +157,7 @@ def test_two_runs_at_once_do_not_mix_their_figures(tmp_path, monkeypatch):
         return original(path, target)
 
     monkeypatch.setattr(Path, "replace", slow)
-    runner._publish(tmp_path / "one", figures)
+    publishing.publish(tmp_path / "one", figures)
     other.join()
     assert seen == [True, True]
     assert [path.read_text() for path in figures.iterdir()] == ["two", "two"]
@@ -176,6 +177,7 @@ def test_a_failure_is_named_and_the_others_go_on(folder, scheduler, capsys):
     assert (folder / "bad.ipynb").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_kernels_at_a_time_share_the_cores(folder, monkeypatch):
     """And use as many threads as requested, if there are as many."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -297,6 +299,7 @@ def test_refresh_executes_in_place_or_not_at_all(folder, capsys):
     assert len(list(folder.iterdir())) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "number", "status"),
     [("run", signal.SIGINT, 130), ("refresh", signal.SIGTERM, 143)],
@@ -375,6 +378,7 @@ def test_elsewhere_than_in_a_terminal_a_line_a_minute(capsys):
     assert printed[0] == "0 of 4 done, 2 running, 0 failed, time left unknown"
     assert printed[-1].startswith("2 of 4 done, 2 running, 1 failed, some 0 min left")
     runner._shown([2, done], 2, progress=True)
+    assert capsys.readouterr().err == "a done in 1 s\n"
     runner._shown([2, done], 2, progress=False, line=0)
     assert capsys.readouterr().err == ""
 
@@ -385,6 +389,7 @@ def test_of_many_outcomes_the_failed_ones_are_listed():
     assert "failed" in table[1] and table[2:] == ["    1 / 0", "99 runs ok"]
 
 
+@pytest.mark.slow
 def test_an_error_of_another_alphabet_is_printed_in_ascii(folder):
     write(folder, "one", "raise ValueError('σ is not positive')")
     run = subprocess.run(

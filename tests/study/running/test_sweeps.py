@@ -101,6 +101,7 @@ if not first.exists():
 """
 
 
+@pytest.mark.slow
 def test_killed_workers_and_kernels_are_tried_again(folder, scheduler, tmp_path):
     """Each run kills its kernel or its worker once, by itself."""
     write(folder, "a", TABLE, KILL)
@@ -110,6 +111,7 @@ def test_killed_workers_and_kernels_are_tried_again(folder, scheduler, tmp_path)
     assert sorted(collect("runs", "a", "table").square) == [1, 4]
 
 
+@pytest.mark.slow
 def test_what_always_kills_its_kernel_fails_after_three_tries(folder, scheduler, tmp_path):
     count = "import pathlib, uuid; pathlib.Path(text, uuid.uuid4().hex + '.try').touch()"
     write(folder, "a", count, "import psutil; psutil.Process().kill()")
@@ -118,10 +120,12 @@ def test_what_always_kills_its_kernel_fails_after_three_tries(folder, scheduler,
     assert len(list(tmp_path.glob("*.try"))) == 3
 
 
+@pytest.mark.slow
 def test_under_kills_of_everything_every_run_is_there_once(tmp_path):
     assert kills.main(runs=4, kills=3, folder=tmp_path).startswith("4 runs, 3 kills")
 
 
+@pytest.mark.slow
 def test_a_late_worker_a_lost_scheduler_and_a_second_go(folder, tmp_path):
     write(folder, "a", TABLE, "import time; time.sleep(600 * (n == 2))")
     command = [sys.executable, "-m", "svdlib", "run", "a", "--over", "n", "1:3"]
@@ -217,6 +221,7 @@ def test_a_worker_that_joins_later_and_does_not_fit_ends_the_sweep(folder, sched
     assert places() == []
 
 
+@pytest.mark.slow
 def test_what_ends_a_sweep_ends_its_kernels(folder, scheduler, tmp_path):
     note = tmp_path / "process"
     path = write(
