@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache, lru_cache, partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -17,6 +17,16 @@ from svdlib.ensemble.traced import traced
 
 threshold_backward_ = torch.ops.aten.threshold_backward.grad_input  # of max(·, 0)
 log_softmax_ = torch.ops.aten._log_softmax.out
+
+
+class Upper(NamedTuple):
+    """What the second layer and later ones need."""
+
+    A: Tensor  # [W b; 0 1]
+    back: Tensor  # Wᵀ
+    onto: Tensor  # where the deltas of the layer below go
+    below: Tensor  # that layer's activations, transposed
+    target: Tensor
 
 
 def descent(
@@ -48,7 +58,7 @@ def descent(
     h = [zeros(*matrix.shape[:2], batch) for matrix in A]
     delta = [zeros(activations.shape) for activations in h]  # zero under the row of ones
     above = tuple(
-        (
+        Upper(
             A[l],
             A[l][:, :, : maps[l - 1].out].mT,
             delta[l - 1][:, : maps[l - 1].out],
@@ -65,11 +75,7 @@ def descent(
     columns, more, settings = A[0].shape[-1], [], {}
     if first:
         tensors[0] = first.tensors(batch)
-        columns, more, settings = (
-            first.C.shape[-1] + 1,
-            first.more(zeros(batch, batch)),
-            first.settings,
-        )
+        columns, more, settings = first.C.shape[-1] + 1, first.like(batch), first.settings
     like = zeros(batch, columns), zeros(h[-1][0].numel()), zeros(()), zeros(len(A[0]))
     return traced(_descend, tuple(tensors), *like, *more, outer=outer, **settings)
 
@@ -77,7 +83,7 @@ def descent(
 def _descend(
     first: Any,
     layers: tuple[tuple[Tensor, ...], ...],
-    above: tuple[tuple[Tensor, ...], ...],
+    above: tuple[Upper, ...],
     x: Tensor,
     y: Tensor,
     scale: Tensor,
@@ -99,14 +105,14 @@ def _descend(
         if dropout:
             x = torch.cat([x[:, :-1] * _mask(x[:, :-1], dropout, generator), x[:, -1:]], 1)
         torch.mm(A, x.t(), out=h)
-    for l, (A, _, onto_features, _, _) in enumerate(above):
+    for l, upper in enumerate(above):
         h, z = layers[l][0], layers[l + 1][0]
         if outer[l]:
             h.relu_()
             if dropout:
-                features = h[:, : onto_features.shape[1]]
+                features = h[:, : upper.onto.shape[1]]
                 features.mul_(_mask(features[0], dropout, generator))
-        torch.bmm(A, h, out=z)
+        torch.bmm(upper.A, h, out=z)
     z, delta = layers[-1]
     log_softmax_(z, 1, False, out=delta)
     log_p = delta.flatten(1)
@@ -114,9 +120,8 @@ def _descend(
     log_p.exp_().add_(y).mul_(scale)
     for l in reversed(range(len(above))):
         (h, below), (_, delta) = layers[l : l + 2]
-        _, back, onto_features, h_transposed, target = above[l]
-        torch.bmm(back, delta, out=onto_features)
-        target.baddbmm_(delta, h_transposed)
+        torch.bmm(above[l].back, delta, out=above[l].onto)
+        above[l].target.baddbmm_(delta, above[l].below)
         if outer[l]:
             threshold_backward_(below, h, 0, grad_input=below)
             if dropout:

@@ -60,7 +60,7 @@ class LayerStack:
     ) -> None:
         networks, rows = sides[0].shape[:2]
         self.sides, self.rank, self.power_iters = list(sides), rank, projection.power_iters
-        columns = rank + projection.oversample
+        self.columns = columns = rank + projection.oversample
         # With so many columns a sketch would span everything: the exact answer costs less.
         self.exact = projection.method == "truncsvd" or columns >= rows
         self.by_gram = self.exact or rows <= GRAM_ROWS
@@ -94,12 +94,16 @@ class LayerStack:
         self.follow(*sketch)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What `follow_` works on."""
+        """What `follow_randomly_` works on."""
         return self.U, self.V, *self.sides
 
     def sketch(self) -> list[Tensor]:
-        """A sketch for `follow_`, if it needs one."""
+        """What `follow_randomly_` takes; nothing if the projection is exact."""
         return [] if self.exact else [next(self.small)]
+
+    def no_sketch(self) -> Tensor:
+        """Zeros like a sketch."""
+        return self.U.new_zeros(*self.U.shape[:2], self.columns)
 
     def renew_(self) -> Tensor | None:
         """Before some steps, make U orthonormal; returns the triangular R that it is divided by."""

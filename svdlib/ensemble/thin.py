@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,7 +12,21 @@ from svdlib.ensemble.affine import Affine
 from svdlib.ensemble.stacks import LayerStack, follow_, follow_randomly_
 from svdlib.linalg.subspace import turn_
 
-Tensors = tuple[Tensor, ...]
+
+class Held(NamedTuple):
+    """A thin layer's tensors, and buffers for B images."""
+
+    C: Tensor  # UᵀW (S, k, n)
+    H: Tensor  # C Cᵀ
+    U: Tensor
+    V: Tensor
+    Vb: Tensor  # [V b; 0 1] (S, m + 1, k + 1)
+    V_there: Tensor  # V's place in it, and b's
+    b: Tensor
+    code: Tensor  # C xᵀ (S, k, B)
+    coded: Tensor  # the same over a row of ones
+    code_there: Tensor  # its place there
+    UD: Tensor  # of UᵀD (S, k, B)
 
 
 class Layer:
@@ -37,14 +53,19 @@ class Layer:
         bias = dense.matrix[:, : dense.out, -1:]
         self.outer = Affine(torch.cat([U, bias], -1), outer=True, last=dense.last)
 
-    def tensors(self, batch: int) -> tuple[Tensors, ...]:
-        """What `forward_` and `step_` work on, with buffers for so many images."""
+    def tensors(self, batch: int) -> tuple[tuple[Tensor, ...], ...]:
+        """What `forward_` and `step_` work on: the layer, and the stacks."""
+        stacks = [stack.tensors() for stack in self.stacks]
+        U, V = (basis[: len(self.C)] for basis in stacks[0][:2])
         code, UD = self.C.new_zeros(2, *self.C.shape[:2], batch)
-        with_ones = F.pad(code, (0, 0, 0, 1), value=1.0)
-        own, bases = slice(len(self.C)), [stack.tensors() for stack in self.stacks]
-        views = with_ones[:, :-1], self.outer.weight, self.outer.matrix[:, : self.outer.out, -1]
-        layer = self.C, self.H, *(basis[own] for basis in bases[0][:2]), code, UD
-        return (*layer, self.outer.matrix, with_ones, *views), *bases
+        coded, Vb = F.pad(code, (0, 0, 0, 1), value=1.0), self.outer.matrix
+        places = self.outer.weight, Vb[:, : self.outer.out, -1]
+        return Held(self.C, self.H, U, V, Vb, *places, code, coded, coded[:, :-1], UD), *stacks
+
+    def like(self, batch: int) -> list[Tensor]:
+        """Zeros like what `more` returns."""
+        sketches = [stack.no_sketch() for stack in self.stacks if not stack.exact]
+        return [self.C.new_zeros(batch, batch), *sketches]
 
     def more(self, gram: Tensor) -> list[Tensor]:
         """What else `step_` needs in the next step; ``gram`` is x xᵀ (B, B)."""
@@ -63,17 +84,17 @@ class Layer:
         return Affine(torch.cat([V @ self.C, bias], -1), outer=True, last=self.outer.last)
 
 
-def forward_(layer: Tensors, x: Tensor, out: Tensor) -> None:
+def forward_(held: Held, x: Tensor, out: Tensor) -> None:
     """V C xᵀ + b (S, m, B) of the batch x (B, n + 1), whose last column is ones."""
-    C, _, _, _, code, _, Vb, with_ones, to_code, *_ = layer
-    torch.mm(C.flatten(0, 1), x.narrow(1, 0, C.shape[-1]).t(), out=code.flatten(0, 1))
-    to_code.copy_(code)
-    torch.bmm(Vb, with_ones, out=out)
+    n = held.C.shape[-1]
+    torch.mm(held.C.flatten(0, 1), x.narrow(1, 0, n).t(), out=held.code.flatten(0, 1))
+    held.code_there.copy_(held.code)
+    torch.bmm(held.Vb, held.coded, out=out)
 
 
 def step_(
-    layer: Tensors,
-    stacks: tuple[Tensors, ...],
+    held: Held,
+    stacks: tuple[tuple[Tensor, ...], ...],
     x: Tensor,
     D: Tensor,
     gram: Tensor,
@@ -92,7 +113,7 @@ def step_(
     Uᵀ(W + D x) = C + UᵀD x: only added to, by a product with k rows. The other layers of the
     ``stacks`` are projected as well.
     """
-    C, H, U, V, code, UD, *_, to_V, bias = layer
+    C, H, U, V, code, UD = held.C, held.H, held.U, held.V, held.code, held.UD
     D = D.narrow(1, 0, U.shape[1]).contiguous()
     torch.bmm(U.mT, D, out=UD)
     new_code = torch.mm(UD.flatten(0, 1), gram).view_as(code).add_(code)
@@ -115,6 +136,6 @@ def step_(
         else:
             follow_(stack[0], *stack[2:])
     torch.bmm(U.mT, D, out=UD)
-    to_V.copy_(V)
-    bias.add_(D.sum(-1))
+    held.V_there.copy_(V)
+    held.b.add_(D.sum(-1))
     return C.flatten(0, 1).addmm_(UD.flatten(0, 1), x.narrow(1, 0, C.shape[-1]))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 Function = Callable[..., Tensor]
-Nested = Any  # a tensor, or a tuple of such
+Nested = Any  # a tensor, or a tuple of such, named or not
 
 _traces: dict[object, Function] = {}
 _tracing = Lock()
@@ -58,7 +58,8 @@ def _nested(tensors: Nested, leaves: Iterator[Any]) -> Nested:
     """The leaves, nested as the tensors are."""
     if isinstance(tensors, Tensor):
         return next(leaves)
-    return tuple(_nested(part, leaves) for part in tensors)
+    parts = [_nested(part, leaves) for part in tensors]
+    return tensors._make(parts) if hasattr(tensors, "_make") else tuple(parts)
 
 
 def _copy(leaf: Tensor) -> Tensor:

@@ -56,14 +56,17 @@ def truncated(matrix, rank):
     return torch.cat([W, matrix[..., -1:]], -1)
 
 
+# In float64 ten times the worst seen. In float32 a ReLU at its kink may decide otherwise than the
+# reference; that moves a weight by the rate times a delta over the batch, 1e-4 at most.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 6e-7), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("rank", [1, 3, 7, 10, 14])
-def test_six_hundred_steps_are_lapacks(rank, mnist):
-    trained, worst = Trained((784, 15, 15, 10), Projection("truncsvd", rank, "step")), []
+def test_six_hundred_steps_are_lapacks(rank, dtype, tolerance, mnist):
+    trained, worst = Trained((784, 15, 15, 10), Projection("truncsvd", rank, "step"), dtype), []
     for x, y in zip(mnist.train_x.split(64)[:600], mnist.train_y.split(64), strict=False):
         exact = [truncated(A, rank) for A in stepped(trained.matrices(), x, y, 0.01)]
         trained.take(x, y, 0.01)
         worst += [(A - B).abs().max() for A, B in zip(trained.matrices(), exact, strict=True)]
-    assert len(worst) == 1800 and max(worst) < 1e-5  # ten times the worst seen
+    assert len(worst) == 1800 and max(worst) < tolerance
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -79,7 +82,7 @@ def test_layers_of_any_shape(sizes, dtype, method, mnist):
         trained.take(x, y, 0.01)
         for ours, theirs in zip(trained.matrices(), exact, strict=True):
             if not (cold and method == "rsvd"):  # no gap yet after the sixth singular value
-                torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+                torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
     assert trained.step.thin is not None
 
 
