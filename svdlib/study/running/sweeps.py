@@ -27,7 +27,7 @@ from distributed import CancelledError, Client, Future, KilledWorker, LocalClust
 from distributed.comm import CommClosedError
 
 import svdlib
-from svdlib import clock, files
+from svdlib import files
 from svdlib.study.running.execute import Done, cores, environment, execute, guards
 from svdlib.study.running.figures import timed
 from svdlib.study.running.parameters import Values, combinations, declared, defaults, statements
@@ -263,16 +263,16 @@ def complete(
     """Execute runs on a client's workers; yield outcomes, and each second the runs under way.
 
     ``keep`` stores the results of a run. As many runs are under way as there are workers, also
-    those that join later, so that neither the client nor the scheduler holds more. If there is
-    none for ``patience`` seconds, or the scheduler is lost, a ConnectionError is raised. If this
-    ends early, the kernels under way end too.
+    those that join later, so that neither the client nor the scheduler holds more. If no worker
+    is seen ``patience`` times in a row, once a second, or the scheduler is lost, a ConnectionError
+    is raised. If this ends early, the kernels under way end too.
 
     Dask's own retries would not do: a worker's death also counts against the runs that wait for
     it, each scheduler sets its own limit, and a kernel ended at Ctrl-C would be tried again.
     """
     left = [(run, 1) for run in reversed(runs)]
     under_way: dict[Future, tuple[Run, int]] = {}
-    seen = clock.now()
+    alone = 0  # seconds without a worker, counted, as a stalled machine's clock jumps
     try:
         while left or under_way:
             workers = _workers(client)
@@ -282,8 +282,8 @@ def complete(
                 home = str(run.notebook.parent.resolve())
                 future = client.submit(_work, versions(), run, home, key=key, pure=False)
                 under_way[future] = run, number
-            seen = clock.now() if workers else seen
-            if clock.now() - seen > patience:
+            alone = 0 if workers else alone + 1
+            if alone > patience:
                 raise ConnectionError("no worker is left; the same command does what is missing")
             for future in _first(under_way):
                 run, number = under_way.pop(future)
