@@ -29,7 +29,7 @@ test test-all: export OMP_NUM_THREADS = 1
 test: CODE := -m "not slow"
 test test-all: setup lint
 	$(PYTEST) -n 2 --dist loadfile $(CODE); code=$$?; \
-	$(PYTEST) -n 2 --dist loadfile --nbval --nbval-current-env -p no:cacheprovider notebooks; \
+	$(PYTEST) -n 2 --dist loadfile --nbval --nbval-current-env -p no:cacheprovider --nbval-sanitize-with tests/nbval.cfg notebooks; \
 	notebooks=$$?; \
 	if [ $$code$$notebooks != 00 ]; then \
 		echo "make $@: exit status $$code of the code's tests, $$notebooks of the notebooks'"; \

@@ -51,7 +51,7 @@ def style() -> None:
     """Use the project's style for figures, and show tables in full."""
     plt.style.use(STYLE)
     pd.set_option("display.max_colwidth", None, "display.max_columns", None)
-    pd.set_option("display.max_rows", 500)
+    pd.set_option("display.max_rows", 500, "display.width", 200)
 
 
 def save(figure: Figure | None, name: str, data: DataFrame, folder: str | Path) -> None:

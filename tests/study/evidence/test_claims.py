@@ -13,8 +13,14 @@ def test_a_row_a_claim_with_what_was_measured():
             "a text": ("3 of 4", True),
         }
     )
-    assert table.measured.tolist() == ["2.00 [-0.48, 4.48]", "0.0123", "3 of 4"]
+    assert table.measured.tolist() == ["2.00 [-0.48, 4.48]", "≈ 0.0123", "3 of 4"]
     assert table.holds.tolist() == [True, False, True] and table.holds.dtype == bool
+
+
+def test_times_are_marked_for_nbval():
+    table = claims_table({"time: fast": (1.5, True), "time: too": (interval([1.0, 1.0]), False)})
+    assert table.measured.tolist() == ["≈ 1.5", "≈ 1.00 [1.00, 1.00]"]
+    assert table.holds.tolist() == ["≈ True", "≈ False"]
 
 
 def test_of_a_single_run_nothing_is_known():
