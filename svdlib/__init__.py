@@ -5,6 +5,13 @@ from svdlib.data import Data, load
 from svdlib.ensemble.networks import MLPEnsemble
 from svdlib.ensemble.projection import Projection
 from svdlib.ensemble.training import train
+from svdlib.layers.adapt import (
+    LowRankTraining,
+    orthogonality,
+    singular_values,
+    spectral_decay,
+    truncate_,
+)
 from svdlib.layers.cost import cost
 from svdlib.layers.factorize import factorize, merge
 from svdlib.layers.project import project_
@@ -23,6 +30,7 @@ __all__ = [
     "Compressed",
     "Data",
     "LowRank",
+    "LowRankTraining",
     "MLPEnsemble",
     "Projection",
     "compress",
@@ -36,6 +44,7 @@ __all__ = [
     "loss_profile",
     "merge",
     "next_token_losses",
+    "orthogonality",
     "predicted_profile",
     "project_",
     "randomized_svd",
@@ -43,7 +52,10 @@ __all__ = [
     "reveal_ranks",
     "save_factorized",
     "search_ranks",
+    "singular_values",
+    "spectral_decay",
     "train",
+    "truncate_",
     "truncated_svd",
     "verify_ranks",
 ]

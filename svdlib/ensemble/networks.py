@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svdlib import checks, threads
+from svdlib.linalg.factors import truncated
 from svdlib.network.chain import is_relu_perceptron
 from svdlib.network.kinds import Layer
 from svdlib.network.low_rank import LowRank
@@ -77,24 +78,6 @@ class StackedLayer(nn.Module):
         rank = int(self.ranks.max())
         outer = torch.cat([U[..., :rank], self.bias.unsqueeze(-1)], -1)
         self.factors = nn.ParameterList([V[:, :rank].contiguous(), outer])
-
-
-def truncated(V: Tensor, U: Tensor, tail: float) -> tuple[Tensor, Tensor, Tensor]:
-    """V and U of the best W = U V that discards no more than a relative tail, and ranks (S,).
-
-    With U = Q_1 R_1 and Vᵀ = Q_2 R_2, the SVD R_1 R_2ᵀ = P Σ Oᵀ gives W = (Q_1 P) Σ (Q_2 O)ᵀ.
-    Each network keeps the smallest rank j ≥ 1 with (Σ_{i>j} σ_i²)^½ ≤ tail · (Σ σ_i²)^½, its
-    factors balanced, √Σ each (Schotthöfer et al. 2022, Algorithm 1, the truncation).
-    """
-    Q1, R1 = torch.linalg.qr(U)
-    Q2, R2 = torch.linalg.qr(V.mT)
-    P, S, Oh = torch.linalg.svd(R1 @ R2.mT)
-    square = S.double().square()
-    tail_energy = square.flip(-1).cumsum(-1).flip(-1)  # from the i-th on
-    kept = tail_energy > tail**2 * square.sum(-1, keepdim=True)
-    kept[:, 0] = True
-    root = S.sqrt() * kept
-    return (root.unsqueeze(-1) * Oh) @ Q2.mT, Q1 @ (P * root.unsqueeze(-2)), kept.sum(-1)
 
 
 class MLPEnsemble(nn.Module):

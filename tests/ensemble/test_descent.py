@@ -11,9 +11,10 @@ import svdlib
 from svdlib.data import with_ones
 from svdlib.ensemble import descent
 from svdlib.ensemble.descent import Step
-from svdlib.ensemble.networks import StackedLayer, perceptron, truncated
+from svdlib.ensemble.networks import StackedLayer, perceptron
 from svdlib.ensemble.projection import Projection, grouped
 from svdlib.ensemble.stacks import sketch_generators
+from svdlib.linalg.factors import truncated
 
 # Tolerances in float64 are some hundred ε for sums of a dozen terms.
 

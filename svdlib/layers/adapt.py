@@ -1,0 +1,295 @@
+"""Ranks that follow the singular values while a factorized model trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from svdlib import checks, threads
+from svdlib.linalg.factors import truncated
+from svdlib.network.low_rank import Factorized, low_rank_layers
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Tied = dict[str, Factorized]  # layers that share their factors, by name; most share with none
+
+
+@threads.plain()
+@torch.no_grad()
+def truncate_(model: nn.Module, tail: float, *, max_rank: int | None = None) -> dict[str, int]:
+    """Lower the ranks of a model's `LowRank` layers to what their singular values need, in place.
+
+    Each layer W = U V keeps the smallest rank j ≥ 1 with
+
+        (Σ_{i>j} σ_i²)^½ ≤ tail · (Σ σ_i²)^½
+
+    (Schotthöfer et al. 2022, Algorithm 1), and its factors share the singular values, √Σ each.
+    Groups of a convolution keep one rank, the largest that any of them needs. Parameters stay the
+    same objects with other shapes, so an optimizer keeps them. Its momentum must start anew, as
+    `LowRankTraining` sees to.
+
+    Args:
+        model: with `LowRank` layers, as from `factorize`.
+        tail: the relative norm to discard, 0 ≤ tail < 1.
+        max_rank: a limit on every rank.
+
+    Returns:
+        {layer: its rank now}.
+
+    Raises:
+        ValueError: no such layer, a tail or limit out of range, NaN or infinite weights.
+
+    >>> from svdlib import factorize
+    >>> _ = torch.manual_seed(0)
+    >>> model = factorize(nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 64)), 20)
+    >>> truncate_(model, tail=0.5)
+    {'0': 14, '2': 14}
+    """
+    tail, max_rank = _limits(tail, max_rank)
+    found = _tied(model)
+    for tied in found:
+        _lower_(tied, tail, max_rank)
+    return {name: layer.module.rank for tied in found for name, layer in tied.items()}
+
+
+def singular_values(model: nn.Module) -> pd.DataFrame:
+    """The singular values of every `LowRank` layer: columns layer, group, index (from 1), sigma.
+
+    Raises:
+        ValueError: no such layer, NaN or infinite weights.
+    """
+    tables = []
+    for name, layer in ((name, layer) for tied in _tied(model) for name, layer in tied.items()):
+        V, U = (part.double() for part in _factors(layer))
+        inner, outer = (torch.linalg.qr(part).R for part in (V.mT, U))
+        for group, sigma in enumerate(torch.linalg.svdvals(outer @ inner.mT).tolist()):
+            columns = {"index": range(1, len(sigma) + 1), "sigma": sigma}
+            tables.append(pd.DataFrame({"layer": name, "group": group, **columns}))
+    return pd.concat(tables, ignore_index=True)
+
+
+def spectral_decay(model: nn.Module) -> Tensor:
+    """Σ ‖U V‖² over a model's `LowRank` layers, to add to a loss: weight decay of the products.
+
+    Decay of the factors, ‖U‖² + ‖V‖², is twice the nuclear norm of a balanced product. This is
+    Σ σ_i² instead (Khodak et al. 2021), by two products r × r.
+
+    >>> from svdlib import factorize
+    >>> model = factorize(nn.Linear(64, 48), 20)
+    >>> torch.isclose(spectral_decay(model), model.weight.square().sum()).item()
+    True
+    """
+    pairs = (_grams(tied) for tied in _tied(model))
+    return torch.stack([(inner * outer).sum() for inner, outer in pairs]).sum()
+
+
+def orthogonality(model: nn.Module) -> Tensor:
+    """How far a model's factors are from orthogonal columns of one length, to add to a loss.
+
+    Σ ‖G / tr(G) − I / r‖² over the Gram matrices G (r × r) of both factors of each `LowRank` layer.
+    """
+    penalties = []
+    for gram in (gram for tied in _tied(model) for gram in _grams(tied)):
+        r = gram.shape[-1]
+        trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+        even = torch.eye(r, device=gram.device, dtype=gram.dtype) / r
+        penalties.append((gram / trace - even).square().sum())
+    return torch.stack(penalties).sum()
+
+
+@dataclass(frozen=True)
+class LowRankTraining:
+    """Training of a factorized model whose ranks fall, and may rise, with its singular values.
+
+    Args:
+        tail: the relative norm that a layer may discard, see `truncate_`.
+        every: steps of the optimizer between two changes of the ranks.
+        grow: directions added to each layer after a change, along the gradient (Ceruti, Kusch, and
+            Lubich 2022, section 3). Adding them does not change the product. The next change
+            discards those that stayed below the tail.
+        max_rank: a limit on every rank, added directions included.
+    """
+
+    tail: float
+    every: int = 100
+    grow: int = 0
+    max_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        _limits(self.tail, self.max_rank)
+        checks.positive_int(self.every, "every")
+        checks.positive_int(self.grow, "grow", least=0)
+
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Adaptation:
+        """Change a model's ranks after steps of its optimizer, in a training loop of your own.
+
+        Parameters stay the same objects. Where a layer's factors change, the optimizer's state for
+        them, such as momentum, starts anew. A compiled model is compiled again for new shapes.
+
+        Raises:
+            ValueError: no `LowRank` layer, an optimizer that does not step all their factors, or
+                L-BFGS, whose state is one vector for all parameters.
+
+        >>> from svdlib import factorize
+        >>> model = factorize(nn.Linear(64, 48), 20)
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> adaptation = LowRankTraining(tail=0.1).attach(model, optimizer)
+        """
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError("L-BFGS cannot step factors whose shapes change; use SGD or Adam")  # noqa: TRY004
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for name, layer in ((name, layer) for tied in _tied(model) for name, layer in tied.items()):
+            if not set(map(id, layer.weights)) <= stepped:
+                raise ValueError(
+                    f"the optimizer does not have the factors of layer {name!r}; factorize the "
+                    "model first, then make its optimizer"
+                )
+        return Adaptation(self, model, optimizer)
+
+
+class Adaptation:
+    """What `LowRankTraining.attach` returns: the ranks so far, and the means to stop or go on."""
+
+    def __init__(
+        self, plan: LowRankTraining, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self._plan, self._model, self._optimizer = plan, model, optimizer
+        self._steps = 0
+        self._rows: list[dict[str, object]] = []
+        for tied in _tied(model):
+            self._note(tied, next(iter(tied.values())).module.rank)
+        self._handle = optimizer.register_step_post_hook(self._after_step)
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """A row per change and layer: step, layer, rank (needed), and stored (with what was added)."""
+        return pd.DataFrame(self._rows)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw each layer's rank by the optimizer's steps."""
+        import matplotlib.pyplot as plt
+
+        ax = plt.subplots(figsize=(7, 4))[1] if ax is None else ax
+        for name, part in self.history.groupby("layer", sort=False):
+            ax.step(part.step, part["rank"], where="post", label=name)
+        ax.set(xlabel="steps of the optimizer", ylabel="rank", ylim=(0, None))
+        ax.legend(title="layer")
+        return ax
+
+    def remove(self) -> None:
+        """End the changes. Directions that were added last stay; `truncate_` discards them."""
+        self._handle.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of steps and the history. The ranks are in the model."""
+        return {"steps": self._steps, "rows": list(self._rows)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self._steps, self._rows = state["steps"], list(state["rows"])
+
+    @threads.plain()
+    @torch.no_grad()
+    def _after_step(self, *_: object) -> None:
+        self._steps += 1
+        if self._steps % self._plan.every:
+            return
+        for tied in _tied(self._model):
+            layer = next(iter(tied.values()))
+            outer = layer.factors[1]
+            gradient = outer.weight.grad  # gone once the factors change
+            along = None if gradient is None else outer.to_matrix(gradient)
+            changed = _lower_(tied, self._plan.tail, self._plan.max_rank)
+            needed = layer.module.rank
+            if along is not None:
+                changed |= _grow_(tied, along, self._plan.grow, self._plan.max_rank)
+            for weight in layer.weights if changed else ():
+                self._optimizer.state.pop(weight, None)
+            self._note(tied, needed)
+
+    def _note(self, tied: Tied, needed: int) -> None:
+        for name, layer in tied.items():
+            row = {"layer": name, "rank": needed, "stored": layer.module.rank}
+            self._rows.append({"step": self._steps, **row})
+
+
+def _limits(tail: float, max_rank: int | None) -> tuple[float, int | None]:
+    if not 0 <= (tail := checks.number(tail, "tail")) < 1:
+        raise ValueError(f"tail must be at least 0 and below 1, got {tail}")
+    return tail, None if max_rank is None else checks.positive_int(max_rank, "max_rank")
+
+
+def _tied(model: nn.Module) -> list[Tied]:
+    groups: dict[frozenset[int], Tied] = {}
+    for name, module in low_rank_layers(model).items():
+        layer = Factorized(module)
+        for weight in layer.weights:
+            checks.finite(weight, f"a factor of layer {name!r}")
+        groups.setdefault(frozenset(map(id, layer.weights)), {})[name] = layer
+    if not groups:
+        raise ValueError("the model has no LowRank layer; make some with factorize")
+    return list(groups.values())
+
+
+def _factors(layer: Factorized) -> list[Tensor]:
+    """V (g, r, n) and U (g, m, r) of each group."""
+    matrices = (part.matrix() for part in layer.factors)
+    return [A if A.ndim == 3 else A[None] for A in matrices]
+
+
+def _grams(tied: Tied) -> tuple[Tensor, Tensor]:
+    """V Vᵀ and Uᵀ U, which gradients reach."""
+    V, U = (part.to_matrix(part.weight) for part in next(iter(tied.values())).factors)
+    return V @ V.mT, U.mT @ U
+
+
+def _lower_(tied: Tied, tail: float, max_rank: int | None) -> bool:
+    """Lower the rank to what the tail needs; False if it is that already."""
+    layer = next(iter(tied.values()))
+    V, U = _factors(layer)
+    V, U, ranks = truncated(V, U, tail)
+    rank = min(int(ranks.max()), max_rank or layer.module.rank)
+    if lower := rank < layer.module.rank:
+        _put_(tied, V[:, :rank], U[..., :rank])
+    return lower
+
+
+def _grow_(tied: Tied, along: Tensor, count: int, max_rank: int | None) -> bool:
+    """Add columns to U, along its gradient and orthogonal to it, and as many zero rows to V."""
+    layer = next(iter(tied.values()))
+    V, U = _factors(layer)
+    along = along.to(U.dtype).reshape(*U.shape[:2], -1)
+    limit = min(layer.max_factor_rank, max_rank or layer.max_factor_rank)
+    count = min(count, limit - V.shape[1], along.shape[-1])
+    if count < 1:
+        return False
+    Q = torch.linalg.qr(U).Q
+    new = torch.linalg.svd(along - Q @ (Q.mT @ along), full_matrices=False).U[..., :count]
+    length = torch.linalg.matrix_norm(U, 2)[:, None, None]
+    zeros = V.new_zeros(len(V), new.shape[-1], V.shape[-1])
+    _put_(tied, torch.cat([V, zeros], 1), torch.cat([U, length * new], 2))
+    return True
+
+
+def _put_(tied: Tied, V: Tensor, U: Tensor) -> None:
+    """Give layers factors of another rank, in the parameters that they have."""
+    first, width = next(iter(tied.values())), len(V) * V.shape[1]
+    for part, matrix in zip(first.factors, (V, U), strict=True):
+        value = part.to_weight(matrix[0] if first.groups == 1 else matrix)
+        value = value.to(part.weight.dtype).clone(memory_format=torch.contiguous_format)
+        part.weight.grad = None
+        # While a graph is alive, as that of the last loss, autograd remembers a parameter's old
+        # shape. It forgets it when the type changes, so the type changes there and back.
+        part.weight.data = value.to(
+            torch.float64 if value.dtype != torch.float64 else torch.float32
+        )
+        part.weight.data = value
+    for layer in tied.values():
+        inner, outer = layer.factors
+        setattr(inner.module, inner.side_names[1], width)
+        setattr(outer.module, outer.side_names[0], width)
