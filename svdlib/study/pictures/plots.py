@@ -365,7 +365,7 @@ def profile_times(times: DataFrame, title: str = "") -> Figure:
     ways = times.drop(columns="bound")
     axis.plot(ways.index, ways, "o-", label=list(ways))
     axis.plot(times.bound, ":", color="0.3", label="products behind the layer alone")
-    axis.set(yscale="log", ylabel="seconds for all layers and ranks", title=title)
+    axis.set(yscale="log", ylabel="seconds for all layers", title=title)
     axis.set_xlim(-0.2, len(times) - 0.8)
     axis.legend()
     return figure
@@ -492,14 +492,13 @@ def retrieval(table: DataFrame, title: str = "") -> Figure:
     forms = table.groupby("form").more_recall.mean().sort_values(ascending=False).index
     markers, grays = cycle(MARKERS), cycle(["0.2", "0.4", "0.55", "0.7"])
     columns = {"more_recall": "mean", "more_recall_low": "low", "more_recall_high": "high"}
-    for place, form in enumerate(forms):
+    for form in forms:
         part = table[table.form == form].sort_values("share").rename(columns=columns)
-        x = 100 * part.share + 0.7 * (place - (len(forms) - 1) / 2)
         line, color = ("--", next(grays)) if form in PUBLISHED else ("-", None)
         look = {"color": color, "label": form, "linewidth": 0.8}
-        _error_bars(axis, x, part, next(markers) + line, **look)
+        _error_bars(axis, 100 * part.share, part, next(markers) + line, **look)
     axis.axhline(0, color="k", linewidth=1)
-    axis.set(xlabel="weights left in the encoder (%)", ylabel="points of recall@1 more than dense")
+    axis.set(xlabel="weights left in the encoder (%)", ylabel="change in recall@1 (points)")
     axis.set(title=title, xticks=sorted(100 * table.share.unique()))
     axis.legend(fontsize=8.5)
     return figure
