@@ -19,18 +19,41 @@ def interval(values: ArrayLike, level: float = 0.95) -> pd.Series:
     return pd.Series({"n": n, "mean": mean, "low": mean - half, "high": mean + half})
 
 
-def prediction(values: ArrayLike) -> pd.Series:
-    """n, mean, and the ends of the interval into which one more run falls with 95% probability.
+def crossed(values: ArrayLike, level: float = 0.95) -> pd.Series:
+    """n, mean, and an interval for the mean of values (n seeds, N images) that covers both.
+
+    With the mean squares of seeds, images, and what is left, s_s², s_i², s_e², the variance of the
+    mean is (s_s² + s_i² − s_e²) / (n N), and seeds and images are both taken as drawn at random
+    (Searle, Casella and McCulloch 1992, section 4.4). Student's t has n − 1 degrees of freedom.
+
+    >>> crossed([[1.0, 3.0], [1.0, 3.0]]).round(1).tolist()  # equal seeds: the images remain
+    [2.0, 2.0, -10.7, 14.7]
+    """
+    x = np.asarray(values, float)
+    n, images = x.shape
+    mean, by_seed, by_image = x.mean(), x.mean(1), x.mean(0)
+    if n < 2 or images < 2:
+        return pd.Series({"n": n, "mean": mean, "low": np.nan, "high": np.nan})
+    rest = x - by_seed[:, None] - by_image + mean
+    error = (rest**2).sum() / ((n - 1) * (images - 1))
+    seeds, pictures = images * by_seed.var(ddof=1), n * by_image.var(ddof=1)
+    variance = max(seeds + pictures - error, error) / x.size
+    half = stats.t.ppf((1 + level) / 2, n - 1) * np.sqrt(variance)
+    return pd.Series({"n": n, "mean": mean, "low": mean - half, "high": mean + half})
+
+
+def prediction(values: ArrayLike, level: float = 0.95) -> pd.Series:
+    """n, mean, and the ends of the interval into which one more run falls with this probability.
 
     The ends are quantiles for 100 values or more. For fewer, they assume normal runs: Student's t
     with √(1 + 1/n) standard deviations.
     """
     x = np.asarray(values, float)
-    ends = interval(x)
+    ends = interval(x, level)
     half = (ends["high"] - ends["mean"]) * np.sqrt(len(x) + 1)
     ends["low"], ends["high"] = ends["mean"] - half, ends["mean"] + half
     if len(x) >= 100:
-        ends["low"], ends["high"] = np.quantile(x, [0.025, 0.975])
+        ends["low"], ends["high"] = np.quantile(x, [(1 - level) / 2, (1 + level) / 2])
     return ends
 
 

@@ -4,6 +4,7 @@ import pytest
 from scipy import stats
 
 from svdlib.study.evidence.statistics import (
+    crossed,
     interval,
     locate,
     paired,
@@ -23,6 +24,23 @@ def test_interval_is_students():
 def test_one_value_has_no_interval():
     summary = interval([4.0])
     assert summary["mean"] == 4 and np.isnan(summary.low) and np.isnan(summary.high)
+
+
+def test_a_crossed_interval_covers_seeds_and_images():
+    """Of 400 tables with both kinds of scatter, 95% of the intervals hold the mean, 0."""
+    rng, held, alone = np.random.default_rng(0), 0, 0
+    for _ in range(400):
+        x = rng.normal(size=(12, 1)) + rng.normal(size=(1, 40)) * 3 + rng.normal(size=(12, 40))
+        ends, seeds = crossed(x), interval(x.mean(1))
+        assert (ends.n, ends["mean"]) == (12, pytest.approx(x.mean()))
+        held += ends.low <= 0 <= ends.high
+        alone += seeds.low <= 0 <= seeds.high
+    assert 0.92 <= held / 400 <= 0.99  # three standard errors are 0.03
+    assert alone / 400 < 0.9  # an interval over seeds does not know about the images
+
+
+def test_a_crossed_interval_of_one_seed_is_unknown():
+    assert crossed(np.ones((1, 5)))[["low", "high"]].isna().all()
 
 
 def test_paired_is_the_paired_test():
