@@ -40,8 +40,9 @@ def grade(
     choices["budget"] = reveal_ranks(profile, "budget", increase=tolerance)
     choices["refined"] = refine_ranks(model, x, y, choices["one-se"], tolerance=tolerance)
     # Rounding can leave the full network itself a little above.
-    possible = max(tolerance, float(joint.increase.min()))
-    choices["optimal"] = reveal_ranks(joint, "optimal", increase=possible)
+    candidates = storable(joint)
+    possible = max(tolerance, float(candidates.increase.min()))
+    choices["optimal"] = reveal_ranks(candidates, "optimal", increase=possible)
     parts = [regrets(joint, tested, choices).assign(share=math.nan)]
     tables = {"budget": profile} | {by: predicted_profile(model, x, y, by) for by in METHODS}
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -52,7 +53,8 @@ def grade(
         choices = {by: reveal_ranks(table, "budget", **limit) for by, table in tables.items()}
         choices["level"] = reveal_ranks(profile, "level", **limit)
         for rule in ("removal", "gain", "optimal"):
-            choices[rule] = reveal_ranks(joint, rule, parameters=budget)
+            table = candidates if rule == "optimal" else joint
+            choices[rule] = reveal_ranks(table, rule, parameters=budget)
         parts.append(regrets(joint, tested, choices, budget).assign(share=share))
     return pd.concat(parts, ignore_index=True), tested
 
@@ -62,17 +64,21 @@ def regrets(
 ) -> pd.DataFrame:
     """Test loss and error of each rule's ranks, and what they lose against the best ranks.
 
-    The best have the ``budget``, or as many parameters as the rule's ranks; ``needed`` are those of
-    the smallest combination with no more validation loss.
+    What is graded is what would be stored: a layer that factors don't make smaller keeps its full
+    rank. The best have the ``budget``, or as many parameters as the rule's ranks; ``needed`` are
+    those of the smallest combination with no more validation loss.
     """
     layers = layers_of(joint)
+    candidates, full = storable(joint), joint[layers].max()
     validated, tested = joint.set_index(layers), test.set_index(layers)
     rows = []
     for rule, ranks in choices.items():
+        smaller = {name: ranks[name] in set(candidates[name]) for name in layers}
+        ranks = {name: int(ranks[name] if smaller[name] else full[name]) for name in layers}
         at = tuple(ranks[name] for name in layers)
         spent = int(validated.parameters[at])
         caps = {"parameters": budget or spent}, {"increase": float(validated.increase[at])}
-        found = [reveal_ranks(joint, "optimal", **cap) for cap in caps]  # type: ignore[arg-type]
+        found = [reveal_ranks(candidates, "optimal", **cap) for cap in caps]  # type: ignore[arg-type]
         best, smallest = (tuple(chosen[name] for name in layers) for chosen in found)
         loss, accuracy = tested.loss[at], tested.accuracy[at]
         row = {"rule": rule, **ranks, "parameters": spent, "loss": loss, "error": 100 - accuracy}
@@ -80,6 +86,18 @@ def regrets(
         row["error_regret"] = tested.accuracy[best] - accuracy
         rows.append(row | {"needed": int(validated.parameters[smallest])})
     return pd.DataFrame(rows)
+
+
+def storable(joint: pd.DataFrame) -> pd.DataFrame:
+    """The combinations in which every layer is smaller as factors, or at its full rank."""
+    layers = layers_of(joint)
+    full, kept = joint[layers].max(), pd.Series(True, joint.index)
+    for name in layers:
+        others = [other for other in layers if other != name]
+        alone = joint[joint[others].eq(full[others]).all(axis=1)].set_index(name).parameters
+        smaller = alone.index[alone < alone[full[name]]]
+        kept &= joint[name].isin(smaller) | (joint[name] == full[name])
+    return joint[kept]
 
 
 def summed_increases(joint: pd.DataFrame) -> pd.Series:

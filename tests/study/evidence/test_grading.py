@@ -47,10 +47,25 @@ def parameter_count(ranks):
     return weights + 8 + 6 + 3
 
 
+def stored(ranks):
+    sides = zip(ranks, [(8, 12), (6, 8), (3, 6)], strict=True)
+    return all(r * (m + n) < m * n or r == m for r, (m, n) in sides)
+
+
+def test_cuts_that_save_nothing_are_undone(graded):
+    model, here, there, (grades, _) = graded
+    assert all(map(stored, grades[["0", "2", "4"]].itertuples(index=False, name=None)))
+    joint = svdlib.joint_profile(model, *here, progress=False)
+    tested = svdlib.joint_profile(model, *there, progress=False)
+    row = grading.regrets(joint, tested, {"any": {"0": 4, "2": 5, "4": 2}}).iloc[0]
+    assert (row["0"], row["2"], row["4"], row.parameters) == (4, 6, 3, 80 + 48 + 18 + 17)
+
+
 def test_regrets_are_differences_to_the_best_by_trying_all(graded):
     model, here, there, (grades, _) = graded
     chosen, measured = losses(model, here), losses(model, there)
-    spent = pd.Series({ranks: parameter_count(ranks) for ranks in chosen.index})
+    spent = pd.Series({ranks: parameter_count(ranks) for ranks in filter(stored, chosen.index)})
+    chosen = chosen[spent.index]  # a rank that saves nothing would not be stored
     total = sum(p.numel() for p in model.parameters())
     assert set(grades.share.dropna()) == {0.6, 0.8}
     for row in grades.to_dict("records"):
