@@ -53,6 +53,15 @@ SMALL = {
     },
     "09_explorer": {"seeds": "2", "epochs": "2"},
     "10_your_network": {"texts": "4", "pairs": "6", "shares": "[0.6]"},
+    "11_when_to_cut": {
+        "checkpoints": "[1, 2]",
+        "ranks": "[4]",
+        "compared": "[4]",
+        "late": "[1]",
+        "order_epochs": "1",
+        "kept_at": "[1]",
+        "validation": "100",
+    },
 }
 
 # 10 has no images.
