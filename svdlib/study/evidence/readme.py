@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import pandas as pd
+from scipy.stats import gaussian_kde
 
 from svdlib import files
 from svdlib.study.evidence import records
@@ -20,7 +22,7 @@ def render() -> str:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, **options)
     environment.filters["with_interval"] = with_interval
     environment.filters["mean"] = lambda values, *digits: with_interval(interval(values), *digits)
-    numbers = _headline() | _ranks_below_ten() | _rules() | _forms() | _recall()
+    numbers = _when() | _headline() | _ranks_below_ten() | _rules() | _forms() | _recall()
     template = (ROOT / "docs" / "README.md.j2").read_text()
     return environment.from_string(template).render(numbers)
 
@@ -37,6 +39,33 @@ def _differences(table: pd.DataFrame, value: str, against: str, column: str) -> 
     return paired(table, value, against, column).set_index(column).to_dict("index")
 
 
+def _when(rank: int = 10, epochs: Sequence[int] = (10, 30, 100)) -> dict[str, Any]:
+    """What ways of cutting add to the error, and how much the best ranks keep."""
+    cells = _results("when_to_cut")
+    names = {"added": "mean", "added_low": "low", "added_high": "high"}
+    rows = cells[[*names]].rename(columns=names).to_dict("records")
+    by = dict(zip(zip(cells.way, cells["rank"], cells.epoch, strict=True), rows, strict=True))
+    when = {(way, epoch): row for (way, k, epoch), row in by.items() if k == rank}
+    once = {(k, epoch): row for (way, k, epoch), row in by.items() if way == "cut once"}
+    stock = cells[cells.way == "stock"].set_index("epoch").error
+    kept = _results("compressible").query("lr == 0.01")
+    kept = kept.sort_values(["dataset", "epoch"], ascending=[False, True])
+    shares = {
+        key: interval(part)
+        for key, part in kept.groupby(["dataset", "lr", "epoch"], sort=False).share
+    }
+    over = int((kept.query("dataset == 'MNIST' and epoch == 10").increase > 0.01).sum())
+    orders, seeds = _results("orders").groupby("order").added.mean(), int(cells.n.max())
+    numbers = {"when": when, "when_once": once, "when_stock": stock, "when_seeds": seeds}
+    return numbers | {
+        "when_rank": rank,
+        "when_orders": orders,
+        "when_epochs": epochs,
+        "compressible": shares,
+        "exceeding": over,
+    }
+
+
 def _headline() -> dict[str, Any]:
     """What methods add to the test error, and where the paper's numbers lie among our runs."""
     table = _results("headline").rename(columns={"every (parameter)": "every"})
@@ -45,16 +74,27 @@ def _headline() -> dict[str, Any]:
     epochs = runs.groupby("epoch")
     added = {epoch: _differences(part, "test_error", "stock", "method") for epoch, part in epochs}
     accuracy = {key: prediction(part) for key, part in runs.groupby(["epoch", "method"]).accuracy}
-    cheapest = min(added, key=lambda epoch: added[epoch]["truncsvd"]["mean"])
     paper, values, by = records.from_paper("keene"), ["accuracy", "loss"], ["method", "epoch"]
     text = locate(runs, paper, values, by)
     code = locate(table[table.every == "published"], paper, values, by)
     first = (text.method == "rsvd") & (text.epoch == 1)
-    edge = code.query("method == 'stock' and value == 'accuracy' and epoch == 10").iloc[0]
+    start_at = _results("no_oversampling").query("method == 'rSVD every epoch' and epoch == 1")
     start = text[first & (text.value == "accuracy")].iloc[0]
-    numbers = {"added": added, "accuracy": accuracy, "cheapest": cheapest, "first": start}
+    numbers = {"added": added, "accuracy": accuracy, "first": start}
     numbers |= {"headline_seeds": runs.seed.nunique(), "in_text": text[~first], "in_code": code}
-    return numbers | {"edge": edge}
+    densities = {
+        (every, method): gaussian_kde(part.accuracy)
+        for (every, method), part in table[table.epoch == 1].groupby(["every", "method"])
+    }
+    likely = {
+        row.method: float(densities["published", row.method](row.single)[0])
+        / float(densities["epoch", row.method](row.single)[0])
+        for row in text[(text.epoch == 1) & (text.value == "accuracy")].itertuples()
+        if row.method != "stock"
+    }
+    below = int((100 - start_at.test_error < start.single).sum())
+    numbers["without_oversampling"] = {"below": below, "n": len(start_at)}
+    return numbers | {"likely": likely}
 
 
 def _ranks_below_ten() -> dict[str, Any]:
@@ -72,7 +112,9 @@ def _rules() -> dict[str, Any]:
     grades = grades.assign(kept=shares.parameters, enough=shares.needed)
     rules = dict(list(grades[grades.share.isna()].groupby("rule")))
     best, knapsack = rules["optimal"], dict(list(grades[grades.rule == "budget"].groupby("share")))
+    shared = grades[(grades.rule == "optimal") & grades.share.notna()]
     numbers = {"kept": interval(best.kept), "ranks_seeds": len(best)}
+    numbers |= {"best_error": shared.groupby("share").error.mean()}
     return numbers | {"rules": rules, "knapsack": knapsack, "full_error": 100 - full.accuracy}
 
 
