@@ -42,7 +42,7 @@ def when_map(cells: DataFrame, title: str = "") -> Figure:
         text, color = f"{value:+.2g}" if abs(value) < 10 else f"{value:+.0f}", "black"
         if not clear.iat[y, x]:
             text, color = "≈", "0.4"
-        elif abs(value) > 8:
+        elif abs(value) > 5:
             color = "white"
         axis.text(x, y, text, ha="center", va="center", fontsize=8, color=color)
     better = np.pad((low > 0).to_numpy(), 1)
