@@ -48,7 +48,7 @@ def truncate_(model: nn.Module, tail: float, *, max_rank: int | None = None) -> 
     >>> _ = torch.manual_seed(0)
     >>> model = factorize(nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 64)), 20)
     >>> truncate_(model, tail=0.5)
-    {'0': 14, '2': 14}
+    {'0': 13, '2': 13}
     """
     tail, max_rank = _limits(tail, max_rank)
     found = _tied(model)

@@ -414,6 +414,7 @@ def _graded(right: pd.Series, seed: pd.Series) -> dict[str, object]:
     from_zero="orders",
     positive="lr tolerance",
     wholes="checkpoints ranks",
+    wholes_or_none="compared late kept_at",
     widths="sizes",
 )
 def check(

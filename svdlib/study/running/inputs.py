@@ -115,6 +115,7 @@ RULES: dict[str, Rule] = {
     "from_zero": partial(_integer, smallest=0),
     "from_two": partial(_integer, smallest=2),
     "wholes": _entries(_integer),
+    "wholes_or_none": lambda name, value: None if value == [] else RULES["wholes"](name, value),
     "wholes_from_two": _entries(partial(_integer, smallest=2)),
     "widths": _widths,
     "widths_or_none": lambda name, value: None if value == [] else _widths(name, value),
