@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -10,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from svdlib import checks, threads
-from svdlib.linalg.factors import truncated
+from svdlib.linalg.factors import balanced, ranks_within
 from svdlib.network.low_rank import Factorized, low_rank_layers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Tied = dict[str, Factorized]  # layers that share their factors, by name; most share with none
+# Layers that share their factors, by name; most share with none. The first stands for all.
+Tied = list[tuple[str, Factorized]]
 
 
 @threads.plain()
@@ -51,10 +54,9 @@ def truncate_(model: nn.Module, tail: float, *, max_rank: int | None = None) -> 
     {'0': 13, '2': 13}
     """
     tail, max_rank = _limits(tail, max_rank)
-    found = _tied(model)
-    for tied in found:
+    for tied in _tied(model):
         _lower_(tied, tail, max_rank)
-    return {name: layer.module.rank for tied in found for name, layer in tied.items()}
+    return {name: layer.module.rank for name, layer in _layers(model)}
 
 
 def singular_values(model: nn.Module) -> pd.DataFrame:
@@ -64,10 +66,9 @@ def singular_values(model: nn.Module) -> pd.DataFrame:
         ValueError: no such layer, NaN or infinite weights.
     """
     tables = []
-    for name, layer in ((name, layer) for tied in _tied(model) for name, layer in tied.items()):
-        V, U = (part.double() for part in _factors(layer))
-        inner, outer = (torch.linalg.qr(part).R for part in (V.mT, U))
-        for group, sigma in enumerate(torch.linalg.svdvals(outer @ inner.mT).tolist()):
+    for name, layer in _layers(model):
+        V, U = _factors(name, layer)
+        for group, sigma in enumerate(balanced(V.double(), U.double())[-1].tolist()):
             columns = {"index": range(1, len(sigma) + 1), "sigma": sigma}
             tables.append(pd.DataFrame({"layer": name, "group": group, **columns}))
     return pd.concat(tables, ignore_index=True)
@@ -143,7 +144,7 @@ class LowRankTraining:
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError("L-BFGS cannot step factors whose shapes change; use SGD or Adam")  # noqa: TRY004
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for name, layer in ((name, layer) for tied in _tied(model) for name, layer in tied.items()):
+        for name, layer in _layers(model):
             if not set(map(id, layer.weights)) <= stepped:
                 raise ValueError(
                     f"the optimizer does not have the factors of layer {name!r}; factorize the "
@@ -162,7 +163,7 @@ class Adaptation:
         self._steps = 0
         self._rows: list[dict[str, object]] = []
         for tied in _tied(model):
-            self._note(tied, next(iter(tied.values())).module.rank)
+            self._note(tied, tied[0][1].module.rank)
         self._handle = optimizer.register_step_post_hook(self._after_step)
 
     @property
@@ -200,7 +201,7 @@ class Adaptation:
         if self._steps % self._plan.every:
             return
         for tied in _tied(self._model):
-            layer = next(iter(tied.values()))
+            layer = tied[0][1]
             outer = layer.factors[1]
             gradient = outer.weight.grad  # gone once the factors change
             along = None if gradient is None else outer.to_matrix(gradient)
@@ -213,7 +214,7 @@ class Adaptation:
             self._note(tied, needed)
 
     def _note(self, tied: Tied, needed: int) -> None:
-        for name, layer in tied.items():
+        for name, layer in tied:
             row = {"layer": name, "rank": needed, "stored": layer.module.rank}
             self._rows.append({"step": self._steps, **row})
 
@@ -224,36 +225,39 @@ def _limits(tail: float, max_rank: int | None) -> tuple[float, int | None]:
     return tail, None if max_rank is None else checks.positive_int(max_rank, "max_rank")
 
 
+def _layers(model: nn.Module) -> Iterator[tuple[str, Factorized]]:
+    return chain.from_iterable(_tied(model))
+
+
 def _tied(model: nn.Module) -> list[Tied]:
     groups: dict[frozenset[int], Tied] = {}
     for name, module in low_rank_layers(model).items():
         layer = Factorized(module)
-        for weight in layer.weights:
-            checks.finite(weight, f"a factor of layer {name!r}")
-        groups.setdefault(frozenset(map(id, layer.weights)), {})[name] = layer
+        groups.setdefault(frozenset(map(id, layer.weights)), []).append((name, layer))
     if not groups:
         raise ValueError("the model has no LowRank layer; make some with factorize")
     return list(groups.values())
 
 
-def _factors(layer: Factorized) -> list[Tensor]:
+def _factors(name: str, layer: Factorized) -> list[Tensor]:
     """V (g, r, n) and U (g, m, r) of each group."""
+    for weight in layer.weights:
+        checks.finite(weight, f"a factor of layer {name!r}")
     matrices = (part.matrix() for part in layer.factors)
     return [A if A.ndim == 3 else A[None] for A in matrices]
 
 
 def _grams(tied: Tied) -> tuple[Tensor, Tensor]:
     """V Vᵀ and Uᵀ U, which gradients reach."""
-    V, U = (part.to_matrix(part.weight) for part in next(iter(tied.values())).factors)
+    V, U = (part.to_matrix(part.weight) for part in tied[0][1].factors)
     return V @ V.mT, U.mT @ U
 
 
 def _lower_(tied: Tied, tail: float, max_rank: int | None) -> bool:
-    """Lower the rank to what the tail needs; False if it is that already."""
-    layer = next(iter(tied.values()))
-    V, U = _factors(layer)
-    V, U, ranks = truncated(V, U, tail)
-    rank = min(int(ranks.max()), max_rank or layer.module.rank)
+    """Lower the rank to what the tail of any group needs; False if it is that already."""
+    name, layer = tied[0]
+    V, U, S = balanced(*_factors(name, layer))
+    rank = min(int(ranks_within(S, tail).max()), max_rank or layer.module.rank)
     if lower := rank < layer.module.rank:
         _put_(tied, V[:, :rank], U[..., :rank])
     return lower
@@ -261,8 +265,8 @@ def _lower_(tied: Tied, tail: float, max_rank: int | None) -> bool:
 
 def _grow_(tied: Tied, along: Tensor, count: int, max_rank: int | None) -> bool:
     """Add columns to U, along its gradient and orthogonal to it, and as many zero rows to V."""
-    layer = next(iter(tied.values()))
-    V, U = _factors(layer)
+    name, layer = tied[0]
+    V, U = _factors(name, layer)
     along = along.to(U.dtype).reshape(*U.shape[:2], -1)
     limit = min(layer.max_factor_rank, max_rank or layer.max_factor_rank)
     count = min(count, limit - V.shape[1], along.shape[-1])
@@ -278,7 +282,8 @@ def _grow_(tied: Tied, along: Tensor, count: int, max_rank: int | None) -> bool:
 
 def _put_(tied: Tied, V: Tensor, U: Tensor) -> None:
     """Give layers factors of another rank, in the parameters that they have."""
-    first, width = next(iter(tied.values())), len(V) * V.shape[1]
+    _, first = tied[0]
+    width = len(V) * V.shape[1]
     for part, matrix in zip(first.factors, (V, U), strict=True):
         value = part.to_weight(matrix[0] if first.groups == 1 else matrix)
         value = value.to(part.weight.dtype).clone(memory_format=torch.contiguous_format)
@@ -289,7 +294,7 @@ def _put_(tied: Tied, V: Tensor, U: Tensor) -> None:
             torch.float64 if value.dtype != torch.float64 else torch.float32
         )
         part.weight.data = value
-    for layer in tied.values():
+    for _, layer in tied:
         inner, outer = layer.factors
         setattr(inner.module, inner.side_names[1], width)
         setattr(outer.module, outer.side_names[0], width)

@@ -6,30 +6,30 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
-from typing import Any
+from itertools import chain, pairwise
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from svdlib.bars import bar
 from svdlib.data import Data
 from svdlib.ensemble.networks import MLPEnsemble
 from svdlib.ensemble.projection import Projection
 from svdlib.ensemble.training import train
+from svdlib.layers.factorize import factorized
 from svdlib.linalg.bases import dominant_basis
-from svdlib.linalg.svd import truncated_svd
-from svdlib.network.low_rank import LowRank
+from svdlib.network.opened import Network
 from svdlib.ranks.joint import joint_profile
 from svdlib.ranks.reduced import verify_ranks
-from svdlib.ranks.rules import reveal_ranks
-from svdlib.study.evidence.grading import storable
+from svdlib.study.evidence.grading import best_ranks
 from svdlib.study.evidence.statistics import crossed, interval, summarize, with_interval
 from svdlib.study.running import inputs
 
 Cell = tuple[str, int, int]  # way, rank, epochs trained
 Answers = dict[Cell, Tensor]  # (S, N), whether a network is right about a test image
+Reached = tuple[str, int, int, MLPEnsemble]  # a cell's networks, which go on after it is noted
+FREE = "an epoch after a projection"  # shows what grows beyond the rank until the next one
 SAMPLE = 10_000  # training images whose activations a data-aware cut takes
 
 
@@ -67,23 +67,11 @@ def input_moments(nets: MLPEnsemble, x: Tensor) -> list[Tensor]:
 
 def factors(nets: MLPEnsemble, rank: int) -> MLPEnsemble:
     """The ensemble with all layers as two factors U √S and √S Vᵀ of this rank at most."""
-
-    def thin(layer: Any) -> nn.Module:
-        U, S, Vh = truncated_svd(layer.weight.detach(), min(rank, *layer.weight.shape))
-        parts = S.sqrt().unsqueeze(-1) * Vh, U * S.sqrt()
-        pair = [nn.Linear(1, 1, bias=False) for _ in parts]
-        for factor, part in zip(pair, parts, strict=True):
-            factor.weight = nn.Parameter(part)
-            factor.out_features, factor.in_features = part.shape
-        pair[1].bias = nn.Parameter(layer.bias.detach().clone())
-        return LowRank(*pair)
-
-    modules = []
-    for net in nets:  # Linear, ReLU, …, Linear
-        modules.append(nn.Sequential(*net))
-        for number in range(0, len(net), 2):
-            modules[-1][number] = thin(net[number])
-    return MLPEnsemble.from_modules(modules, nets.seeds)
+    thin = []
+    for net in map(Network, nets):  # each is a copy
+        ranks = {name: min(rank, layer.full_rank) for name, layer in net.layers.items()}
+        thin.append(factorized(net, ranks, dict.fromkeys(ranks).items()))
+    return MLPEnsemble.from_modules(thin, nets.seeds)  # type: ignore[arg-type]
 
 
 def narrow(sizes: Sequence[int], rank: int) -> list[int]:
@@ -146,62 +134,61 @@ def ways(
     Returns:
         the answers, and the `geometry` of the first layer, of "stock" and "every epoch".
     """
-    answers: Answers = {}
     start = MLPEnsemble(sizes, range(seeds), data.device)
     times, sample = [0, *checkpoints], data.train_x[:SAMPLE]
-    stock: dict[int, MLPEnsemble] = {}
-    steps = bar(range(1 + len(ranks) + 4 * len(compared)), progress=progress, desc="ways")
-    advance = iter(steps)
 
-    def note(way: str, rank: int, epoch: int, nets: MLPEnsemble) -> None:
-        _, right = nets.losses(data.test_x, data.test_y)
-        answers[way, rank, epoch] = right.cpu()
+    def cut_once() -> Iterator[Reached]:
+        nets, full = copy.deepcopy(start), max(map(min, pairwise(sizes)))
+        for epoch in trained(nets, data, times, lr):
+            yield "stock", full, epoch, nets
+            moments = input_moments(nets, sample)
+            for rank in ranks:
+                yield "cut once", rank, epoch, cut(nets, rank)
+                yield "cut once, data-aware", rank, epoch, cut(nets, rank, moments)
 
-    next(advance)
-    nets, full = copy.deepcopy(start), max(map(min, pairwise(sizes)))
-    for epoch in trained(nets, data, times, lr):
-        stock[epoch] = copy.deepcopy(nets)
-        note("stock", full, epoch, nets)
-        moments = input_moments(nets, sample)
-        for rank in ranks:
-            note("cut once", rank, epoch, cut(nets, rank))
-            note("cut once, data-aware", rank, epoch, cut(nets, rank, moments))
-    shapes = [geometry({epoch: nets.weights[0] for epoch, nets in stock.items()}, ranks, "stock")]
-    for rank in ranks:
-        next(advance)
-        projection = Projection("truncsvd", rank, "epoch")
-        nets, free = copy.deepcopy(start), {}
+    def projected(rank: int) -> Iterator[Reached]:
+        nets, projection = copy.deepcopy(start), Projection("truncsvd", rank, "epoch")
         for epoch in trained(nets, data, times, lr, projection):
-            note("every epoch", rank, epoch, nets)
-            further = copy.deepcopy(nets)  # what grows beyond the rank until the next projection
+            yield "every epoch", rank, epoch, nets
+            further = copy.deepcopy(nets)
             train(further, data, epochs=1, lr=lr, progress=False)
-            free[epoch] = further.weights[0]
-        shapes.append(geometry(free, [rank], "every epoch"))
+            yield FREE, rank, epoch, further
         for first in late if rank in compared else ():
-            last = times[times.index(first) + 1]
-            nets = copy.deepcopy(stock[first])
+            last, nets = times[times.index(first) + 1], copy.deepcopy(stock[first])
             for epoch in trained(nets, data, [first, last], lr, projection):
-                note(f"last {last - first} epochs", rank, epoch, nets)
-    for rank in compared:
-        step = Projection("truncsvd", rank, "step")
+                yield f"last {last - first} epochs", rank, epoch, nets
+
+    def others(rank: int) -> Iterator[Reached]:
+        step, small = Projection("truncsvd", rank, "step"), narrow(sizes, rank)
         plans = {
             "every step": (copy.deepcopy(start), step),
             "factors": (factors(start, rank), None),
-            "narrow": (MLPEnsemble(narrow(sizes, rank), range(seeds), data.device), None),
+            "narrow": (MLPEnsemble(small, range(seeds), data.device), None),
         }
         for way, (nets, how) in plans.items():
-            next(advance)
             for epoch in trained(nets, data, times, lr, how):
-                note(way, rank, epoch, nets)
-        next(advance)
+                yield way, rank, epoch, nets
         nets = copy.deepcopy(start)
         for epoch in range(1, times[-1] + 1):
-            [_] = trained(nets, data, [epoch - 1, epoch], lr)
+            train(nets, data, epochs=1, lr=lr, progress=False)
             nets = cut(nets, rank, input_moments(nets, sample))
             if epoch in checkpoints:
-                note("every epoch, data-aware", rank, epoch, nets)
-    for _ in advance:
-        pass
+                yield "every epoch, data-aware", rank, epoch, nets
+
+    answers: Answers = {}
+    stock: dict[int, MLPEnsemble] = {}
+    free: dict[int, dict[int, Tensor]] = {rank: {} for rank in ranks}
+    reached = chain(cut_once(), *map(projected, ranks), *map(others, compared))
+    total = len(checkpoints) * (1 + 4 * (len(ranks) + len(compared))) + len(late) * len(compared)
+    for way, rank, epoch, nets in bar(reached, progress=progress, desc="ways", total=total):
+        if way == FREE:
+            free[rank][epoch] = nets.weights[0]
+            continue
+        answers[way, rank, epoch] = nets.losses(data.test_x, data.test_y)[1].cpu()
+        if way == "stock":
+            stock[epoch] = copy.deepcopy(nets)
+    shapes = [geometry({epoch: nets.weights[0] for epoch, nets in stock.items()}, ranks, "stock")]
+    shapes += [geometry(weights, [rank], "every epoch") for rank, weights in free.items()]
     return answers, pd.concat(shapes, ignore_index=True)
 
 
@@ -324,9 +311,8 @@ def kept(
     nets, rows = MLPEnsemble(sizes, range(seeds), data.device), []
     for epoch in trained(nets, data, [0, *checkpoints], lr):
         for seed, net in enumerate(nets):
-            joint = storable(joint_profile(net, x, y, progress=False))
-            possible = max(tolerance, float(joint.increase.min()))
-            ranks = reveal_ranks(joint, "optimal", increase=possible)
+            joint = joint_profile(net, x, y, progress=False)
+            ranks = best_ranks(joint, tolerance)
             at = joint[(joint[list(ranks)] == list(ranks.values())).all(axis=1)].iloc[0]
             tested = verify_ranks(net, ranks, data.test_x, data.test_y)
             row = {"epoch": epoch, "seed": seed, **ranks}
@@ -372,9 +358,7 @@ def flips(cells: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).T.rename_axis("rank").astype("Int64")
 
 
-def rules(
-    seeds: pd.DataFrame, signs: Sequence[str] = ("tail", "gap", "rank", "epoch")
-) -> pd.DataFrame:
+def rules(seeds: pd.DataFrame) -> pd.DataFrame:
     """How well one sign of a stock network tells whether it should have been projected.
 
     Halfway through training, a rule "project if the sign is above (or below) a threshold" predicts
@@ -390,7 +374,7 @@ def rules(
     if even.all() or not even.any():
         return pd.DataFrame(columns=["sign", "project if", "n", "correct (%)"])
     rows = [{"sign": "always", "project if": "", **_graded(label[~even], table.seed[~even])}]
-    for sign in signs:
+    for sign in ("tail", "gap", "rank", "epoch"):
         found = {}
         for limit in (-math.inf, *table[sign].unique()):
             found["above", limit] = ((table[sign] > limit) == label)[even].mean()

@@ -39,10 +39,7 @@ def grade(
             choices[name] = reveal_ranks(profile, name, tolerance=tolerance if needed else None)
     choices["budget"] = reveal_ranks(profile, "budget", increase=tolerance)
     choices["refined"] = refine_ranks(model, x, y, choices["one-se"], tolerance=tolerance)
-    # Rounding can leave the full network itself a little above.
-    candidates = storable(joint)
-    possible = max(tolerance, float(candidates.increase.min()))
-    choices["optimal"] = reveal_ranks(candidates, "optimal", increase=possible)
+    choices["optimal"] = best_ranks(joint, tolerance)
     parts = [regrets(joint, tested, choices).assign(share=math.nan)]
     tables = {"budget": profile} | {by: predicted_profile(model, x, y, by) for by in METHODS}
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -53,7 +50,7 @@ def grade(
         choices = {by: reveal_ranks(table, "budget", **limit) for by, table in tables.items()}
         choices["level"] = reveal_ranks(profile, "level", **limit)
         for rule in ("removal", "gain", "optimal"):
-            table = candidates if rule == "optimal" else joint
+            table = storable(joint) if rule == "optimal" else joint
             choices[rule] = reveal_ranks(table, rule, parameters=budget)
         parts.append(regrets(joint, tested, choices, budget).assign(share=share))
     return pd.concat(parts, ignore_index=True), tested
@@ -86,6 +83,14 @@ def regrets(
         row["error_regret"] = tested.accuracy[best] - accuracy
         rows.append(row | {"needed": int(validated.parameters[smallest])})
     return pd.DataFrame(rows)
+
+
+def best_ranks(joint: pd.DataFrame, tolerance: float) -> dict[str, int]:
+    """The ranks of the fewest parameters within the tolerance, of all that would be stored."""
+    candidates = storable(joint)
+    # Rounding can leave the full network itself a little above.
+    possible = max(tolerance, float(candidates.increase.min()))
+    return reveal_ranks(candidates, "optimal", increase=possible)
 
 
 def storable(joint: pd.DataFrame) -> pd.DataFrame:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +38,9 @@ def _differences(table: pd.DataFrame, value: str, against: str, column: str) -> 
     return paired(table, value, against, column).set_index(column).to_dict("index")
 
 
-def _when(rank: int = 10, epochs: Sequence[int] = (10, 30, 100)) -> dict[str, Any]:
+def _when() -> dict[str, Any]:
     """What ways of cutting add to the error, and how much the best ranks keep."""
+    rank, epochs = 10, (10, 30, 100)
     cells = _results("when_to_cut")
     names = {"added": "mean", "added_low": "low", "added_high": "high"}
     rows = cells[[*names]].rename(columns=names).to_dict("records")
@@ -81,7 +81,7 @@ def _headline() -> dict[str, Any]:
     start_at = _results("no_oversampling").query("method == 'rSVD every epoch' and epoch == 1")
     start = text[first & (text.value == "accuracy")].iloc[0]
     numbers = {"added": added, "accuracy": accuracy, "first": start}
-    numbers |= {"headline_seeds": runs.seed.nunique(), "in_text": text[~first], "in_code": code}
+    numbers |= {"headline_seeds": runs.seed.nunique(), "in_code": code}
     densities = {
         (every, method): gaussian_kde(part.accuracy)
         for (every, method), part in table[table.epoch == 1].groupby(["every", "method"])

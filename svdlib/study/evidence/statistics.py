@@ -19,8 +19,8 @@ def interval(values: ArrayLike, level: float = 0.95) -> pd.Series:
     return pd.Series({"n": n, "mean": mean, "low": mean - half, "high": mean + half})
 
 
-def crossed(values: ArrayLike, level: float = 0.95) -> pd.Series:
-    """n, mean, and an interval for the mean of values (n seeds, N images) that covers both.
+def crossed(values: ArrayLike) -> pd.Series:
+    """n, mean, and a 95% interval for the mean of values (n seeds, N images) that covers both.
 
     With the mean squares of seeds, images, and what is left, s_s², s_i², s_e², the variance of the
     mean is (s_s² + s_i² − s_e²) / (n N), and seeds and images are both taken as drawn at random
@@ -38,7 +38,7 @@ def crossed(values: ArrayLike, level: float = 0.95) -> pd.Series:
     error = (rest**2).sum() / ((n - 1) * (images - 1))
     seeds, pictures = images * by_seed.var(ddof=1), n * by_image.var(ddof=1)
     variance = max(seeds + pictures - error, error) / x.size
-    half = stats.t.ppf((1 + level) / 2, n - 1) * np.sqrt(variance)
+    half = stats.t.ppf(0.975, n - 1) * np.sqrt(variance)
     return pd.Series({"n": n, "mean": mean, "low": mean - half, "high": mean + half})
 
 
