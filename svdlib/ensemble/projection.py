@@ -110,7 +110,8 @@ class Projection:
             if self.is_due(next(steps)):
                 project_(model, ranks, self.method, **sketch, generator=generator)
 
-        return optimizer.register_step_post_hook(project)
+        # The library accelerate wraps an optimizer, whose own hooks are called.
+        return getattr(optimizer, "optimizer", optimizer).register_step_post_hook(project)
 
     def is_due(self, done: int, epoch: int = 0) -> bool:
         """Whether a projection follows step ``done`` (from 1); ``epoch`` is an epoch's steps."""

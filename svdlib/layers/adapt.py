@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -24,15 +25,22 @@ Tied = list[tuple[str, Factorized]]
 
 @threads.plain()
 @torch.no_grad()
-def truncate_(model: nn.Module, tail: float, *, max_rank: int | None = None) -> dict[str, int]:
+def truncate_(
+    model: nn.Module,
+    tail: float = 0.0,
+    *,
+    max_rank: int | None = None,
+    parameters: int | None = None,
+) -> dict[str, int]:
     """Lower the ranks of a model's `LowRank` layers to what their singular values need, in place.
 
     Each layer W = U V keeps the smallest rank j ≥ 1 with
 
         (Σ_{i>j} σ_i²)^½ ≤ tail · (Σ σ_i²)^½
 
-    (Schotthöfer et al. 2022, Algorithm 1), and its factors share the singular values, √Σ each.
-    Groups of a convolution keep one rank, the largest that any of them needs. Parameters stay the
+    (Schotthöfer et al. 2022, Algorithm 1), and its factors share the singular values, √Σ each. With
+    a budget of ``parameters``, the terms kept are those with the largest σ_i² / Σ σ_i² per number
+    that they store, which loses the least energy, summed over layers of equal weight. Groups of a convolution keep one rank, the largest that any of them needs. Parameters stay the
     same objects with other shapes, so an optimizer keeps them. Its momentum must start anew, as
     `LowRankTraining` sees to.
 
@@ -40,22 +48,26 @@ def truncate_(model: nn.Module, tail: float, *, max_rank: int | None = None) -> 
         model: with `LowRank` layers, as from `factorize`.
         tail: the relative norm to discard, 0 ≤ tail < 1.
         max_rank: a limit on every rank.
+        parameters: a limit on the numbers in the whole model.
 
     Returns:
         {layer: its rank now}.
 
     Raises:
-        ValueError: no such layer, a tail or limit out of range, NaN or infinite weights.
+        ValueError: no such layer, a tail or limit out of range, a budget below what rank 1 needs,
+            NaN or infinite weights.
 
     >>> from svdlib import factorize
     >>> _ = torch.manual_seed(0)
     >>> model = factorize(nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 64)), 20)
     >>> truncate_(model, tail=0.5)
     {'0': 13, '2': 13}
+    >>> truncate_(model, parameters=2000)
+    {'0': 9, '2': 7}
     """
-    tail, max_rank = _limits(tail, max_rank)
-    for tied in _tied(model):
-        _lower_(tied, tail, max_rank)
+    plan = LowRankTraining(tail, max_rank=max_rank, parameters=parameters)
+    plan.check_budget(model)
+    _lower_(model, plan)
     return {name: layer.module.rank for name, layer in _layers(model)}
 
 
@@ -114,17 +126,41 @@ class LowRankTraining:
             Lubich 2022, section 3). Adding them does not change the product. The next change
             discards those that stayed below the tail.
         max_rank: a limit on every rank, added directions included.
+        parameters: a limit on the numbers in the whole model, added directions included. See
+            `truncate_`.
+        within: steps in which this limit falls, geometrically, from the model's size to its value.
+            A network that is cut hard before it has learned something may never recover.
     """
 
-    tail: float
+    tail: float = 0.0
     every: int = 100
     grow: int = 0
     max_rank: int | None = None
+    parameters: int | None = None
+    within: int = 0
 
     def __post_init__(self) -> None:
-        _limits(self.tail, self.max_rank)
+        if not 0 <= checks.number(self.tail, "tail") < 1:
+            raise ValueError(f"tail must be at least 0 and below 1, got {self.tail}")
         checks.positive_int(self.every, "every")
         checks.positive_int(self.grow, "grow", least=0)
+        checks.positive_int(self.within, "within", least=0)
+        if self.within and self.parameters is None:
+            raise ValueError("within is about parameters, which is not given")
+        for name in ("max_rank", "parameters"):
+            if getattr(self, name) is not None:
+                checks.positive_int(getattr(self, name), name)
+
+    def check_budget(self, model: nn.Module) -> None:
+        """Raise ValueError if a model has more parameters at rank 1, with what is added."""
+        if self.parameters is None:
+            return
+        sizes, rest = _sizes(model)
+        if (smallest := rest + sum(sizes) * (1 + self.grow)) > self.parameters:
+            raise ValueError(
+                f"parameters must be at least {smallest:,}, what the model has at rank "
+                f"{1 + self.grow}, got {self.parameters:,}"
+            )
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Adaptation:
         """Change a model's ranks after steps of its optimizer, in a training loop of your own.
@@ -141,6 +177,7 @@ class LowRankTraining:
         >>> optimizer = torch.optim.Adam(model.parameters())
         >>> adaptation = LowRankTraining(tail=0.1).attach(model, optimizer)
         """
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # as the library accelerate wraps it
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError("L-BFGS cannot step factors whose shapes change; use SGD or Adam")  # noqa: TRY004
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -150,6 +187,7 @@ class LowRankTraining:
                     f"the optimizer does not have the factors of layer {name!r}; factorize the "
                     "model first, then make its optimizer"
                 )
+        self.check_budget(model)
         return Adaptation(self, model, optimizer)
 
 
@@ -160,7 +198,7 @@ class Adaptation:
         self, plan: LowRankTraining, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> None:
         self._plan, self._model, self._optimizer = plan, model, optimizer
-        self._steps = 0
+        self._steps, self._size = 0, _size(model)
         self._rows: list[dict[str, object]] = []
         for tied in _tied(model):
             self._note(tied, tied[0][1].module.rank)
@@ -187,12 +225,12 @@ class Adaptation:
         self._handle.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of steps and the history. The ranks are in the model."""
-        return {"steps": self._steps, "rows": list(self._rows)}
+        """The number of steps, the first size, and the history. The ranks are in the model."""
+        return {"steps": self._steps, "size": self._size, "rows": list(self._rows)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
-        self._steps, self._rows = state["steps"], list(state["rows"])
+        self._steps, self._size, self._rows = state["steps"], state["size"], list(state["rows"])
 
     @threads.plain()
     @torch.no_grad()
@@ -200,29 +238,29 @@ class Adaptation:
         self._steps += 1
         if self._steps % self._plan.every:
             return
-        for tied in _tied(self._model):
-            layer = tied[0][1]
-            outer = layer.factors[1]
-            gradient = outer.weight.grad  # gone once the factors change
-            along = None if gradient is None else outer.to_matrix(gradient)
-            changed = _lower_(tied, self._plan.tail, self._plan.max_rank)
-            needed = layer.module.rank
+        groups = _tied(self._model)
+        gradients = [_gradient(tied) for tied in groups]  # gone once the factors change
+        lowered = _lower_(self._model, self._now())
+        for tied, along, changed in zip(groups, gradients, lowered, strict=True):
+            needed = tied[0][1].module.rank
             if along is not None:
                 changed |= _grow_(tied, along, self._plan.grow, self._plan.max_rank)
-            for weight in layer.weights if changed else ():
+            for weight in tied[0][1].weights if changed else ():
                 self._optimizer.state.pop(weight, None)
             self._note(tied, needed)
+
+    def _now(self) -> LowRankTraining:
+        """The plan with the limit on parameters at this step."""
+        plan, left = self._plan, 1 - self._steps / max(self._plan.within, 1)
+        if plan.parameters is None or left <= 0:
+            return plan
+        ratio = max(1.0, self._size / plan.parameters)
+        return replace(plan, parameters=int(plan.parameters * ratio**left))
 
     def _note(self, tied: Tied, needed: int) -> None:
         for name, layer in tied:
             row = {"layer": name, "rank": needed, "stored": layer.module.rank}
             self._rows.append({"step": self._steps, **row})
-
-
-def _limits(tail: float, max_rank: int | None) -> tuple[float, int | None]:
-    if not 0 <= (tail := checks.number(tail, "tail")) < 1:
-        raise ValueError(f"tail must be at least 0 and below 1, got {tail}")
-    return tail, None if max_rank is None else checks.positive_int(max_rank, "max_rank")
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Factorized]]:
@@ -253,14 +291,57 @@ def _grams(tied: Tied) -> tuple[Tensor, Tensor]:
     return V @ V.mT, U.mT @ U
 
 
-def _lower_(tied: Tied, tail: float, max_rank: int | None) -> bool:
-    """Lower the rank to what the tail of any group needs; False if it is that already."""
-    name, layer = tied[0]
-    V, U, S = balanced(*_factors(name, layer))
-    rank = min(int(ranks_within(S, tail).max()), max_rank or layer.module.rank)
-    if lower := rank < layer.module.rank:
-        _put_(tied, V[:, :rank], U[..., :rank])
-    return lower
+def _gradient(tied: Tied) -> Tensor | None:
+    outer = tied[0][1].factors[1]
+    return None if outer.weight.grad is None else outer.to_matrix(outer.weight.grad)
+
+
+def _size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _sizes(model: nn.Module) -> tuple[list[int], int]:
+    """The numbers that each `_tied` layer has per unit of rank, and those of the rest."""
+    layers = [tied[0][1] for tied in _tied(model)]
+    stored = [sum(weight.numel() for weight in layer.weights) for layer in layers]
+    rest = _size(model) - sum(stored)
+    sizes = [n // layer.module.rank for n, layer in zip(stored, layers, strict=True)]
+    return sizes, rest
+
+
+def _lower_(model: nn.Module, plan: LowRankTraining) -> list[bool]:
+    """Lower ranks as planned; for each `_tied` layer, whether it had a higher one."""
+    groups = _tied(model)
+    found = [balanced(*_factors(*tied[0])) for tied in groups]
+    ranks = [int(ranks_within(S, plan.tail).max()) for *_, S in found]
+    if plan.max_rank is not None:
+        ranks = [min(rank, plan.max_rank) for rank in ranks]
+    if plan.parameters is not None:
+        sizes, rest = _sizes(model)
+        room = plan.parameters - rest - plan.grow * sum(sizes)
+        ranks = _within(room, sizes, ranks, [S for *_, S in found])
+    changed = []
+    for tied, (V, U, _), rank in zip(groups, found, ranks, strict=True):
+        changed.append(rank < tied[0][1].module.rank)
+        if changed[-1]:
+            _put_(tied, V[:, :rank], U[..., :rank])
+    return changed
+
+
+def _within(room: int, sizes: list[int], most: list[int], spectra: list[Tensor]) -> list[int]:
+    """Ranks of at least 1 that need ``room`` numbers at most, those of the largest shares per number."""
+    shares = [S.square().sum(0) / S.square().sum() for S in spectra]
+    terms = [
+        (share / size, layer)
+        for layer, (size, rank) in enumerate(zip(sizes, most, strict=True))
+        for share in shares[layer][1:rank].tolist()
+    ]
+    ranks, room = [1] * len(sizes), room - sum(sizes)
+    for _, layer in sorted(terms, key=itemgetter(0), reverse=True):
+        if sizes[layer] <= room:
+            ranks[layer] += 1
+            room -= sizes[layer]
+    return ranks
 
 
 def _grow_(tied: Tied, along: Tensor, count: int, max_rank: int | None) -> bool:

@@ -155,6 +155,83 @@ def test_layers_that_share_their_factors_are_cut_together():
     assert torch.isfinite(small(torch.arange(5))).all()
 
 
+def test_groups_of_a_convolution_keep_the_rank_that_any_of_them_needs():
+    torch.manual_seed(0)
+    model = svdlib.factorize(nn.Sequential(nn.Conv2d(8, 12, 3, groups=2)).double(), 5)
+    with torch.no_grad():  # the second group has rank 4, the first rank 2
+        outer = model[0].factors[1]
+        matrix = svdlib.network.low_rank.as_layer(outer).to_matrix(outer.weight).clone()
+        matrix[0, :, 2:] = 0
+        matrix[1, :, 4:] = 0
+        outer.weight.copy_(svdlib.network.low_rank.as_layer(outer).to_weight(matrix))
+    before = matrices(model)["0"]
+    assert torch.linalg.matrix_rank(before).tolist() == [2, 4]
+    assert svdlib.truncate_(model, 1e-9) == {"0": 4}
+    torch.testing.assert_close(matrices(model)["0"], before)
+
+
+def with_spectrum(side, *sigma):
+    linear = nn.Linear(side, side, bias=False).double()
+    Q = torch.linalg.qr(torch.randn(side, len(sigma), dtype=torch.float64)).Q
+    linear.weight.data = (Q * torch.tensor(sigma, dtype=torch.float64)) @ Q.mT
+    return svdlib.factorize(linear, len(sigma))
+
+
+def test_a_budget_keeps_the_terms_of_the_largest_shares_per_number():
+    torch.manual_seed(0)
+    # Terms store 40 numbers in the first layer and 80 in the second. Shares are 16, 4, 1, and 0.04
+    # of 21.04, and eight of an eighth. Per 40 numbers: 0.76, 0.19, 0.048, 0.002, and 0.0625 each.
+    model = nn.ModuleList([with_spectrum(20, 4, 2, 1, 0.2), with_spectrum(40, *[1] * 8)])
+    for budget, ranks in (
+        (120, (1, 1)),
+        (160, (2, 1)),
+        (200, (3, 1)),
+        (240, (2, 2)),
+        (720, (2, 8)),
+    ):
+        copied = copy.deepcopy(model)
+        found = svdlib.truncate_(copied, parameters=budget)
+        assert tuple(found.values()) == ranks, budget
+    assert tuple(svdlib.truncate_(model, 0.3, parameters=800).values()) == (2, 8)
+    with pytest.raises(ValueError, match="120"):
+        svdlib.truncate_(model, parameters=119)
+
+
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 99), budget=st.integers(250, 900), grow=st.integers(0, 2))
+def test_a_budget_is_kept_while_ranks_change(seed, budget, grow):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(14, 12), nn.ReLU(), nn.Linear(12, 20))
+    model = svdlib.factorize(model, {"0": 6, "2": 7})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    plan = svdlib.LowRankTraining(every=2, grow=grow, parameters=budget)
+    plan.attach(model, optimizer)
+    x = torch.randn(40, 14)
+    for step in range(1, 9):
+        optimizer.zero_grad()
+        F.mse_loss(model(x), x.roll(1, 0)[:, :1].expand(-1, 20)).backward()
+        optimizer.step()
+        assert step < 2 or sum(p.numel() for p in model.parameters()) <= budget
+
+
+def test_a_budget_falls_geometrically_to_its_value():
+    torch.manual_seed(0)
+    model = svdlib.factorize(nn.Sequential(nn.Linear(60, 50, bias=False)), 20)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    plan = svdlib.LowRankTraining(every=2, parameters=110 * 5, within=4)
+    adaptation = plan.attach(model, optimizer)
+    for _ in range(6):
+        model(torch.ones(1, 60)).sum().backward()
+        optimizer.step()
+    assert adaptation.history["rank"].tolist() == [20, 10, 5, 5]  # 20 · (5/20)^½ halfway
+    other = svdlib.factorize(nn.Sequential(nn.Linear(60, 50, bias=False)), 5)
+    resumed = plan.attach(other, torch.optim.SGD(other.parameters(), lr=0.0))
+    resumed.load_state_dict(adaptation.state_dict() | {"steps": 0})
+    assert resumed._now().parameters == 110 * 20
+    with pytest.raises(ValueError, match="within"):
+        svdlib.LowRankTraining(0.1, within=5)
+
+
 def test_what_was_cut_is_saved_and_loaded(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 20), nn.ReLU(), nn.Linear(20, 22))
@@ -252,6 +329,13 @@ def test_bad_input_is_named():
             svdlib.LowRankTraining(**wrong)
     with pytest.raises(ValueError, match="max_rank"):
         svdlib.truncate_(model, 0.1, max_rank=0)
+    for parameters in (0, 30):  # rank 1 needs 14 + 12 weights and 12 biases
+        with pytest.raises(ValueError, match="parameters"):
+            svdlib.truncate_(model, 0.1, parameters=parameters)
+    with pytest.raises(ValueError, match="90"):
+        svdlib.LowRankTraining(grow=2, parameters=89).attach(
+            model, torch.optim.SGD(model.parameters())
+        )
     with torch.no_grad():
         model[0][0].weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match="'0'"):
@@ -275,3 +359,33 @@ def test_a_gradient_scaler_goes_on():
     axis = adaptation.plot()
     (line,) = axis.lines
     assert line.get_ydata().tolist() == adaptation.history["rank"].tolist()
+
+
+class Wrapped(torch.optim.Optimizer):
+    """As accelerate wraps an optimizer."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+
+    def step(self, closure=None):
+        self.optimizer.step(closure)
+
+
+def test_a_wrapped_optimizer_is_followed():
+    x, y = teacher()
+    torch.manual_seed(0)
+    model = svdlib.factorize(nn.Sequential(nn.Linear(24, 20, bias=False)), 8)
+    optimizer = Wrapped(torch.optim.Adam(model.parameters(), lr=0.02))
+    svdlib.LowRankTraining(tail=0.02, every=50).attach(model, optimizer)
+    for _ in range(200):
+        model.zero_grad()
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
+    assert model[0].rank == 3
+    dense = nn.Linear(24, 20)
+    optimizer = Wrapped(torch.optim.SGD(dense.parameters(), lr=0.02))
+    svdlib.Projection("truncsvd", 3, "step").attach(dense, optimizer)
+    dense(x).sum().backward()
+    optimizer.step()
+    assert torch.linalg.matrix_rank(dense.weight) == 3
