@@ -74,22 +74,48 @@ def factors(nets: MLPEnsemble, rank: int) -> MLPEnsemble:
     return MLPEnsemble.from_modules(thin, nets.seeds)  # type: ignore[arg-type]
 
 
-def narrow(sizes: Sequence[int], rank: int) -> list[int]:
-    """The widths of a dense network with hidden layers as wide as each other allow.
+@torch.no_grad()
+def shrink_(nets: MLPEnsemble, how: str, strength: float) -> None:
+    """One step of a penalty on all weight matrices, in place.
 
-    It has no more parameters than a network of these sizes whose layers are stored as factors of
-    this rank, or as matrices where these are smaller.
+    "weight decay": W becomes (1 − s) W. "nuclear norm": each singular value σ becomes
+    max(σ − s, 0), the proximal step of s ‖W‖_* (Cai, Candès, and Shen 2010, Theorem 2.1).
+
+    >>> nets = MLPEnsemble((784, 15, 15, 10), device="cpu")
+    >>> shrink_(nets, "nuclear norm", 0.9)
+    >>> [torch.linalg.matrix_rank(weight).item() for weight in nets.weights]
+    [15, 0, 0]
+    """
+    for W in nets.weights:
+        if how == "weight decay":
+            W.mul_(1 - strength)
+        else:
+            U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+            W.copy_((U * (S - strength).clamp(min=0).unsqueeze(-2)) @ Vh)
+
+
+def widest(sizes: Sequence[int], parameters: int) -> list[int]:
+    """The widths of a dense network with equal hidden layers and at most so many parameters.
+
+    >>> widest([784, 15, 15, 10], 8_000)
+    [784, 9, 9, 10]
+    """
+    for width in range(max(sizes[1:-1]), 0, -1):
+        widths = [sizes[0], *[width] * (len(sizes) - 2), sizes[-1]]
+        if sum(m * n + n for m, n in pairwise(widths)) <= parameters:
+            break
+    return widths
+
+
+def narrow(sizes: Sequence[int], rank: int) -> list[int]:
+    """The `widest` network with no more parameters than one whose layers have this rank.
+
+    A layer is stored as two factors, or as a matrix where that is smaller.
 
     >>> narrow([784, 15, 15, 10], 10)
     [784, 10, 10, 10]
     """
-    pairs = list(pairwise(sizes))
-    limit = sum(min(rank * (m + n), m * n) + n for m, n in pairs)
-    for width in range(max(sizes[1:-1]), 0, -1):
-        widths = [sizes[0], *[width] * (len(sizes) - 2), sizes[-1]]
-        if sum(m * n + n for m, n in pairwise(widths)) <= limit:
-            break
-    return widths
+    return widest(sizes, sum(min(rank * (m + n), m * n) + n for m, n in pairwise(sizes)))
 
 
 def trained(
@@ -114,6 +140,7 @@ def ways(
     compared: Sequence[int],
     late: Sequence[int],
     lr: float,
+    penalties: Sequence[tuple[str, float]] = (),
     *,
     progress: bool = True,
 ) -> tuple[Answers, pd.DataFrame]:
@@ -130,6 +157,9 @@ def ways(
     - "last K epochs": every epoch, from a checkpoint in ``late`` to the next one.
     - "factors": trained as two factors of this rank from the start.
     - "narrow": not cut, all hidden layers of the same `narrow` width, no more parameters.
+
+    Each of the ``penalties``, such as ("weight decay", 0.02), is a way of its own: weights are
+    shrunk by `shrink_` after every epoch, and at checkpoints cut once, or at full rank not cut.
 
     Returns:
         the answers, and the `geometry` of the first layer, of "stock" and "every epoch".
@@ -175,11 +205,25 @@ def ways(
             if epoch in checkpoints:
                 yield "every epoch, data-aware", rank, epoch, nets
 
+    def penalized(how: str, strength: float) -> Iterator[Reached]:
+        nets, full = copy.deepcopy(start), max(map(min, pairwise(sizes)))
+        for epoch in range(1, times[-1] + 1):
+            train(nets, data, epochs=1, lr=lr, progress=False)
+            shrink_(nets, how, strength)
+            for rank in (full, *ranks) if epoch in checkpoints else ():
+                yield f"{how} {strength}", rank, epoch, cut(nets, rank)
+
     answers: Answers = {}
     stock: dict[int, MLPEnsemble] = {}
     free: dict[int, dict[int, Tensor]] = {rank: {} for rank in ranks}
-    reached = chain(cut_once(), *map(projected, ranks), *map(others, compared))
+    reached = chain(
+        cut_once(),
+        *map(projected, ranks),
+        *map(others, compared),
+        *(penalized(*penalty) for penalty in penalties),
+    )
     total = len(checkpoints) * (1 + 4 * (len(ranks) + len(compared))) + len(late) * len(compared)
+    total += len(checkpoints) * len(penalties) * (1 + len(ranks))
     for way, rank, epoch, nets in bar(reached, progress=progress, desc="ways", total=total):
         if way == FREE:
             free[rank][epoch] = nets.weights[0]
@@ -399,6 +443,7 @@ def _graded(right: pd.Series, seed: pd.Series) -> dict[str, object]:
     positive="lr tolerance",
     wholes="checkpoints ranks",
     wholes_or_none="compared late kept_at",
+    shares_or_none="decays norms",
     widths="sizes",
 )
 def check(

@@ -55,6 +55,12 @@ def _when() -> dict[str, Any]:
         for key, part in kept.groupby(["dataset", "lr", "epoch"], sort=False).share
     }
     over = int((kept.query("dataset == 'MNIST' and epoch == 10").increase > 0.01).sum())
+    wider = _results("when_wide").query("epoch == 30").rename(columns=names)
+    wide = {
+        (row["way"], row["rank"]): row for row in wider.drop(columns="error").to_dict("records")
+    }
+    shrunk = _results("when_shrunk").query("epoch == 30 and rank == 10").rename(columns=names)
+    penalty = shrunk[shrunk.way.str.contains("weight|nuclear")].nsmallest(1, "mean").iloc[0]
     orders, seeds = _results("orders").groupby("order").added.mean(), int(cells.n.max())
     numbers = {"when": when, "when_once": once, "when_stock": stock, "when_seeds": seeds}
     return numbers | {
@@ -63,6 +69,8 @@ def _when() -> dict[str, Any]:
         "when_epochs": epochs,
         "compressible": shares,
         "exceeding": over,
+        "wide": wide,
+        "penalty": penalty,
     }
 
 
@@ -120,12 +128,19 @@ def _rules() -> dict[str, Any]:
 
 def _forms() -> dict[str, Any]:
     """The wide network's forms, the largest first, and their accuracy against the dense one's."""
-    table = _results("08_wide_network")
+    dense = _results("narrow_dense").query("form == 'narrow dense'")
+    table = pd.concat([_results("08_wide_network"), dense.astype({"choice": str})])
+    control = {
+        int(str(budget)): _differences(part, "accuracy", "narrow dense", "form")[
+            "trained on as factors"
+        ]
+        for budget, part in table[table.choice.isin(dense.choice.astype(str))].groupby("choice")
+    }
     choice = table.choice.map(lambda text: f"{int(text):,}" if text.isdigit() else text)
     table["what"] = table.form.where(table.form == "dense", table.form + ", " + choice)
     table = table.sort_values("weights", ascending=False, kind="stable")
     gained = _differences(table, "accuracy", "dense", "what")
-    return {"forms": list(table.groupby("what", sort=False)), "gained": gained}
+    return {"forms": list(table.groupby("what", sort=False)), "gained": gained, "control": control}
 
 
 def _recall() -> dict[str, Any]:

@@ -90,6 +90,7 @@ def fisher(model: nn.Module, ranks: Ranks, data: Iterable[Batch], loss: Objectiv
     whole="validation paper_seeds paper_epochs paper_more seeds epochs finetune start_rank narrow_rank",
     from_zero="first_seed",
     wholes="paper_ranks budgets",
+    wholes_or_none="dense_budgets",
     widths="paper_sizes wide narrow",
     shares="tails",
     switch="everything",

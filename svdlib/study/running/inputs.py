@@ -78,6 +78,11 @@ def _entries(rule: Rule) -> Rule:
     return check
 
 
+def _or_none(rule: Rule) -> Rule:
+    """The rule for a list that satisfies this rule or is empty."""
+    return lambda name, value: None if value == [] else rule(name, value)
+
+
 def _needed(holds: Callable[[Any], bool], needed: str) -> Rule:
     """The rule that a value must be as ``needed`` says, which ``holds`` decides."""
 
@@ -110,19 +115,20 @@ def _is_positive(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
+_share = _needed(lambda value: _is_positive(value) and value < 1, "a number between 0 and 1")
 RULES: dict[str, Rule] = {
     "whole": _integer,
     "from_zero": partial(_integer, smallest=0),
     "from_two": partial(_integer, smallest=2),
     "wholes": _entries(_integer),
-    "wholes_or_none": lambda name, value: None if value == [] else RULES["wholes"](name, value),
+    "wholes_or_none": _or_none(_entries(_integer)),
     "wholes_from_two": _entries(partial(_integer, smallest=2)),
     "widths": _widths,
-    "widths_or_none": lambda name, value: None if value == [] else _widths(name, value),
+    "widths_or_none": _or_none(_widths),
     "networks": _entries(_widths),
-    "shares": _entries(
-        _needed(lambda value: _is_positive(value) and value < 1, "a number between 0 and 1")
-    ),
+    "names": _entries(_needed(lambda value: isinstance(value, str), "a name")),
+    "shares": _entries(_share),
+    "shares_or_none": _or_none(_entries(_share)),
     "shapes": _entries(_shape),
     "positive": _needed(_is_positive, "a positive number"),
     "switch": lambda name, value: checks.truth(value, name),

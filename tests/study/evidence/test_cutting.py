@@ -27,6 +27,7 @@ def nets(data):
 @pytest.fixture(scope="module")
 def found(data):
     plan = {"checkpoints": [1, 2, 4], "ranks": [2, 3], "compared": [3], "late": [2]}
+    plan["penalties"] = [("weight decay", 0.1), ("nuclear norm", 0.05)]
     return cutting.ways(data, SIZES, 3, **plan, lr=LR, progress=False)
 
 
@@ -104,8 +105,29 @@ def test_one_cut_after_an_epoch_is_one_projection(found):
     assert torch.equal(answers["cut once", 3, 1], answers["every epoch", 3, 1])
     assert {way for way, *_ in answers} == {
         "stock", "cut once", "cut once, data-aware", "every epoch", "every epoch, data-aware",
-        "every step", "last 2 epochs", "factors", "narrow",
+        "every step", "last 2 epochs", "factors", "narrow", "weight decay 0.1", "nuclear norm 0.05",
     }  # fmt: skip
+
+
+def test_penalties_shrink_weights_and_their_singular_values(nets):
+    decayed, thinner = cutting.cut(nets, 8), cutting.cut(nets, 8)  # copies
+    cutting.shrink_(decayed, "weight decay", 0.1)
+    cutting.shrink_(thinner, "nuclear norm", 0.3)
+    for W, D, T in zip(nets.weights, decayed.weights, thinner.weights, strict=True):
+        assert torch.equal(D, W * 0.9)
+        expected = (torch.linalg.svdvals(W) - 0.3).clamp(min=0)
+        torch.testing.assert_close(torch.linalg.svdvals(T), expected, rtol=0, atol=1e-5)
+
+
+def test_penalized_networks_are_cut_at_checkpoints(data, found):
+    answers, _ = found
+    nets = svdlib.MLPEnsemble(SIZES, range(3), "cpu")
+    for _ in range(4):
+        svdlib.train(nets, data, epochs=1, lr=LR, progress=False)
+        cutting.shrink_(nets, "weight decay", 0.1)
+    for rank in (8, 3):
+        right = cutting.cut(nets, rank).losses(data.test_x, data.test_y)[1]
+        assert torch.equal(answers["weight decay 0.1", rank, 4], right)
 
 
 def test_cells_are_differences_of_means(found):
@@ -192,6 +214,8 @@ PARAMETERS = {
         ({"late": [5]}, "5"),
         ({"lr": 0}, "lr"),
         ({"orders": -1}, "orders"),
+        ({"decays": [2]}, "decays"),
+        ({"norms": [0.1, -1]}, "norms"),
     ],
 )
 def test_parameters_that_do_not_fit_are_named(wrong, named):
