@@ -66,7 +66,7 @@ runpy.run_module("svdlib", run_name="__main__")
 
 # From the ground up: a wing imports those before it in this list, and what stands beside none.
 FLOORS = (
-    "bars", "checks", "clock", "files", "threads", "data", "linalg", "network", "layers", "ensemble", "ranks", "compress", "study",
+    "bars", "checks", "clock", "files", "threads", "data", "linalg", "network", "layers", "ensemble", "ranks", "compress", "study", "hf",
 )  # fmt: skip
 
 

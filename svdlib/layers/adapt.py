@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from svdlib import checks, threads
 from svdlib.linalg.factors import balanced, ranks_within
 from svdlib.network.low_rank import Factorized, low_rank_layers
+from svdlib.network.opened import finished
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,8 +40,8 @@ def truncate_(
         (Σ_{i>j} σ_i²)^½ ≤ tail · (Σ σ_i²)^½
 
     (Schotthöfer et al. 2022, Algorithm 1), and its factors share the singular values, √Σ each. With
-    a budget of ``parameters``, the terms kept are those with the largest σ_i² / Σ σ_i² per number
-    that they store, which loses the least energy, summed over layers of equal weight. Groups of a convolution keep one rank, the largest that any of them needs. Parameters stay the
+    a budget of ``parameters``, ranks keep the largest product of energies E_r = Σ_{i≤r} σ_i² over
+    the layers, by terms of the largest log(E_{r+1} / E_r) per number stored. Groups of a convolution keep one rank, the largest that any of them needs. Parameters stay the
     same objects with other shapes, so an optimizer keeps them. Its momentum must start anew, as
     `LowRankTraining` sees to.
 
@@ -68,6 +69,7 @@ def truncate_(
     plan = LowRankTraining(tail, max_rank=max_rank, parameters=parameters)
     plan.check_budget(model)
     _lower_(model, plan)
+    finished(model)
     return {name: layer.module.rank for name, layer in _layers(model)}
 
 
@@ -248,6 +250,7 @@ class Adaptation:
             for weight in tied[0][1].weights if changed else ():
                 self._optimizer.state.pop(weight, None)
             self._note(tied, needed)
+        finished(self._model)
 
     def _now(self) -> LowRankTraining:
         """The plan with the limit on parameters at this step."""
@@ -329,13 +332,14 @@ def _lower_(model: nn.Module, plan: LowRankTraining) -> list[bool]:
 
 
 def _within(room: int, sizes: list[int], most: list[int], spectra: list[Tensor]) -> list[int]:
-    """Ranks of at least 1 that need ``room`` numbers at most, those of the largest shares per number."""
-    shares = [S.square().sum(0) / S.square().sum() for S in spectra]
-    terms = [
-        (share / size, layer)
-        for layer, (size, rank) in enumerate(zip(sizes, most, strict=True))
-        for share in shares[layer][1:rank].tolist()
-    ]
+    """Ranks of at least 1 that need ``room`` numbers at most.
+
+    Each next term is the one of the largest log(E_{r+1} / E_r) per number stored.
+    """
+    terms = []
+    for layer, (size, rank, S) in enumerate(zip(sizes, most, spectra, strict=True)):
+        energy = S.double().square().sum(0).cumsum(0)[:rank].clamp(min=1e-300).log()
+        terms += [(gain / size, layer) for gain in energy.diff().tolist()]
     ranks, room = [1] * len(sizes), room - sum(sizes)
     for _, layer in sorted(terms, key=itemgetter(0), reverse=True):
         if sizes[layer] <= room:

@@ -15,7 +15,7 @@ from svdlib.network.attention import pack_
 from svdlib.network.calls import Batches, Call, batches, refuse_generator
 from svdlib.network.kinds import Layer
 from svdlib.network.low_rank import Approximations, LowRank, low_rank_layers, thin_twins
-from svdlib.network.opened import READ, Network, duplicate, merge_
+from svdlib.network.opened import READ, Network, duplicate, finished, merge_
 
 
 @threads.making()
@@ -183,4 +183,4 @@ def merge(model: nn.Module) -> nn.Module:
     >>> merge(factorize(nn.Sequential(nn.Linear(100, 80)), 10))[0]
     Linear(in_features=100, out_features=80, bias=True)
     """
-    return pack_(merge_(duplicate(model)))
+    return finished(pack_(merge_(duplicate(model))))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -22,6 +22,8 @@ from svdlib.network.modes import After, Before
 
 # Where a module keeps its parts: what it holds elsewhere, it does not know as its own.
 REGISTERED = ("_modules", "_parameters", "_buffers")
+# What other libraries' models need when they are given away, or when their ranks have changed.
+FINISHERS: list[Callable[[nn.Module], nn.Module]] = []
 # Networks of fewer numbers repeat small operations, which more threads only hold up.
 SMALL = 100_000
 READ = "the model reads its weight without calling it, which would multiply the factors each time"
@@ -64,7 +66,7 @@ class Network:
 
     def closed(self) -> nn.Module:
         """The model, to be given away: attention whose projections are dense is packed again."""
-        return modes.avoid_fused_(pack_(self.model))
+        return finished(modes.avoid_fused_(pack_(self.model)))
 
     # What can be changed, and what can't.
 
@@ -360,6 +362,13 @@ def duplicate(model: nn.Module, *, shared: bool = False) -> nn.Module:
     past = {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}
     kept = {id(parameter): parameter for parameter in model.parameters()} if shared else {}
     return copy.deepcopy(model, cast(dict[int, object], {**past, **kept}))
+
+
+def finished(model: nn.Module) -> nn.Module:
+    """The model after all `FINISHERS`."""
+    for finish in FINISHERS:
+        model = finish(model)
+    return model
 
 
 def merge_(model: nn.Module) -> nn.Module:

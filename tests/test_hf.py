@@ -1,0 +1,208 @@
+"""Models of the transformers library: saved thin, read thin, and used as before."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("svdlib.hf", exc_type=ImportError)
+
+import svdlib
+from svdlib.network.low_rank import low_rank_layers
+
+LLAMA = {
+    "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+IDS = torch.randint(60, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def llama(tied):
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**LLAMA, tie_word_embeddings=tied)
+    )
+
+
+def gpt2(_=False):
+    config = transformers.GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def bert(_=False):
+    small = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
+    return transformers.BertForMaskedLM(transformers.BertConfig(**small, num_attention_heads=4))
+
+
+def t5(_=False):
+    small = {"vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2}
+    config = transformers.T5Config(**small, num_heads=4, decoder_start_token_id=0)
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def vit(_=False):
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "image_size": 8}
+    config = transformers.ViTConfig(**small, num_attention_heads=4, patch_size=4, num_labels=7)
+    return transformers.ViTForImageClassification(config)
+
+
+MODELS = {
+    "Llama, tied": lambda: llama(True),
+    "Llama, untied": lambda: llama(False),
+    "GPT-2": gpt2,
+    "BERT": bert,
+    "T5": t5,
+    "ViT": vit,
+}
+
+
+def made(name, share=0.3, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = MODELS[name]().eval().to(dtype)
+    return svdlib.factorize(model, share)
+
+
+def logits(model):
+    if isinstance(model, transformers.ViTForImageClassification):
+        x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+        return model(pixel_values=x.to(model.dtype)).logits
+    more = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}
+    return model(input_ids=IDS, **more).logits
+
+
+def assert_same(again, small):
+    own, other = dict(small.named_parameters()), dict(again.named_parameters())
+    assert own.keys() == other.keys()
+    assert all(torch.equal(own[name], other[name]) for name in own)
+    if small.dtype == torch.float32:  # in bfloat16 transformers keeps some buffers in float32
+        assert torch.equal(logits(again.eval()), logits(small))
+
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:left as they were"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_written_is_read(name, dtype, tmp_path):
+    small = made(name, dtype=dtype)
+    small.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    ranks = {name: layer.rank for name, layer in low_rank_layers(small).items()}
+    assert config["ranks"] == ranks and ranks
+    again = type(small).from_pretrained(tmp_path, dtype=dtype)
+    assert {name: layer.rank for name, layer in low_rank_layers(again).items()} == ranks
+    assert_same(again, small)
+    count = sum(p.numel() for p in small.parameters())
+    assert sum(p.numel() for p in again.parameters()) == count
+    again.save_pretrained(tmp_path / "again")
+    third = type(small).from_pretrained(tmp_path / "again", dtype=dtype)
+    assert_same(third, small)
+
+
+@torch.no_grad()
+def test_a_fresh_process_reads_it_by_the_import_alone(tmp_path):
+    small = made("Llama, tied")
+    small.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
+    torch.save(IDS, tmp_path / "ids.pt")
+    code = (
+        "import sys, torch, svdlib.hf\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + '/model').eval()\n"
+        "with torch.no_grad():\n"
+        "    torch.save(model(torch.load(sys.argv[1] + '/ids.pt')).logits, sys.argv[1] + '/z.pt')\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    torch.testing.assert_close(torch.load(tmp_path / "z.pt"), small(IDS).logits)
+
+
+@torch.no_grad()
+def test_generation_with_a_cache_goes_on_as_without():
+    small = made("Llama, tied")
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    cached = small.generate(IDS, **settings, use_cache=True)
+    assert torch.equal(cached, small.generate(IDS, **settings, use_cache=False))
+
+
+@torch.no_grad()
+def test_a_base_is_read_from_a_model_with_a_head_and_back(tmp_path):
+    small = made("BERT")
+    small.save_pretrained(tmp_path / "head")
+    base = transformers.BertModel.from_pretrained(tmp_path / "head", add_pooling_layer=False).eval()
+    state = small.bert(IDS).last_hidden_state
+    assert torch.equal(base(IDS).last_hidden_state, state)
+    base.save_pretrained(tmp_path / "base")
+    with_head = transformers.BertForMaskedLM.from_pretrained(tmp_path / "base").eval()
+    assert torch.equal(with_head.bert(IDS).last_hidden_state, state)
+
+
+@torch.no_grad()
+def test_tied_factors_stay_tied():
+    small = made("Llama, tied")
+    ranks = {name: layer.rank for name, layer in low_rank_layers(small).items()}
+    assert ranks["lm_head"] == ranks["model.embed_tokens"]
+    before = small(IDS).logits
+    small.tie_weights()
+    assert torch.equal(small(IDS).logits, before)
+    assert small.lm_head[1].weight is small.model.embed_tokens[0].weight
+
+
+@torch.no_grad()
+def test_ranks_that_change_later_are_written(tmp_path):
+    small = made("Llama, tied")
+    svdlib.truncate_(small, 0.5)
+    small.save_pretrained(tmp_path / "truncated")
+    again = type(small).from_pretrained(tmp_path / "truncated").eval()
+    assert torch.equal(logits(again), logits(small))
+    merged = svdlib.merge(small)
+    merged.save_pretrained(tmp_path / "merged")
+    assert "quantization_config" not in json.loads(
+        (tmp_path / "merged" / "config.json").read_text()
+    )
+    again = type(small).from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(logits(again), logits(small), rtol=1e-4, atol=1e-5)
+
+
+def test_what_was_read_trains_on_and_the_original_is_left_alone(tmp_path):
+    torch.manual_seed(0)
+    model = MODELS["Llama, tied"]()
+    small = svdlib.factorize(model, 0.3)
+    assert not hasattr(model.config, "quantization_config")
+    assert model._tied_weights_keys == {"lm_head.weight": "model.embed_tokens.weight"}
+    small.save_pretrained(tmp_path)
+    again = type(small).from_pretrained(tmp_path)
+    optimizer = torch.optim.SGD(again.parameters(), lr=0.1)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = again(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_a_folder_that_does_not_fit_is_refused(tmp_path):
+    made("BERT").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, named in (
+        ({"format": 9}, "9"),
+        ({"ranks": {"bert.encoder.layer.0.output.dense": 1000}}, "1000"),
+    ):
+        config["quantization_config"] |= change
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=named):
+            transformers.BertForMaskedLM.from_pretrained(tmp_path)
+        config["quantization_config"] |= {"format": 1}
+
+
+def test_other_models_are_left_alone():
+    small = svdlib.factorize(nn.Sequential(nn.Linear(20, 20)), 3)
+    assert not hasattr(small, "config")
