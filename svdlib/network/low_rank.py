@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from svdlib.linalg.svd import SVD, truncated_svd
-from svdlib.network.kinds import ATTRIBUTES, Layer, TransposedLinear, layer_of
+from svdlib.network.kinds import ATTRIBUTES, KINDS, Layer, TransposedLinear, layer_of
 
 
 class Approximations(Protocol):
@@ -66,8 +66,10 @@ class LowRank(nn.Sequential):
     @property
     def rank(self) -> int:
         """The number r of terms."""
-        first = self.factors[0]
-        return as_layer(first).to_matrix(first.weight).shape[-2]
+        first, names = self.factors[0], (kind.side_names[1] for kind in KINDS)
+        # By its sides, as the weight of a quantized factor is no matrix.
+        width = next(getattr(first, name) for name in names if hasattr(first, name))
+        return int(width) // getattr(first, "groups", 1)
 
     @property
     def weight(self) -> Tensor:
@@ -100,7 +102,18 @@ class LowRank(nn.Sequential):
 
 
 def as_layer(factor: nn.Module) -> Layer:
-    return cast(Layer, layer_of(factor))
+    """A factor as the layer that it is.
+
+    Raises:
+        ValueError: it has become another module, as by quantization.
+    """
+    if (found := layer_of(factor)) is None:
+        kind = type(factor)
+        raise ValueError(
+            f"a factor is a {kind.__module__}.{kind.__name__}, whose weight can't be multiplied "
+            "out; merge before you quantize"
+        )
+    return found
 
 
 class Factorized(Layer):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import fields, is_dataclass
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cached_property, partial
+from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -24,6 +27,8 @@ from svdlib.network.modes import After, Before
 REGISTERED = ("_modules", "_parameters", "_buffers")
 # What other libraries' models need when they are given away, or when their ranks have changed.
 FINISHERS: list[Callable[[nn.Module], nn.Module]] = []
+# Values that hold no module: a vocabulary has many.
+ATOMS = (str, bytes, int, float, complex, type(None), type)
 # Networks of fewer numbers repeat small operations, which more threads only hold up.
 SMALL = 100_000
 READ = "the model reads its weight without calling it, which would multiply the factors each time"
@@ -41,8 +46,8 @@ class Network:
         left: why others are left as they are, for `warn`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, original: nn.Module | None = None) -> None:
+        self.model, self._original = model, original
         self.layers = find_layers(model)
         self.left: dict[str, str] = {}
 
@@ -51,7 +56,7 @@ class Network:
     @torch.no_grad()
     def copy_of(cls, model: nn.Module) -> Network:
         """A deep copy, without factorized layers, to be changed and given away by `closed`."""
-        return cls(merge_(unpack_(duplicate(model))))
+        return cls(merge_(unpack_(duplicate(model))), model)
 
     @classmethod
     @threads.making()
@@ -130,7 +135,7 @@ class Network:
                 return shared
             if reason := kind.obstacle(replace=True):
                 return f"{shared}, which can't be replaced: {reason}"
-        return self._fixed.get(id(layer.module))
+        return self._fixed.get(name)
 
     @cached_property
     def _owners(self) -> dict[int, list[tuple[str, nn.Module]]]:
@@ -146,22 +151,10 @@ class Network:
         return [(name, module) for name, module in owners if module is not layer.module]
 
     @cached_property
-    def _fixed(self) -> dict[int, str]:
-        """Why modules can't be replaced, by their ids: they are compiled, or attributes of others."""
-        found: dict[int, str] = {}
-        for name, part in self.model.named_modules():
-            if modes.is_compiled(part):
-                place = name or "the model"
-                reason = f"{place!r} is compiled with it; factorize first, then compile"
-                found |= dict.fromkeys(map(id, part.modules()), reason)
-        for name, part in self.model.named_modules():
-            for attribute, value in vars(part).items():
-                place = f"{name}.{attribute}".lstrip(".")
-                reason = f"{place!r} holds it besides, where a factorized one would not be seen"
-                for inner in _inside(value) if attribute not in REGISTERED else ():
-                    if isinstance(inner, nn.Module):
-                        found.setdefault(id(inner), reason)
-        return found
+    def _fixed(self) -> dict[str, str]:
+        """Why modules can't be replaced, by name. Functions in a copy hold the original's modules."""
+        found = {} if self._original is None else _fixed(self._original)
+        return found | _fixed(self.model)
 
     @cached_property
     def ties(self) -> list[list[str]]:
@@ -342,14 +335,54 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
     return layers
 
 
-def _inside(value: object) -> Iterator[object]:
-    """A value and, of lists, tuples, sets and dictionaries, what they hold."""
-    yield value
+def _fixed(model: nn.Module) -> dict[str, str]:
+    """Why modules can't be replaced, by name: they are compiled, or attributes of others."""
+    found: dict[int, str] = {}
+    for name, part in model.named_modules():
+        if modes.is_compiled(part):
+            place = name or "the model"
+            reason = f"{place!r} is compiled with it; factorize first, then compile"
+            found |= dict.fromkeys(map(id, part.modules()), reason)
+    for name, part in model.named_modules():
+        for attribute, value in vars(part).items():
+            place = f"{name}.{attribute}".lstrip(".")
+            reason = f"{place!r} holds it besides, where a factorized one would not be seen"
+            for inner in _held([value]) if attribute not in REGISTERED else ():
+                if inner is not part:
+                    found.setdefault(id(inner), reason)
+    return {name: found[id(part)] for name, part in model.named_modules() if id(part) in found}
+
+
+def _held(values: Iterable[object]) -> Iterator[nn.Module | Tensor]:
+    """The modules and tensors in values: in containers, functions, and objects that are plain data."""
+    left, seen = list(values), set[int]()
+    while left:
+        value = left.pop()
+        if isinstance(value, nn.Module | Tensor):
+            yield value
+        elif not isinstance(value, ATOMS) and id(value) not in seen:
+            seen.add(id(value))
+            left += _parts(value)
+
+
+def _parts(value: Any) -> Iterable[object]:
     if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, list | tuple | set):
-        for part in value:
-            yield from _inside(part)
+        return value.values()
+    if isinstance(value, list | tuple | set | frozenset | deque):
+        return value
+    if isinstance(value, partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, MethodType):
+        return [value.__self__]
+    if isinstance(value, FunctionType):
+        found = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        for cell in value.__closure__ or ():
+            with suppress(ValueError):  # a name that is not bound yet
+                found.append(cell.cell_contents)
+        return found
+    if is_dataclass(value):
+        return [getattr(value, field.name, None) for field in fields(value)]
+    return vars(value).values() if isinstance(value, SimpleNamespace) else ()
 
 
 def duplicate(model: nn.Module, *, shared: bool = False) -> nn.Module:
@@ -358,7 +391,7 @@ def duplicate(model: nn.Module, *, shared: bool = False) -> nn.Module:
     Tensors with a history, results of the last call or pruned weights, which ``copy.deepcopy``
     refuses, are copied without it.
     """
-    held = [part for module in model.modules() for part in _inside(list(module.__dict__.values()))]
+    held = (part for module in model.modules() for part in _held(vars(module).values()))
     past = {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}
     kept = {id(parameter): parameter for parameter in model.parameters()} if shared else {}
     return copy.deepcopy(model, cast(dict[int, object], {**past, **kept}))

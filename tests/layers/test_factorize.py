@@ -392,3 +392,16 @@ def test_data_parallel_replicas():
     torch.testing.assert_close(nn.DataParallel(small)(x), small(x))
     x = x.view(8, 1, 40)
     torch.testing.assert_close(nn.DataParallel(attention)(x, x, x), attention(x, x, x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_factors_can_be_quantized_and_keep_their_rank():
+    torch.manual_seed(0)
+    small = svdlib.factorize(nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 20)), 6)
+    x = torch.randn(16, 40)
+    int8 = torch.ao.quantization.quantize_dynamic(small, {nn.Linear}, dtype=torch.qint8)
+    assert int8[0].rank == int8[2].rank == 6
+    # Weights and inputs of 8 bits: ten times the error seen.
+    assert (int8(x) - small(x)).norm() < 0.1 * small(x).norm()
+    with pytest.raises(ValueError, match="quantize"):
+        svdlib.merge(int8)

@@ -3,6 +3,10 @@
 import copy
 import pickle
 import warnings
+from collections import deque
+from dataclasses import dataclass
+from functools import partial
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -88,6 +92,75 @@ def test_a_layer_that_is_held_besides_is_not_replaced():
     with pytest.raises(ValueError, match="layer 'layer': 'order' holds it besides"):
         svdlib.factorize(Listed(), {"layer": 2})
     assert torch.linalg.matrix_rank(svdlib.project_(Listed(), 2).layer.weight) == 2
+
+
+@dataclass
+class Plain:
+    inner: object
+
+
+@dataclass(slots=True)
+class Slotted:
+    inner: object
+
+
+def as_default(inner):
+    def call(x, layer=inner):
+        return layer(x)
+
+    return call
+
+
+HOLDERS = {
+    "lambda": lambda inner: lambda x: inner(x),
+    "bound method": lambda inner: inner.forward,
+    "partial": lambda inner: partial(nn.Module.__call__, inner),
+    "default": as_default,
+    "dataclass": Plain,
+    "slots": lambda inner: Slotted({"a": inner}),
+    "namespace": lambda inner: SimpleNamespace(inner=(inner,)),
+    "deque": lambda inner: deque([[inner]]),
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_a_layer_is_found_wherever_a_model_holds_it(holder):
+    model = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9))
+    model.extra = HOLDERS[holder](model[0])
+    with pytest.raises(ValueError, match="'0': 'extra' holds it"):
+        svdlib.factorize(model, {"0": 2})
+    with pytest.warns(UserWarning, match="'extra' holds it"):
+        small = svdlib.factorize(model, 2)
+    assert list(low_rank_layers(small)) == ["1"]
+
+
+def test_attributes_that_go_in_circles_or_hold_much_are_read_once():
+    model = nn.Sequential(nn.Linear(9, 9))
+    model.vocabulary = {str(word): word for word in range(1000)}
+    model.vocabulary["all"] = model.vocabulary
+
+    def reads():
+        return small
+
+    model.reads = reads
+    small = svdlib.factorize(model, 2)
+    assert small[0].rank == 2
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [lambda old: MethodType(lambda self, x: 2 * old(x), old.__self__), lambda old: partial(old)],
+    ids=["method", "partial"],
+)
+def test_a_layer_with_another_forward_is_refused(patch):
+    model = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9))
+    model[0].forward = patch(model[0].forward)
+    with pytest.raises(ValueError, match="'0': its forward"):
+        svdlib.factorize(model, {"0": 2})
+    with pytest.warns(UserWarning, match="its forward"):
+        small = svdlib.factorize(model, 2)
+    x = torch.randn(4, 9)
+    torch.testing.assert_close(small[0](x), model[0](x))
 
 
 def test_compiled_models():
