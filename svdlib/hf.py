@@ -18,7 +18,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -27,7 +26,10 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from svdlib import checks
 from svdlib.network import modes, opened
+from svdlib.network.attention import Attention, pack_, unpack_
+from svdlib.network.kinds import Layer
 from svdlib.network.low_rank import low_rank_layers, thin_twins, tied
 
 METHOD, FORMAT = "svdlib", 1
@@ -37,11 +39,13 @@ METHOD, FORMAT = "svdlib", 1
 class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """{"quant_method": "svdlib", "format": 1, "ranks": {layer: rank}} in ``config.json``."""
 
-    def __init__(self, ranks: Mapping[str, int], format: int = FORMAT, **_: Any) -> None:
+    def __init__(
+        self, ranks: Mapping[str, int] | None = None, format: int = FORMAT, **_: Any
+    ) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
-        self.format, self.ranks = format, dict(ranks)
+        self.format, self.ranks = format, dict(ranks or {})
         if format != FORMAT:
-            raise ValueError(f"the factors have format {format!r}, this version reads {FORMAT}")
+            raise ValueError(f"format must be {FORMAT}, got {format!r}; update svdlib")
 
 
 @register_quantizer(METHOD)
@@ -55,45 +59,68 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
-        ranks, net = placed(model, vars(self.quantization_config)["ranks"]), opened.Network(model)
-        for name, rank in ranks.items():
-            if name not in net.layers or rank > net.layers[name].full_rank:
-                kind = type(model).__name__
-                raise ValueError(f"{kind} has no layer {name!r} with a rank of {rank} or more")
-        # Weights are tied after they are loaded, but factors must be tied now.
+        net = opened.Network(unpack_(model))
+        ranks = placed(model, net.layers, vars(self.quantization_config)["ranks"])
+        # Weights are tied after they are loaded, but factors must be tied now. The rank of one
+        # holds for both, as where a base is read into a model with a head.
         for pair in model.all_tied_weights_keys.items():
-            target, source = (key.removesuffix(".weight") for key in pair)
-            if target in ranks and source in ranks:
-                net.layers[target].module.weight = net.layers[source].module.weight
+            names = [key.removesuffix(".weight") for key in pair]
+            known = [ranks[name] for name in names if name in ranks]
+            if known and all(name in net.layers for name in names):
+                ranks |= dict.fromkeys(names, known[0])
+                target, source = (net.layers[name].module for name in names)
+                target.weight = source.weight
         layers = {name: net.layers[name] for name in ranks}
         for name, thin in thin_twins(layers, ranks).items():
             net.put(name, thin)
-        modes.avoid_fused_(model)
-        tie(model)
+        modes.avoid_fused_(pack_(model))
+        for part in model.modules():  # what initializes an attention's own tensors finds none
+            if any(isinstance(inner, Attention) for inner in (part, *part.children())):
+                part._is_hf_initialized = True
+        for part in parts(model):
+            tie(part)
 
     def postprocess_model(self, model: nn.Module, **_: Any) -> None:
         """An ordinary model again, that trains, casts, and saves as any other."""
-        for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        for name in ("quantization_method", "is_quantized"):
             model.__dict__.pop(name, None)
         prepare(model)
 
 
-def placed(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:
+def placed(
+    model: nn.Module, layers: Mapping[str, Layer], ranks: Mapping[str, int]
+) -> dict[str, int]:
     """Ranks by the names in this model, without those of layers that it does not have.
 
     The weights of a model with a head may be read into its base, or the other way round.
+
+    Raises:
+        ValueError: a layer that is missing where its neighbors are, or has no such rank.
     """
-    prefix, names = f"{model.base_model_prefix}.", {name for name, _ in model.named_modules()}
+    prefix, modules = f"{model.base_model_prefix}.", {name for name, _ in model.named_modules()}
     found: dict[str, int] = {}
     for name, rank in ranks.items():
         for each in (name, name.removeprefix(prefix), prefix + name):
-            if each in names:
+            parent = each.rpartition(".")[0]
+            if each in layers or (parent and parent in modules):
+                limit = layers[each].full_rank if each in layers else 0
+                if rank > limit:
+                    kind = type(model).__name__
+                    raise ValueError(
+                        f"the ranks in config.json do not fit {kind}: layer {each!r} can have rank "
+                        f"{limit} at most, not {rank}"
+                    )
                 found[each] = rank
                 break
     return found
 
 
-def tie(model: nn.Module) -> None:
+def parts(model: nn.Module) -> list[Any]:
+    """The models of the transformers library in a model, the outermost first."""
+    return [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+
+
+def tie(model: Any) -> None:
     """Tell transformers which factors are one parameter, in place of the weights they replace."""
     thin = low_rank_layers(model)
     pairs: dict[str, str] = {}
@@ -119,30 +146,41 @@ def _same(
 
 
 def prepare(model: nn.Module) -> nn.Module:
-    """Note a model's ranks in its config, so that ``save_pretrained`` writes them, in place.
+    """Note ranks in the configs of all transformers models in a model, in place.
 
-    Done for whatever svdlib factorizes, truncates, or merges after ``import svdlib.hf``. Models
-    of other libraries stay as they are.
+    ``save_pretrained`` then writes them. This is done for whatever svdlib factorizes, truncates, or
+    merges after ``import svdlib.hf``; call it for a model that was factorized before.
 
     >>> prepare(nn.Linear(3, 3))
     Linear(in_features=3, out_features=3, bias=True)
     """
-    if not isinstance(model, PreTrainedModel):
-        return model
-    ranks = {name: layer.rank for name, layer in low_rank_layers(model).items()}
-    noted = getattr(model.config, "quantization_config", None)
-    if not ranks and not isinstance(noted, LowRankConfig):
-        return model
-    model.config = copy.deepcopy(model.config)
-    model.__dict__.pop("hf_quantizer", None)  # of a GGUF file, whose weights are plain by now
-    if ranks:
-        model.config.quantization_config = LowRankConfig(ranks)
-        tie(model)
-    else:
-        del model.config.quantization_config
-        model.__dict__.pop("_tied_weights_keys", None)
-        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    configs: set[int] = set()
+    for part in parts(model):
+        ranks = {name: layer.rank for name, layer in low_rank_layers(part).items()}
+        noted = getattr(part.config, "quantization_config", None)
+        own = noted is not None and _method(noted) == METHOD
+        if ranks and noted is not None and not own and _method(noted) != "gguf":
+            checks.warn(f"the ranks are not saved with a model quantized by {_method(noted)}")
+            continue
+        if id(part.config) not in configs:  # parts that share one are named as its first owner's
+            configs.add(id(part.config))
+            if ranks:
+                part.config.quantization_config = LowRankConfig(ranks)
+            elif own:
+                del part.config.quantization_config
+        if ranks or own:
+            part.__dict__.pop("hf_quantizer", None)  # of a GGUF file, whose weights are plain now
+        if ranks:
+            tie(part)
+        elif "_tied_weights_keys" in part.__dict__:  # it was factorized before
+            del part._tied_weights_keys
+            part.all_tied_weights_keys = part.get_expanded_tied_weights_keys(all_submodels=True)
     return model
+
+
+def _method(config: Any) -> str:
+    found = config.get("quant_method") if isinstance(config, Mapping) else config.quant_method
+    return str(getattr(found, "value", found))
 
 
 opened.FINISHERS.append(prepare)

@@ -1,5 +1,6 @@
 """Models of the transformers library: saved thin, read thin, and used as before."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -49,6 +50,20 @@ def vit(_=False):
     return transformers.ViTForImageClassification(config)
 
 
+def pegasus(_=False):
+    small = {"vocab_size": 60, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1}
+    sides = {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = transformers.PegasusConfig(**small, **sides, **heads, decoder_start_token_id=0)
+    return transformers.PegasusForConditionalGeneration(config)
+
+
+def siglip(_=False):
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48, "image_size": 8}
+    config = transformers.SiglipVisionConfig(**small, num_attention_heads=4, patch_size=4)
+    return transformers.SiglipVisionModel(config)
+
+
 MODELS = {
     "Llama, tied": lambda: llama(True),
     "Llama, untied": lambda: llama(False),
@@ -56,6 +71,8 @@ MODELS = {
     "BERT": bert,
     "T5": t5,
     "ViT": vit,
+    "Pegasus": pegasus,
+    "Siglip": siglip,
 }
 
 
@@ -66,9 +83,10 @@ def made(name, share=0.3, dtype=torch.float32):
 
 
 def logits(model):
-    if isinstance(model, transformers.ViTForImageClassification):
+    if "pixel_values" in inspect.signature(model.forward).parameters:
         x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-        return model(pixel_values=x.to(model.dtype)).logits
+        output = model(pixel_values=x.to(model.dtype))
+        return getattr(output, "logits", getattr(output, "pooler_output", None))
     more = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}
     return model(input_ids=IDS, **more).logits
 
@@ -144,14 +162,55 @@ def test_a_base_is_read_from_a_model_with_a_head_and_back(tmp_path):
 
 
 @torch.no_grad()
-def test_tied_factors_stay_tied():
-    small = made("Llama, tied")
+def test_a_tied_head_gets_the_factors_of_the_base_that_is_read(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True)
+    base = svdlib.factorize(transformers.LlamaModel(config).eval(), 0.3)
+    base.save_pretrained(tmp_path)
+    with_head = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    expected = base(IDS).last_hidden_state @ base.embed_tokens.weight.mT
+    torch.testing.assert_close(with_head(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["Llama, tied", "T5", "Pegasus"])
+def test_tied_factors_stay_tied(name):
+    small = made(name)
     ranks = {name: layer.rank for name, layer in low_rank_layers(small).items()}
-    assert ranks["lm_head"] == ranks["model.embed_tokens"]
-    before = small(IDS).logits
+    assert ranks["lm_head"] == small.get_input_embeddings().rank
+    before = logits(small)
     small.tie_weights()
-    assert torch.equal(small(IDS).logits, before)
-    assert small.lm_head[1].weight is small.model.embed_tokens[0].weight
+    assert torch.equal(logits(small), before)
+    assert small.lm_head[1].weight is small.get_input_embeddings()[0].weight
+
+
+@torch.no_grad()
+def test_parts_and_wrappers_know_their_ranks(tmp_path):
+    small = made("BERT")
+    assert small.bert.config is small.config
+    small.bert.save_pretrained(tmp_path / "part")
+    again = transformers.BertModel.from_pretrained(tmp_path / "part", add_pooling_layer=False)
+    state = small.bert(IDS).last_hidden_state
+    assert torch.equal(again.eval()(IDS).last_hidden_state, state)
+
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = MODELS["GPT-2"]().eval(), nn.Linear(60, 2)
+
+    torch.manual_seed(0)
+    wrapped = svdlib.factorize(Wrapper(), 0.3)
+    wrapped.inner.save_pretrained(tmp_path / "wrapped")
+    again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "wrapped").eval()
+    assert torch.equal(logits(again), logits(wrapped.inner))
+
+
+def test_a_model_that_others_quantized_keeps_its_config():
+    model = MODELS["GPT-2"]()
+    model.config.quantization_config = {"quant_method": "bitsandbytes"}
+    with pytest.warns(UserWarning, match="bitsandbytes"):
+        small = svdlib.factorize(model, 0.3)
+    assert small.config.quantization_config == {"quant_method": "bitsandbytes"}
 
 
 @torch.no_grad()

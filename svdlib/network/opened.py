@@ -62,12 +62,20 @@ class Network:
     @threads.making()
     @torch.no_grad()
     def to_measure(cls, model: nn.Module, *, merge: bool = True) -> Network:
-        """The model itself, or a copy with its parameters where a layer has to be opened."""
+        """A copy with the model's numbers, so that others may call the model meanwhile.
+
+        A model is measured itself if it can't be copied, is compiled, or holds modules besides, as
+        a function in a copy would call those of the original.
+        """
         if merge and low_rank_layers(model):
-            model = unpack_(merge_(duplicate(model)))
-        elif any(type(part) is nn.MultiheadAttention for part in model.modules()):
-            model = unpack_(duplicate(model, shared=True))
-        return cls(model)
+            return cls(unpack_(merge_(duplicate(model))))
+        if _fixed(model):
+            return cls(model)
+        try:
+            twin = duplicate(model, shared=True)
+        except (TypeError, RuntimeError, AttributeError, NotImplementedError):
+            return cls(model)
+        return cls(unpack_(twin))
 
     def closed(self) -> nn.Module:
         """The model, to be given away: attention whose projections are dense is packed again."""
@@ -350,6 +358,11 @@ def _fixed(model: nn.Module) -> dict[str, str]:
             for inner in _held([value]) if attribute not in REGISTERED else ():
                 if inner is not part:
                     found.setdefault(id(inner), reason)
+        if isinstance(forward := vars(part).get("forward"), FunctionType):
+            reason = f"{name or 'the model'!r} has a forward that calls it, which is not copied"
+            called = (inner for inner in _held([forward]) if isinstance(inner, nn.Module))
+            ids = (id(each) for inner in called for each in inner.modules())
+            found = dict.fromkeys(ids, reason) | found
     return {name: found[id(part)] for name, part in model.named_modules() if id(part) in found}
 
 
@@ -386,14 +399,14 @@ def _parts(value: Any) -> Iterable[object]:
 
 
 def duplicate(model: nn.Module, *, shared: bool = False) -> nn.Module:
-    """A deep copy or, with ``shared``, one that has the model's own parameters.
+    """A deep copy or, with ``shared``, one whose parameters share the numbers of the model's.
 
     Tensors with a history, results of the last call or pruned weights, which ``copy.deepcopy``
     refuses, are copied without it.
     """
     held = (part for module in model.modules() for part in _held(vars(module).values()))
     past = {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}
-    kept = {id(parameter): parameter for parameter in model.parameters()} if shared else {}
+    kept = {id(parameter): _alias(parameter) for parameter in model.parameters() if shared}
     return copy.deepcopy(model, cast(dict[int, object], {**past, **kept}))
 
 
@@ -402,6 +415,13 @@ def finished(model: nn.Module) -> nn.Module:
     for finish in FINISHERS:
         model = finish(model)
     return model
+
+
+def _alias(parameter: nn.Parameter) -> nn.Parameter:
+    """Another parameter with the same numbers, where it is of the usual kind."""
+    if type(parameter) is not nn.Parameter:
+        return parameter
+    return nn.Parameter(parameter.detach(), parameter.requires_grad)
 
 
 def merge_(model: nn.Module) -> nn.Module:

@@ -163,6 +163,13 @@ def test_a_layer_with_another_forward_is_refused(patch):
     torch.testing.assert_close(small[0](x), model[0](x))
 
 
+def test_a_model_whose_forward_is_a_function_of_its_layers_is_left():
+    model = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9))
+    model.forward = lambda x: model[1](model[0](x).tanh())
+    with pytest.raises(ValueError, match="has a forward"):
+        svdlib.factorize(model, {"0": 2})
+
+
 def test_compiled_models():
     model = nn.Sequential(nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 3))
     x, y = torch.rand(8, 9), torch.arange(8) % 3

@@ -1,5 +1,6 @@
 import copy
 import math
+import threading
 
 import pandas as pd
 import pytest
@@ -113,6 +114,46 @@ def test_an_interrupt_leaves_the_model_as_it_was(monkeypatch):
         svdlib.loss_profile(model, x, y, progress=False)
     assert model.training and not model[0]._forward_hooks
     assert all(map(torch.equal, before.values(), model.state_dict().values()))
+
+
+def test_the_caller_s_model_can_be_called_meanwhile():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(9, 8), nn.Dropout(0.5), nn.Linear(8, 3)).train()
+    x, expected, seen = torch.randn(6, 9), None, []
+
+    def objective(measured, batch):
+        assert measured is not model and model.training and not measured.training
+        seen.append(model[2](model[0](x)).detach())
+        return measured(batch).square().mean(1)
+
+    for call in (
+        lambda: svdlib.loss_profile(model, [x], objective=objective, progress=False),
+        lambda: svdlib.verify_ranks(model, {"0": 2}, [x], objective=objective),
+    ):
+        expected = model[2](model[0](x)).detach()
+        call()
+        assert len(seen) > 1 and all(torch.equal(expected, each) for each in seen)
+
+
+class Locked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.lock = nn.Linear(9, 3), threading.Lock()
+
+    def forward(self, x):
+        with self.lock:
+            return self.layer(x)
+
+
+def test_a_model_that_can_not_be_copied_is_measured_itself():
+    torch.manual_seed(0)
+    model = Locked()
+    x, y = torch.randn(20, 9), torch.arange(20) % 3
+    before = model.layer.weight.clone()
+    found = svdlib.loss_profile(model, x, y, progress=False)
+    expected = svdlib.loss_profile(nn.Sequential(model.layer), x, y, progress=False)
+    assert found.loss.to_numpy() == pytest.approx(expected.loss.to_numpy(), rel=1e-5)
+    assert torch.equal(model.layer.weight, before)
 
 
 def test_bad_input():
