@@ -62,6 +62,13 @@ SMALL = {
         "kept_at": "[1]",
         "validation": "100",
     },
+    "12_lenet": {
+        "methods": '["dense", "narrow", "adaptive factors", "fixed factors"]',
+        "budgets": "[9000]",
+        "seeds": "2",
+        "epochs": "2",
+        "validation": "100",
+    },
 }
 
 # 10 has no images.
@@ -95,6 +102,7 @@ DRAWS = {
     "wide_ranks": lambda r: some(r, 1, 50),
     "bench": lambda r: [network(r)],
     "tolerance": lambda r: r.choice([1e-9, 0.01, 5]),
+    "methods": lambda r: r.sample(["narrow", "cut", "cut, trained on", "projected"], r.randint(1, 3)),
     "everything": lambda r: r.choice([True, False]),
     **dict.fromkeys(("validation", "wide_images", "bench_images"), lambda r: r.choice([1, 50])),
     "train_images": lambda r: r.choice([100, 640]),

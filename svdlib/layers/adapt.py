@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Tied = list[tuple[str, Factorized]]
 
 
-@threads.plain()
+@threads.making()
 @torch.no_grad()
 def truncate_(
     model: nn.Module,
@@ -39,9 +39,10 @@ def truncate_(
 
         (Σ_{i>j} σ_i²)^½ ≤ tail · (Σ σ_i²)^½
 
-    (Schotthöfer et al. 2022, Algorithm 1), and its factors share the singular values, √Σ each. With
-    a budget of ``parameters``, ranks keep the largest product of energies E_r = Σ_{i≤r} σ_i² over
-    the layers, by terms of the largest log(E_{r+1} / E_r) per number stored. Groups of a convolution keep one rank, the largest that any of them needs. Parameters stay the
+    (Schotthöfer et al. 2022, Algorithm 1). A layer whose rank falls gets balanced factors, √Σ each.
+    With a budget of ``parameters``, every layer starts at rank 1 and singular values are added one
+    by one: the next is the one that raises log E_r, E_r = Σ_{i≤r} σ_i², most per number stored.
+    Groups of a convolution keep one rank, the largest that any of them needs. Parameters stay the
     same objects with other shapes, so an optimizer keeps them. Its momentum must start anew, as
     `LowRankTraining` sees to.
 
@@ -88,6 +89,7 @@ def singular_values(model: nn.Module) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
+@threads.plain()
 def spectral_decay(model: nn.Module) -> Tensor:
     """Σ ‖U V‖² over a model's `LowRank` layers, to add to a loss: weight decay of the products.
 
@@ -103,6 +105,7 @@ def spectral_decay(model: nn.Module) -> Tensor:
     return torch.stack([(inner * outer).sum() for inner, outer in pairs]).sum()
 
 
+@threads.plain()
 def orthogonality(model: nn.Module) -> Tensor:
     """How far a model's factors are from orthogonal columns of one length, to add to a loss.
 
@@ -131,7 +134,8 @@ class LowRankTraining:
         parameters: a limit on the numbers in the whole model, added directions included. See
             `truncate_`.
         within: steps in which this limit falls, geometrically, from the model's size to its value.
-            A network that is cut hard before it has learned something may never recover.
+            The last of them changes the ranks too. A network that is cut hard before it has learned
+            something may never recover.
     """
 
     tail: float = 0.0
@@ -148,7 +152,9 @@ class LowRankTraining:
         checks.positive_int(self.grow, "grow", least=0)
         checks.positive_int(self.within, "within", least=0)
         if self.within and self.parameters is None:
-            raise ValueError("within is about parameters, which is not given")
+            raise ValueError(
+                f"within needs parameters, the limit that falls; got within={self.within} alone"
+            )
         for name in ("max_rank", "parameters"):
             if getattr(self, name) is not None:
                 checks.positive_int(getattr(self, name), name)
@@ -168,11 +174,13 @@ class LowRankTraining:
         """Change a model's ranks after steps of its optimizer, in a training loop of your own.
 
         Parameters stay the same objects. Where a layer's factors change, the optimizer's state for
-        them, such as momentum, starts anew. A compiled model is compiled again for new shapes.
+        them, such as momentum, starts anew. A compiled model is compiled again for new shapes, by
+        default eight times at most (``torch._dynamo.config.recompile_limit``).
 
         Raises:
-            ValueError: no `LowRank` layer, an optimizer that does not step all their factors, or
-                L-BFGS, whose state is one vector for all parameters.
+            ValueError: no `LowRank` layer, an optimizer that does not step all their factors,
+                L-BFGS, whose state is one vector for all parameters, or DistributedDataParallel,
+                whose buckets keep the first shapes.
 
         >>> from svdlib import factorize
         >>> model = factorize(nn.Linear(64, 48), 20)
@@ -182,6 +190,8 @@ class LowRankTraining:
         optimizer = getattr(optimizer, "optimizer", optimizer)  # as the library accelerate wraps it
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError("L-BFGS cannot step factors whose shapes change; use SGD or Adam")  # noqa: TRY004
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            raise ValueError("DistributedDataParallel keeps the first shapes; train on one device")  # noqa: TRY004
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name, layer in _layers(model):
             if not set(map(id, layer.weights)) <= stepped:
@@ -234,11 +244,11 @@ class Adaptation:
         """Go on from what `state_dict` gave."""
         self._steps, self._size, self._rows = state["steps"], state["size"], list(state["rows"])
 
-    @threads.plain()
+    @threads.making()
     @torch.no_grad()
     def _after_step(self, *_: object) -> None:
         self._steps += 1
-        if self._steps % self._plan.every:
+        if self._steps % self._plan.every and self._steps != self._plan.within:
             return
         groups = _tied(self._model)
         gradients = [_gradient(tied) for tied in groups]  # gone once the factors change

@@ -45,7 +45,7 @@ def test_a_cut_is_the_best_within_the_tail_for_every_kind_of_layer(kind):
     x = inputs(layer(kind))
     assert torch.isfinite(model(x)).all()
     V, U = (part.weight for part in model[0].factors)
-    assert V.shape != U.shape or V.is_contiguous()
+    assert V.is_contiguous() and U.is_contiguous()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -69,8 +69,9 @@ def test_a_grown_layer_computes_the_same_and_then_learns_more(kind):
     torch.testing.assert_close(matrices(model)["0"], before)
     loss = F.mse_loss(model(x), target)
     loss.backward()
-    new = model[0].factors[0].weight.grad
-    assert torch.count_nonzero(new) > 0
+    inner = svdlib.network.low_rank.as_layer(model[0].factors[0])
+    added = inner.to_matrix(model[0].factors[0].weight.grad)[..., rank:, :]
+    assert torch.count_nonzero(added) > 0
     adaptation.remove()
 
 
@@ -224,8 +225,16 @@ def test_a_budget_falls_geometrically_to_its_value():
     resumed = plan.attach(other, torch.optim.SGD(other.parameters(), lr=0.0))
     resumed.load_state_dict(adaptation.state_dict() | {"steps": 0})
     assert resumed._now().parameters == 110 * 20
-    with pytest.raises(ValueError, match="within"):
+    with pytest.raises(ValueError, match="within=5"):
         svdlib.LowRankTraining(0.1, within=5)
+    # Also where ``within`` is no multiple of ``every``.
+    model = svdlib.factorize(nn.Sequential(nn.Linear(60, 50, bias=False)), 20)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    svdlib.LowRankTraining(every=2, parameters=110 * 5, within=3).attach(model, optimizer)
+    for _ in range(3):
+        model(torch.ones(1, 60)).sum().backward()
+        optimizer.step()
+    assert model[0].rank == 5
 
 
 def test_what_was_cut_is_saved_and_loaded(tmp_path):
@@ -266,6 +275,14 @@ def test_training_goes_on_from_its_state():
     assert resumed.history.equals(adaptation.history)
     assert resumed.history.step.tolist() == [0, 7, 14, 21]
     assert torch.equal(other[0].weight, model[0].weight)
+
+
+def test_what_is_truncated_in_inference_mode_can_be_trained():
+    model = thin("Linear")
+    with torch.inference_mode():
+        svdlib.truncate_(model, 0.5)
+    model(inputs(layer("Linear"))).sum().backward()
+    assert model[0][0].weight.grad is not None
 
 
 def test_singular_values_are_those_of_the_products():

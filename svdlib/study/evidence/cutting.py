@@ -95,16 +95,20 @@ def shrink_(nets: MLPEnsemble, how: str, strength: float) -> None:
 
 
 def widest(sizes: Sequence[int], parameters: int) -> list[int]:
-    """The widths of a dense network with equal hidden layers and at most so many parameters.
+    """Widths of the widest dense network with equal hidden layers and at most so many parameters.
+
+    Its hidden layers are no wider than the widest of ``sizes``.
 
     >>> widest([784, 15, 15, 10], 8_000)
     [784, 9, 9, 10]
     """
     for width in range(max(sizes[1:-1]), 0, -1):
         widths = [sizes[0], *[width] * (len(sizes) - 2), sizes[-1]]
-        if sum(m * n + n for m, n in pairwise(widths)) <= parameters:
-            break
-    return widths
+        if (count := sum(m * n + n for m, n in pairwise(widths))) <= parameters:
+            return widths
+    raise ValueError(
+        f"parameters must be at least {count:,}, what {widths} has, got {parameters:,}"
+    )
 
 
 def narrow(sizes: Sequence[int], rank: int) -> list[int]:
@@ -416,7 +420,7 @@ def rules(seeds: pd.DataFrame) -> pd.DataFrame:
     table = halfway.merge(end, on=["rank", "epoch", "seed"])
     label, even = table.better > 0, table.seed % 2 == 0
     if even.all() or not even.any():
-        return pd.DataFrame(columns=["sign", "project if", "n", "correct (%)"])
+        return pd.DataFrame(columns=["sign", "project if", "networks", "correct (%)"])
     rows = [{"sign": "always", "project if": "", **_graded(label[~even], table.seed[~even])}]
     for sign in ("tail", "gap", "rank", "epoch"):
         found = {}
@@ -434,7 +438,7 @@ def rules(seeds: pd.DataFrame) -> pd.DataFrame:
 
 def _graded(right: pd.Series, seed: pd.Series) -> dict[str, object]:
     share = 100 * right.groupby(seed).mean()
-    return {"n": len(right), "correct (%)": with_interval(interval(share), 0)}
+    return {"networks": len(share), "correct (%)": with_interval(interval(share), 0)}
 
 
 @inputs.refusing(

@@ -61,6 +61,8 @@ def _when() -> dict[str, Any]:
     }
     shrunk = _results("when_shrunk").query("epoch == 30 and rank == 10").rename(columns=names)
     penalty = shrunk[shrunk.way.str.contains("weight|nuclear")].nsmallest(1, "mean").iloc[0]
+    if penalty.low <= when["every epoch", 30]["high"]:
+        raise ValueError("the README says that penalties help less than projecting: no longer so")
     orders, seeds = _results("orders").groupby("order").added.mean(), int(cells.n.max())
     numbers = {"when": when, "when_once": once, "when_stock": stock, "when_seeds": seeds}
     return numbers | {

@@ -42,6 +42,24 @@ def crossed(values: ArrayLike) -> pd.Series:
     return pd.Series({"n": n, "mean": mean, "low": mean - half, "high": mean + half})
 
 
+def welch(values: ArrayLike, mean: float, sd: float, n: int) -> pd.Series:
+    """n, and how much the mean of values exceeds that of another sample, with a 95% interval.
+
+    Student's t with the degrees of freedom of unequal variances (Welch 1947). The ends are NaN for
+    a single value.
+
+    >>> welch([2.0, 4.0, 6.0], mean=1.0, sd=2.0, n=3).round(2).tolist()  # equal variances: 4 degrees
+    [3.0, 3.0, -1.53, 7.53]
+    """
+    x = np.asarray(values, float)
+    ours, theirs = x.var(ddof=1) / len(x), sd**2 / n
+    freedom = (ours + theirs) ** 2 / (ours**2 / (len(x) - 1) + theirs**2 / (n - 1))
+    difference = x.mean() - mean
+    half = stats.t.ppf(0.975, freedom) * np.sqrt(ours + theirs)
+    ends = {"low": difference - half, "high": difference + half}
+    return pd.Series({"n": len(x), "mean": difference, **ends})
+
+
 def prediction(values: ArrayLike, level: float = 0.95) -> pd.Series:
     """n, mean, and the ends of the interval into which one more run falls with this probability.
 

@@ -15,6 +15,7 @@ from svdlib.layers.factorize import factorized
 from svdlib.network.calls import Batch, Objective, run
 from svdlib.network.modes import evaluating
 from svdlib.network.opened import Network
+from svdlib.study.evidence.cutting import widest
 from svdlib.study.running import inputs
 
 Ranks = Mapping[str, int]
@@ -103,11 +104,14 @@ def check(
     start_rank: int,
     narrow: Sequence[int],
     narrow_rank: int,
+    dense_budgets: Sequence[int] = (),
 ) -> None:
     """Refuse what 08_compression could not use."""
     _check_thin("each of paper_ranks", max(paper_ranks), paper_sizes[:2], "paper_sizes")
     _check_thin("start_rank", start_rank, wide[:-1], "wide")
     _check_thin("narrow_rank", narrow_rank, narrow[:-1], "narrow")
+    for budget in dense_budgets:
+        widest(wide, budget)
     layers = list(pairwise(wide))
     full = sum(n * m + m for n, m in layers)
     smallest = full - sum(n * m - (m + n) for n, m in layers[:-1])
