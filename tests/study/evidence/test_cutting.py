@@ -232,7 +232,7 @@ def test_a_rule_is_chosen_on_even_seeds_and_graded_on_odd_ones():
         for epoch, tail in ((1, 0.1), (2, 0.2), (4, 0.4), (8, 0.8))
     ]  # fmt: skip
     found = cutting.rules(pd.DataFrame(rows)).set_index("sign")
-    assert found.n.tolist() == [6] * 5  # two odd seeds, epochs 1 → 2, 2 → 4, 4 → 8
+    assert found.networks.tolist() == [2] * 5  # the odd seeds
     assert found["project if"]["tail"] == "above 0.1"
     assert found["correct (%)"]["tail"] == "100 [100, 100]"
     assert found["correct (%)"]["always"] == "67 [67, 67]" == found["correct (%)"]["gap"]
