@@ -65,7 +65,7 @@ def truncate_(
     >>> truncate_(model, tail=0.5)
     {'0': 13, '2': 13}
     >>> truncate_(model, parameters=2000)
-    {'0': 9, '2': 7}
+    {'0': 8, '2': 8}
     """
     plan = LowRankTraining(tail, max_rank=max_rank, parameters=parameters)
     plan.check_budget(model)

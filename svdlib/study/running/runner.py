@@ -26,7 +26,7 @@ from svdlib.study.running.sweeps import Outcome, Run
 
 FIGURES = Path("figures")  # of the committed notebooks at their own parameters
 LINE = 60  # seconds between two lines about progress where there is no terminal
-PATIENCE = 60  # seconds for killed workers of this machine to come back; others may take longer
+PATIENCE = 300  # looks for killed workers of this machine, which may be busy or stalled
 LISTED = 20  # more outcomes are counted, not listed
 
 
