@@ -30,7 +30,7 @@ from svdlib import checks
 from svdlib.network import modes, opened
 from svdlib.network.attention import Attention, pack_, unpack_
 from svdlib.network.kinds import Layer
-from svdlib.network.low_rank import low_rank_layers, thin_twins, tied
+from svdlib.network.low_rank import low_rank_layers, ranks_of, thin_twins, tied
 
 METHOD, FORMAT = "svdlib", 1
 
@@ -156,7 +156,7 @@ def prepare(model: nn.Module) -> nn.Module:
     """
     configs: set[int] = set()
     for part in parts(model):
-        ranks = {name: layer.rank for name, layer in low_rank_layers(part).items()}
+        ranks = ranks_of(part)
         noted = getattr(part.config, "quantization_config", None)
         own = noted is not None and _method(noted) == METHOD
         if ranks and noted is not None and not own and _method(noted) != "gguf":

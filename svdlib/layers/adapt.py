@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from svdlib import checks, threads
 from svdlib.linalg.factors import balanced, ranks_within
-from svdlib.network.low_rank import Factorized, low_rank_layers
+from svdlib.network.low_rank import Factorized, low_rank_layers, ranks_of
 from svdlib.network.opened import finished
 
 if TYPE_CHECKING:
@@ -68,10 +68,10 @@ def truncate_(
     {'0': 8, '2': 8}
     """
     plan = LowRankTraining(tail, max_rank=max_rank, parameters=parameters)
-    plan.check_budget(model)
+    _check_budget(model, plan)
     _lower_(model, plan)
     finished(model)
-    return {name: layer.module.rank for name, layer in _layers(model)}
+    return ranks_of(model)
 
 
 def singular_values(model: nn.Module) -> pd.DataFrame:
@@ -159,17 +159,6 @@ class LowRankTraining:
             if getattr(self, name) is not None:
                 checks.positive_int(getattr(self, name), name)
 
-    def check_budget(self, model: nn.Module) -> None:
-        """Raise ValueError if a model has more parameters at rank 1, with what is added."""
-        if self.parameters is None:
-            return
-        sizes, rest = _sizes(model)
-        if (smallest := rest + sum(sizes) * (1 + self.grow)) > self.parameters:
-            raise ValueError(
-                f"parameters must be at least {smallest:,}, what the model has at rank "
-                f"{1 + self.grow}, got {self.parameters:,}"
-            )
-
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Adaptation:
         """Change a model's ranks after steps of its optimizer, in a training loop of your own.
 
@@ -199,7 +188,7 @@ class LowRankTraining:
                     f"the optimizer does not have the factors of layer {name!r}; factorize the "
                     "model first, then make its optimizer"
                 )
-        self.check_budget(model)
+        _check_budget(model, self)
         return Adaptation(self, model, optimizer)
 
 
@@ -320,6 +309,17 @@ def _sizes(model: nn.Module) -> tuple[list[int], int]:
     rest = _size(model) - sum(stored)
     sizes = [n // layer.module.rank for n, layer in zip(stored, layers, strict=True)]
     return sizes, rest
+
+
+def _check_budget(model: nn.Module, plan: LowRankTraining) -> None:
+    if plan.parameters is None:
+        return
+    sizes, rest = _sizes(model)
+    if (smallest := rest + sum(sizes) * (1 + plan.grow)) > plan.parameters:
+        raise ValueError(
+            f"parameters must be at least {smallest:,}, what the model has at rank "
+            f"{1 + plan.grow}, got {plan.parameters:,}"
+        )
 
 
 def _lower_(model: nn.Module, plan: LowRankTraining) -> list[bool]:

@@ -17,7 +17,7 @@ from svdlib import checks, threads
 from svdlib.files import complete_file
 from svdlib.network import calls
 from svdlib.network.calls import Batch, Batches, Call
-from svdlib.network.low_rank import low_rank_layers, thin_twins
+from svdlib.network.low_rank import ranks_of, thin_twins
 from svdlib.network.modes import evaluating
 from svdlib.network.opened import Network
 
@@ -40,7 +40,7 @@ def save_factorized(model: nn.Module, path: str | Path) -> None:
     '{"format": 2, "ranks": {"0": 2}}'
     """
     path = _place(path)
-    ranks = {name: layer.rank for name, layer in low_rank_layers(model).items()}
+    ranks = ranks_of(model)
     metadata = {"svdlib": json.dumps({"format": FORMAT, "ranks": ranks})}
     with complete_file(path) as part:
         save_model(model, str(part), metadata=metadata)

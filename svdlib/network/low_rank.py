@@ -195,3 +195,8 @@ def low_rank_layers(model: nn.Module) -> dict[str, LowRank]:
     ['1']
     """
     return {name: part for name, part in model.named_modules() if isinstance(part, LowRank)}
+
+
+def ranks_of(model: nn.Module) -> dict[str, int]:
+    """The ranks of a model's factorized layers by name."""
+    return {name: layer.rank for name, layer in low_rank_layers(model).items()}

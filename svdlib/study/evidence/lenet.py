@@ -19,6 +19,7 @@ from svdlib.layers.adapt import LowRankTraining, truncate_
 from svdlib.layers.factorize import factorize
 from svdlib.layers.project import project_
 from svdlib.network.low_rank import low_rank_layers
+from svdlib.network.low_rank import ranks_of as ranks
 from svdlib.study.evidence.statistics import prediction, welch, with_interval
 from svdlib.study.running import inputs
 
@@ -62,11 +63,6 @@ def weights(model: nn.Module) -> int:
 def biases(model: nn.Module) -> int:
     """The numbers in a model's other parameters."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 1)
-
-
-def ranks(model: nn.Module) -> dict[str, int]:
-    """The ranks of a model's factorized layers."""
-    return {name: layer.rank for name, layer in low_rank_layers(model).items()}
 
 
 def narrow(budget: int) -> tuple[int, int, int]:
@@ -134,7 +130,8 @@ def fit(
     """Train a model in place for some epochs of a schedule of ``total`` epochs.
 
     SGD with Nesterov momentum 0.9. The learning rate rises to ``lr`` in the first fifth of all
-    steps and falls to zero, both linearly. Gradients are cut to norm `CLIP`. A seed gives the order of the images in each epoch.
+    steps and falls to zero, both linearly. Gradients are cut to norm `CLIP`. A seed gives the order
+    of the images in each epoch.
     """
     model.to(data.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True)
@@ -187,8 +184,8 @@ def ways(data: Data, seed: int, epochs: int, lr: float) -> dict[str, Callable[[i
     @cache
     def adaptive(budget: int) -> nn.Module:
         thin = factors(seed, THIN)
-        limit, within = budget + biases(thin), every * max(1, epochs // 2)
-        plan = LowRankTraining(parameters=limit, every=every, within=within)
+        limit = budget + biases(thin)
+        plan = LowRankTraining(parameters=limit, every=every, within=every * half)
         return learn(thin, plan=plan)
 
     def projected(budget: int) -> nn.Module:

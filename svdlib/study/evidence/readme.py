@@ -56,9 +56,7 @@ def _when() -> dict[str, Any]:
     }
     over = int((kept.query("dataset == 'MNIST' and epoch == 10").increase > 0.01).sum())
     wider = _results("when_wide").query("epoch == 30").rename(columns=names)
-    wide = {
-        (row["way"], row["rank"]): row for row in wider.drop(columns="error").to_dict("records")
-    }
+    wide = {(row["way"], row["rank"]): row for row in wider.to_dict("records")}
     shrunk = _results("when_shrunk").query("epoch == 30 and rank == 10").rename(columns=names)
     penalty = shrunk[shrunk.way.str.contains("weight|nuclear")].nsmallest(1, "mean").iloc[0]
     if penalty.low <= when["every epoch", 30]["high"]:
