@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+import math
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,45 +13,60 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from svdlib import checks, clock, threads
-from svdlib.layers.calibrate import BATCH, Calibration, Fit, Mask, fits_of, lost_by
+from svdlib import checks, threads
+from svdlib.layers.calibrate import BATCH, Calibration, Fit, Gradients, Mask, fits_of
 from svdlib.layers.cost import WHOLE_MODEL, cost, counted
 from svdlib.layers.factorize import Fits, factorized, one_after_another
-from svdlib.network.calls import Batch, Batches, Call, Objective, first_batch, refuse_generator
+from svdlib.network.calls import (
+    Batches,
+    Call,
+    Objective,
+    count_inputs,
+    first_batch,
+    is_single,
+    rebuilt,
+    refuse_generator,
+)
 from svdlib.network.chain import task_of
+from svdlib.network.kinds import Layer
 from svdlib.network.low_rank import low_rank_layers
 from svdlib.network.opened import Network
 from svdlib.network.task import Task
 from svdlib.ranks.allocate import Plan, plan_of
-from svdlib.ranks.sensitivity import GRID, added_losses, sensitivities
+from svdlib.ranks.sensitivity import expected_losses, gradients
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Timed runs of the report.
+# Timed runs, to tell which layers are faster.
 REPEATS = 3
+# Inputs of which a fifth can be spared.
+FEWEST = 50
 
 
 @dataclass(frozen=True)
 class Compressed:
     """The result of `compress`: the smaller network, the ranks of its factorized layers, a report.
 
-    The ``report`` has one row per layer and one for the whole model: rows, columns, the columns of
-    `cost` on the first batch, and the paired increase loss_added of the loss with its standard
-    error se, by this layer alone (NaN where that took too long) or by all together.
+    The ``report`` has one row per layer and one for the whole model: rows, columns and the columns
+    of `cost` on the first batch, with seconds if ``faster`` was asked for. ``losses`` has a row for
+    each plan that was tried: its share of the budget's unit, the increase loss_added of the loss
+    where plans were chosen, paired with the network's own, its standard error se, and whether it
+    was kept. Its last row is the kept plan on data that did not choose it.
     """
 
     model: nn.Module
     ranks: dict[str, int]
     report: pd.DataFrame
+    losses: pd.DataFrame
 
     def __str__(self) -> str:
         whole = self.report.set_index("layer").loc[WHOLE_MODEL]
+        judged = self.losses.iloc[-1]
         return (
             f"{whole.parameters / whole.dense_parameters:.1%} of {whole.dense_parameters:,.0f} "
             f"parameters, {whole.multiply_adds / max(whole.dense_multiply_adds, 1):.1%} of the "
-            f"multiply-adds, {whole.seconds / whole.dense_seconds:.0%} of the time; loss "
-            f"{whole.loss_added:+.3g} ± {1.96 * whole.se:.2g}"
+            f"multiply-adds; loss {judged.loss_added:+.3g} ± {1.96 * judged.se:.2g} on {judged.data}"
         )
 
     def plot(self, ax: Axes | None = None) -> Axes:
@@ -83,6 +99,7 @@ def compress(
     increase: float | None = None,
     objective: Objective | None = None,
     accuracy: Objective | None = None,
+    validation: Batches | None = None,
     calibration: Batches | None = None,
     call: Call | None = None,
     mask: Mask | None = None,
@@ -91,18 +108,16 @@ def compress(
     exclude: Iterable[str] = (),
     multiple_of: int = 1,
     faster: bool = False,
-    seconds: float = 60.0,
     progress: bool = True,
 ) -> Compressed:
     """A smaller copy of a network, its layers factorized at ranks that share a budget.
 
-    1. Sensitivity of each layer to its rank: the loss that it adds alone (`loss_profile`), if that
-       is measured within ``seconds``. Otherwise, or where the loss does not rise, the share of its
-       output's variance that it loses on the calibration inputs, by the eigenvalues of W C Wᵀ.
-    2. Ranks with the least total under the budget (Everett 1963).
-    3. Factors fitted to the calibration inputs, see `factorize`.
-    4. The loss of the result, paired with the network's own on the same data, which may have
-       decided on the ranks: judge the result by other data.
+    1. The covariance C of each layer's inputs, and the second moment G of the loss's gradients at
+       its output.
+    2. Factors that are best for both, see `layers.calibrate.Fit`, and what rank r adds to the loss,
+       to second order: half of the eigenvalues after the r-th of G W C Wᵀ.
+    3. Ranks with the least total under the budget (Everett 1963). Even ranks, the same share in
+       all layers, are tried too, and the better plan is kept.
 
     Args:
         model: any module; it is not changed.
@@ -110,16 +125,23 @@ def compress(
         parameters, multiply_adds: the largest share of the whole model's, between 0 and 1. For
             multiply_adds embeddings, and layers that share a weight with one, stay as they are.
         increase: the largest loss that the result, as small as is found, may add on these data.
+        validation: data like ``x``, or (x, y), by which the result is judged. By default every
+            fifth input, or batch of a list, is held back for that; of other iterables, such as a
+            DataLoader, nothing is, and the result says so.
         calibration, call, mask, sequential: as in `factorize`; by default the inputs in ``x``.
-        include, exclude: layers by name or pattern, such as "encoder.*"; all by default.
+        include, exclude: layers by name or pattern, such as "encoder.*". By default all but
+            embeddings, and layers that share a weight with one: words that are rare here would be
+            lost.
         multiple_of: ranks are multiples of it, which some processors multiply faster.
         faster: layers stay dense if their factors are no faster, as timed on the first batch.
-        seconds: about how long losses may be measured for the ranks, and again for single layers in
-            the report. What would take longer is left out.
 
     Raises:
         ValueError: no budget or several, one that can't be met, a pattern without layers, a model
             with factorized layers or without matrices, calibration or data that do not fit it.
+
+    Warns:
+        UserWarning: the loss is more than three times the network's own, or where answers are right
+            or wrong, less than half as many are right.
 
     >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(100, 80), nn.ReLU(), nn.Linear(80, 60))
@@ -129,41 +151,104 @@ def compress(
     """
     kind, budget = _budget(parameters=parameters, multiply_adds=multiply_adds, increase=increase)
     checks.positive_int(multiple_of, "multiple_of")
-    seconds = checks.number(seconds, "seconds")
     if low_rank_layers(model):
         raise ValueError("the model has factorized layers already; give svdlib.merge(model)")
-    inputs = Calibration(x if calibration is None else calibration, call, mask, progress)
-    for data in (x, inputs.data):
-        refuse_generator(data, "compress")
+    data, judges, judged_by = _parted(x if y is None else (x, y), validation)
+    given = data[0] if y is not None else data
+    inputs = Calibration(given if calibration is None else calibration, call, mask, progress)
+    for each in (data, judges, inputs.data):
+        refuse_generator(each, "compress")
     net = Network.copy_of(model)
     names = net.matching(include, exclude)
+    if include is None:
+        spared = net.embeddings()
+        names = [name for name in names if name not in spared] or names
     with net.measuring():
-        start = clock.now()
-        task = task_of(net, x, y, objective, accuracy)
+        task = task_of(net, data, None, objective, accuracy)
         task.measure()
-        one_pass = clock.now() - start
     few = first_batch(inputs.data, BATCH)
     layers = net.replaceable(names, few, call)
     own = net.untied(layers)
+    with net.measuring():
+        slopes = _gradients(task, layers, own, progress)
     fits: dict[str, Fit | None] = dict.fromkeys(layers.keys() - own)
-    fits |= fits_of(net, own, inputs)
+    fits |= fits_of(net, own, inputs, slopes)
     if not fits:
         raise ValueError(f"calibration reaches no layer, such as {own[0]!r}")
     layers = {name: layer for name, layer in layers.items() if name in fits}
-    errors = {name: lost_by(layer, fits[name]) for name, layer in layers.items()}
+    errors = {
+        name: expected_losses(layer, fits[name], slopes.get(name)) for name, layer in layers.items()
+    }
     costs = counted(net, few, call)[kind if kind == "multiply_adds" else "parameters"]
-    if (estimate := one_pass * (GRID + 1) * len(layers)) <= seconds:
-        description = f"profile of {len(layers)} layers, about {estimate:.0f} s"
-        with net.measuring():
-            errors = sensitivities(task, layers, errors, description, progress)
     plan = plan_of(net, layers, errors, costs, multiple_of, f"{kind}={budget:g}")
-    maker = _Maker(task, fits, inputs, sequential)
-    small, ranks, table = maker.within(plan, budget, kind == "increase", few, faster)
-    losses = added_losses(task, small, one_pass * len(ranks) <= seconds, progress)
+    maker = _Maker(task, fits, slopes, inputs, sequential)
+    while True:
+        small, ranks, tried = maker.best(plan, budget, kind == "increase")
+        table = cost(small, few, call=call, repeats=REPEATS if faster else 0).set_index("layer")
+        slow = _slow(table) if faster else []
+        if not slow:
+            break
+        plan = plan.without(slow)
+    with net.measuring(small):
+        task = task_of(net, judges, None, objective, accuracy)
+        means = task.means(lambda: [nullcontext(small)], 1, progress)
+    added = means["increase"][1]
+    judged = {"loss_added": added, "se": means["se"][1], "data": judged_by}
+    kept = tried[tried.kept].iloc[0]
+    losses = pd.concat([tried, pd.DataFrame([{**kept, **judged}])], ignore_index=True)
+    if not math.isfinite(added):
+        raise ValueError(f"ranks {ranks} give NaN or infinite losses on these data")
     net.warn()
+    _warn_if_wrecked(means, ranks)
     sides = pd.DataFrame({name: layer.shape for name, layer in net.layers.items()})
-    report = sides.set_axis(["rows", "columns"]).T.join(table, how="right").join(losses)
-    return Compressed(small, ranks, report.rename_axis("layer").reset_index())
+    report = sides.set_axis(["rows", "columns"]).T.join(table, how="right")
+    return Compressed(small, ranks, report.rename_axis("layer").reset_index(), losses)
+
+
+def _parted(data: Batches, validation: Batches | None) -> tuple[Batches, Batches, str]:
+    """Data to choose by, data to judge by, and what these are called."""
+    if validation is not None:
+        return data, validation, "validation data"
+    if is_single(data):
+        with suppress(ValueError):  # a message about such data follows
+            if (n := count_inputs(data)) >= FEWEST:
+                back = torch.arange(n) % 5 == 4
+                part = lambda keep: rebuilt(data, lambda t: t[keep.to(t.device)])
+                return part(~back), part(back), "a fifth held back"
+    elif isinstance(data, list) and len(data) >= 5:
+        rest = [batch for place, batch in enumerate(data) if place % 5 < 4]
+        return rest, data[4::5], "a fifth held back"
+    return data, data, "the data that chose it"
+
+
+def _gradients(
+    task: Task, layers: Mapping[str, Layer], own: Collection[str], progress: bool
+) -> dict[str, Gradients]:
+    """`gradients`, or none, with a warning, where the loss has none."""
+    try:
+        return gradients(task, layers, layers.keys() - own, progress)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        checks.warn(f"ranks go by each layer's own output, as the loss has no gradient: {reason}")
+        return {}
+
+
+def _slow(table: pd.DataFrame) -> list[str]:
+    """The factorized layers that take no less time than they did."""
+    thin = table["rank"].notna() & (table.index != WHOLE_MODEL)
+    return table.index[thin & (table.seconds >= table.dense_seconds)].tolist()
+
+
+def _warn_if_wrecked(means: Mapping[str, list[float]], ranks: Mapping[str, int]) -> None:
+    """Warn of a result that is of no use."""
+    (before, after), (right, still) = means["loss"], means["accuracy"]
+    wrecked = after > 3 * before > 0 if math.isnan(right) else still < right / 2
+    if wrecked:
+        was = f"loss {before:.3g}, now {after:.3g}"
+        was += "" if math.isnan(right) else f"; {right:.1f}% right, now {still:.1f}%"
+        checks.warn(f"the result is wrecked ({was}); allow it more, or train it on: {dict(ranks)}")
 
 
 @dataclass(frozen=True)
@@ -172,6 +257,7 @@ class _Maker:
 
     task: Task
     fits: Mapping[str, Fit | None]
+    slopes: Mapping[str, Gradients]
     inputs: Calibration
     sequential: bool
 
@@ -181,27 +267,33 @@ class _Maker:
         own = small.untied(ranks)
         found: Fits = ((name, self.fits[name]) for name in own)
         if self.sequential:
-            found = one_after_another(small, net, own, self.inputs)
+            found = one_after_another(small, net, own, self.inputs, self.slopes)
         return factorized(small, ranks, found)
 
-    def added(self, ranks: Mapping[str, int]) -> float:
-        with self.task.net.measuring(small := self.made(ranks)):
-            return self.task.means(lambda: [nullcontext(small)], 1)["increase"][1]
+    def added(self, small: nn.Module) -> tuple[float, float]:
+        """The increase of the loss and its standard error."""
+        with self.task.net.measuring(small):
+            means = self.task.means(lambda: [nullcontext(small)], 1)
+        return means["increase"][1], means["se"][1]
 
-    def within(
-        self, plan: Plan, budget: float, searched: bool, few: Batch, faster: bool
+    def best(
+        self, plan: Plan, budget: float, searched: bool
     ) -> tuple[nn.Module, dict[str, int], pd.DataFrame]:
-        """The smaller network, its ranks and costs; with ``faster``, slow layers become dense."""
-        slow: list[str] = []
-        while True:
-            plan, progress = plan.without(slow), self.inputs.progress
-            spent = plan.smallest(self.added, budget, progress) if searched else budget * plan.total
-            small = self.made(ranks := plan.ranks(spent))
-            costs = cost(small, few, call=self.inputs.call, repeats=REPEATS).set_index("layer")
-            thin = costs["rank"].notna() & (costs.index != WHOLE_MODEL)
-            slow = costs.index[thin & (costs.seconds >= costs.dense_seconds)].tolist()
-            if not faster or not slow:
-                return small, ranks, costs
+        """The better of a plan and of even ranks, by the loss or, if ``searched``, by the cost."""
+        rows, made = [], []
+        for name, choose in (("allocated", plan.ranks), ("even", plan.even)):
+            spent = budget * plan.total
+            if searched:
+                added = lambda ranks: self.added(self.made(ranks))[0]
+                spent = plan.smallest(choose, added, budget, self.inputs.progress)
+            small = self.made(ranks := choose(spent))
+            loss, se = self.added(small)
+            row = {"plan": name, "share": plan.cost(ranks) / plan.total}
+            rows.append(row | {"loss_added": loss, "se": se, "data": "the data that chose"})
+            made.append((small, ranks))
+        table = pd.DataFrame(rows)
+        at = table["share" if searched else "loss_added"].fillna(np.inf).argmin()
+        return *made[at], table.assign(kept=table.index == at)
 
 
 def _budget(**budgets: float | None) -> tuple[str, float]:

@@ -6,12 +6,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from svdlib import checks
 from svdlib.bars import bar
@@ -74,44 +73,60 @@ class Sums:
                 checks.finite(value, f"what calibration gives to layer {name!r}")
 
 
+@dataclass
+class Gradients:
+    """The second moment G = Σ g gᵀ (…, m, m) of a loss's gradients at a layer's output.
+
+    The sum is over an input's places, the mean over inputs; ``count`` are all places. ``power`` is
+    the mean of Σ (gᵀz)², z being the output.
+    """
+
+    square: Any = 0.0
+    count: int = 0
+    power: float = 0.0
+
+
 @dataclass(frozen=True)
 class Fit:
     """Best approximations of a layer's matrix W (m × n) at all ranks, judged by its outputs.
 
-    The matrix W_r = U_r U_rᵀ M of rank r and the bias b_r = b + W μ − W_r μ̃ minimize
+    The matrix W_r = S⁻¹ U_r U_rᵀ S M of rank r and the bias b_r = b + W μ − W_r μ̃ minimize
 
-        E ‖W x + b − (W_r x̃ + b_r)‖²
+        E ‖S (W x + b − (W_r x̃ + b_r))‖²
 
     over inputs x of the dense network, with mean μ, and x̃ of the cut one, with mean μ̃ and
-    covariance C. If both are the same, M = W and U_r are leading eigenvectors of W C Wᵀ (Zhang,
-    Zou, He and Sun 2016, section 3.1). Otherwise M = W E[x x̃ᵀ] C⁻¹ is the least-squares map from
-    x̃ to W x, and U_r are those of M C Mᵀ: reduced-rank regression (Izenman 1975). A layer without
-    a bias takes second moments for covariances.
+    covariance C. S is the identity, or SᵀS = G is the second moment of the loss's gradients at the
+    output: an output that is off by e adds ½ E (gᵀe)² to the loss, to second order, and that is
+    half of the minimum if g and e are independent. If x̃ = x, M = W and U_r are leading eigenvectors
+    of S W C Wᵀ Sᵀ (Zhang, Zou, He and Sun 2016, section 3.1). Otherwise M = W E[x x̃ᵀ] C⁻¹ is the
+    least-squares map from x̃ to W x, and M takes the place of W: reduced-rank regression (Izenman
+    1975). A layer without a bias takes second moments for covariances.
     """
 
-    target: Tensor  # M (…, m, n), in float64 like all fields
-    left: Tensor  # U (…, m, k), leading columns first
-    energies: Tensor  # variance of the output along each column of U, (…, k), falling
+    left: Tensor  # S⁻¹ U (…, m, k), leading columns first, in float64 like all fields
+    right: Tensor  # Uᵀ S M (…, k, n)
+    energies: Tensor  # variance of S times the output along each column of U, (…, k), falling
     shift: Tensor | None  # W μ (…, m); None without a bias
     mean: Tensor  # μ̃ (…, n)
 
     def at(self, rank: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """U_r (…, m, r), U_rᵀ M (…, r, n), and the change of the bias (…, m), if there is one."""
-        left = self.left[..., :rank]
-        right, shift = left.mT @ self.target, self.shift
+        """S⁻¹ U_r (…, m, r), U_rᵀ S M (…, r, n), and the change of the bias (…, m), if any."""
+        left, right, shift = self.left[..., :rank], self.right[..., :rank, :], self.shift
         if shift is not None:
             shift = shift - (left @ (right @ self.mean[..., None]))[..., 0]
         return left, right, shift
 
 
-def fit(layer: Layer, sums: Sums) -> Fit:
-    """The `Fit` of a layer to inputs with these sums.
+def fit(layer: Layer, sums: Sums, gradients: Gradients | None = None) -> Fit:
+    """The `Fit` of a layer to inputs with these sums and, if given, gradients at its output.
 
     Eigenvectors are computed on the smaller side. If W = Q R has more rows than columns, those of
     W C Wᵀ are Q times those of R C Rᵀ; no root of C is needed, which a rank-deficient C may lack
-    after rounding. If C is inverted, they are those of G Gᵀ or Gᵀ G, with G = M L and C = L Lᵀ.
+    after rounding. If C is inverted, they are those of F Fᵀ or Fᵀ F, with F = M L and C = L Lᵀ.
+
+    With gradients C and G are `shrunk`: what few inputs did not show still counts.
     """
-    W = layer.matrix().double()
+    W, S = layer.matrix().double(), None
     m, n = W.shape[-2:]
     k = min(m, n)
     mean, C = sums.total / sums.count, sums.square / sums.count
@@ -121,6 +136,10 @@ def fit(layer: Layer, sums: Sums) -> Fit:
     if layer.is_centered():
         C = C - mean[..., None] * mean[..., None, :]
         shift = (W @ before[..., None])[..., 0]
+    if gradients is not None:
+        C, G = shrunk(C, sums.count), shrunk(gradients.square, gradients.count)
+        S = torch.linalg.cholesky(G.to(W.device)).mT
+        W = S @ W
     if is_paired:
         cross = sums.cross / sums.count
         if shift is not None:
@@ -128,36 +147,59 @@ def fit(layer: Layer, sums: Sums) -> Fit:
         trace = C.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
         ridge = torch.where(trace > 0, RIDGE * trace, torch.ones_like(trace))
         L = torch.linalg.cholesky(C + ridge * torch.eye(n, dtype=C.dtype, device=C.device))
-        G = torch.linalg.solve_triangular(L, (W @ cross).mT, upper=False).mT
-        M = torch.linalg.solve_triangular(L.mT, G.mT, upper=True).mT
-        energies, left = torch.linalg.eigh(G @ G.mT if m <= n else G.mT @ G)
-        left = left.flip(-1) if m <= n else torch.linalg.qr(G @ left.flip(-1)).Q
+        F = torch.linalg.solve_triangular(L, (W @ cross).mT, upper=False).mT
+        M = torch.linalg.solve_triangular(L.mT, F.mT, upper=True).mT
+        energies, left = torch.linalg.eigh(F @ F.mT if m <= n else F.mT @ F)
+        left = left.flip(-1) if m <= n else torch.linalg.qr(F @ left.flip(-1)).Q
     else:
         M = W
         Q, R = torch.linalg.qr(W) if m > n else (None, W)
         RC = R * C if C.ndim < R.ndim else R @ C
         energies, left = torch.linalg.eigh(RC @ R.mT)
         left = (left if Q is None else Q @ left).flip(-1)
-    return Fit(M, left[..., :k], energies.flip(-1)[..., :k].clamp(min=0), shift, mean)
+    left = left[..., :k]
+    right = left.mT @ M
+    left = left if S is None else torch.linalg.solve_triangular(S, left, upper=True)
+    return Fit(left, right, energies.flip(-1)[..., :k].clamp(min=0), shift, mean)
+
+
+def shrunk(C: Tensor, count: int) -> Tensor:
+    """(1 − ρ) C + ρ t I of a second moment C (…, n, n), or a diagonal (n,), of so many vectors.
+
+    t is the mean of the diagonal, and ρ the oracle approximating shrinkage for normal vectors
+    (Chen, Wiesel, Eldar and Hero 2010, equation 23, without its terms 2/n, as scikit-learn has it):
+    near 1 of few vectors, near 0 of many.
+
+    >>> shrunk(torch.diag(torch.tensor([2.0, 0.0])), 4).diagonal()
+    tensor([1.2000, 0.8000])
+    """
+    diagonal = C if C.ndim == 1 else C.diagonal(dim1=-2, dim2=-1)
+    n, mean = diagonal.shape[-1], diagonal.mean(-1)
+    squares = C.square().sum(-1 if C.ndim == 1 else (-2, -1))
+    spread = (count + 1) * (squares - n * mean.square())
+    share = (squares + (n * mean).square()) / spread
+    share = torch.where(spread > 0, share, 1.0).clamp(0, 1)[..., None]
+    # A layer that changes nothing has G = 0, and any fit is as good.
+    added = (share * mean[..., None]).clamp(min=1e-100)
+    if C.ndim == 1:
+        return (1 - share) * C + added
+    eye = torch.eye(n, dtype=C.dtype, device=C.device)
+    return (1 - share[..., None]) * C + added[..., None] * eye
 
 
 def fits_of(
-    net: Network, names: Iterable[str], calibration: Calibration
+    net: Network,
+    names: Iterable[str],
+    calibration: Calibration,
+    gradients: Mapping[str, Gradients] = MappingProxyType({}),
 ) -> Iterator[tuple[str, Fit]]:
     """The fits of the layers that calibration reaches, one by one, so that sums can be freed."""
     names, data = list(names), batches(calibration.data, BATCH)
     shown = bar(data, progress=calibration.progress, desc="calibration", delay=3, leave=False)
     sums = input_sums(net, names, replace(calibration, data=shown))
     net.left |= {name: "calibration does not reach it" for name in names if name not in sums}
-    for name in list(sums):
-        yield name, fit(net.layers[name], sums.pop(name))
-
-
-def lost_by(layer: Layer, found: Fit | None) -> np.ndarray:
-    """Share of its output's variance (of its own squares without a fit) lost at ranks 0, 1, … k."""
-    energies = found.energies if found else torch.linalg.svdvals(layer.matrix().double()).square()
-    kept = pad(energies.reshape(-1, energies.shape[-1]).sum(0).cumsum(0), (1, 0))
-    return (1 - kept / kept[-1] if kept[-1] > 0 else torch.zeros_like(kept)).cpu().numpy()
+    for name in bar(list(sums), progress=calibration.progress, desc="fits", delay=3, leave=False):
+        yield name, fit(net.layers[name], sums.pop(name), gradients.get(name))
 
 
 def _observe(

@@ -36,7 +36,7 @@ def cost(
     Args:
         x, call: inputs of the size whose latency matters, as ``calibration`` and ``call`` in
             `factorize`; of an iterable of batches the first is taken.
-        repeats: timed runs.
+        repeats: timed runs; with 0 there are no seconds in the table.
 
     Returns:
         one row per layer with a matrix, and last ``"whole model"``: layer, rank (NaN of a dense
@@ -44,7 +44,7 @@ def cost(
         seconds, and for the dense twin dense_parameters and so on.
 
     Raises:
-        ValueError: inputs that are empty or that the model does not take; repeats below 1.
+        ValueError: inputs that are empty or that the model does not take; repeats below 0.
 
     >>> from svdlib import factorize
     >>> small = factorize(nn.Sequential(nn.Linear(100, 80)), 10)
@@ -52,7 +52,7 @@ def cost(
     >>> table.loc["0", ["parameters", "multiply_adds", "dense_multiply_adds"]].tolist()
     [1880, 5400, 24000]
     """
-    repeats = checks.positive_int(repeats, "repeats")
+    repeats = checks.positive_int(repeats, "repeats", 0)
     x = first_batch(x)
     if any(tensor.ndim and len(tensor) == 0 for tensor in tensors(x)):
         raise ValueError("the inputs are empty; give as many as matter, at least one")
@@ -61,9 +61,9 @@ def cost(
     own, dense = (counted(net, x, call) for net in nets)
     runs = [
         [net.seconds(twin, x, call) for net, twin in zip(nets, twins, strict=True)]
-        for _ in range(1 + repeats)
+        for _ in range(1 + repeats if repeats else 0)
     ]
-    for table, seconds in zip((own, dense), zip(*runs[1:], strict=True), strict=True):
+    for table, seconds in zip((own, dense), zip(*runs[1:], strict=True), strict=bool(repeats)):
         table["seconds"] = np.median(seconds, axis=0)
     dense = dense.drop(columns="rank").add_prefix("dense_")
     return own.join(dense).rename_axis("layer").reset_index()

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import chain
+from types import MappingProxyType
 
 import torch
 from torch import nn
 
 from svdlib import checks, threads
 from svdlib.bars import bar
-from svdlib.layers.calibrate import BATCH, Calibration, Mask, call_order, fit, fits_of, paired_sums
+from svdlib.layers.calibrate import (
+    BATCH,
+    Calibration,
+    Gradients,
+    Mask,
+    call_order,
+    fit,
+    fits_of,
+    paired_sums,
+)
 from svdlib.network.attention import pack_
 from svdlib.network.calls import Batches, Call, batches, refuse_generator
 from svdlib.network.kinds import Layer
@@ -164,7 +174,11 @@ def factorized(net: Network, ranks: Mapping[str, int], fits: Fits) -> nn.Module:
 
 
 def one_after_another(
-    net: Network, dense: Network, names: Collection[str], calibration: Calibration
+    net: Network,
+    dense: Network,
+    names: Collection[str],
+    calibration: Calibration,
+    gradients: Mapping[str, Gradients] = MappingProxyType({}),
 ) -> Iterator[tuple[str, Approximations]]:
     """Fits in the order of the calls, each on the inputs that the layers cut before it leave."""
     order, once = call_order(net, names, calibration)
@@ -172,7 +186,7 @@ def one_after_another(
     for group in bar(order, progress=progress, desc="layers", delay=3, leave=False):
         sums = paired_sums(dense, net, group, calibration, once.issuperset(group))
         for name in sums:
-            yield name, fit(net.layers[name], sums[name])
+            yield name, fit(net.layers[name], sums[name], gradients.get(name))
 
 
 @threads.making()

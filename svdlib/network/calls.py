@@ -318,7 +318,7 @@ def judged(
                 f"accuracy gives {len(right)} numbers where the objective gives {len(losses)}; "
                 "both must give one per input"
             )
-    return losses.detach(), right.detach()
+    return losses, right
 
 
 def _checked(found: Any, what: str, of: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -170,6 +171,15 @@ class Layer:
         """V (k, n) times the vectors of x, with the k products where the output has features."""
         return x.to(V.dtype) @ V.mT
 
+    def output_square(self, g: Tensor) -> tuple[Tensor, int]:
+        """Σ g gᵀ (…, m, m) and the number of vectors g, of a gradient at the output."""
+        if self.feature_dim == 1 and g.ndim < self.weight.ndim:  # of one input alone
+            g = g[None]
+        g = g.detach().movedim(self.feature_dim, -1).flatten(0, -2)
+        g = g if g.element_size() >= 4 else g.float()
+        g = g if self.groups == 1 else g.unflatten(1, (self.groups, -1)).transpose(0, 1)
+        return (g.mT @ g).double(), g.shape[-2]
+
     def is_centered(self) -> bool:
         """Whether a change of the bias can make up for a change of W at the mean input."""
         return self.bias is not None and not self.overlaps
@@ -335,6 +345,12 @@ class TransposedConvolution(Convolution):
 
     def vectors(self, x: Tensor) -> Tensor:
         return self._by_group(self._batch(x))
+
+    def output_square(self, g: Tensor) -> tuple[Tensor, int]:
+        """As `Layer`; the places of a window are taken to be alike, and independent."""
+        square, count = super().output_square(g)
+        window = math.prod(self.module.kernel_size)
+        return torch.kron(square, torch.eye(window, dtype=square.dtype, device=g.device)), count
 
 
 # The first that includes a module is its kind.

@@ -174,6 +174,11 @@ class Network:
         groups = [[name for name in group if name in names] for group in self.ties]
         return {name: group[0] for group in groups if len(group) > 1 for name in group}
 
+    def embeddings(self) -> set[str]:
+        """The layers that look rows up, and those that share a weight with one."""
+        found = {name for name, layer in self.layers.items() if not layer.multiplies}
+        return found.union(*(group for group in self.ties if found & set(group)))
+
     def is_shared(self, layer: Layer) -> bool:
         return bool(self._others(layer))
 

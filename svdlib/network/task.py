@@ -96,7 +96,8 @@ class Task:
         self._own: list[tuple[Tensor, Tensor]] = []
 
     def judge(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        return calls.judged(model, batch, self.objective, self.accuracy)
+        losses, right = calls.judged(model, batch, self.objective, self.accuracy)
+        return losses.detach(), right.detach()
 
     def _fitting_size(self) -> int:
         """How many inputs fit memory; all, where what is found depends on those of a call."""

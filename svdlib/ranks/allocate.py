@@ -150,6 +150,8 @@ def _best_within(
 
 # Halvings of the interval in which the smallest network within an increase is looked for.
 HALVINGS = 7
+# Halvings of the interval in which the share of even ranks is looked for: to one rank.
+HALVED_SHARES = 30
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,33 @@ class Plan:
             for name in self.ties[first]
         }
 
+    def even(self, spent: float) -> dict[str, int]:
+        """Ranks of the same share of the largest useful one in all layers, costing at most that."""
+        self.ranks(spent)  # refuses what can't be met
+        at = lambda share: {
+            first: int(share * (len(choice.ranks) - 1)) for first, choice in self.options.items()
+        }
+        total = lambda places: sum(self.options[first].costs[i] for first, i in places.items())
+        low, high = float(total(at(1.0)) <= spent - self.fixed), 1.0
+        for _ in range(HALVED_SHARES):
+            middle = (low + high) / 2
+            fits = total(at(middle)) <= spent - self.fixed
+            low, high = (middle, high) if fits else (low, middle)
+        return {
+            name: int(self.options[first].ranks[i])
+            for first, i in at(low).items()
+            if i < len(self.options[first].ranks) - 1
+            for name in self.ties[first]
+        }
+
+    def cost(self, ranks: Mapping[str, int]) -> float:
+        """What the whole model costs at these ranks."""
+        found = self.fixed
+        for first, choice in self.options.items():
+            rank = ranks.get(first, choice.ranks[-1])
+            found += float(choice.costs[np.searchsorted(choice.ranks, rank)])
+        return found
+
     def without(self, names: Collection[str]) -> Plan:
         """The plan with these layers dense."""
         if not names:
@@ -192,15 +221,19 @@ class Plan:
         return replace(self, options=options, budget=f"{self.budget} with faster=True")
 
     def smallest(
-        self, added: Callable[[Mapping[str, int]], float], increase: float, progress: bool
+        self,
+        ranks: Callable[[float], Mapping[str, int]],
+        added: Callable[[Mapping[str, int]], float],
+        increase: float,
+        progress: bool,
     ) -> float:
-        """The smallest cost at which ranks are found to have ``added(ranks)`` ≤ ``increase``."""
+        """The smallest cost at which ``ranks(cost)`` are found to have ``added`` ≤ ``increase``."""
         low, high = self.smallest_cost, self.total
-        if added(self.ranks(low)) <= increase:
+        if added(ranks(low)) <= increase:
             return low
         for _ in bar(range(HALVINGS), progress=progress, desc="budgets", leave=False):
             middle = (low + high) / 2
-            low, high = (low, middle) if added(self.ranks(middle)) <= increase else (middle, high)
+            low, high = (low, middle) if added(ranks(middle)) <= increase else (middle, high)
         return high
 
 
