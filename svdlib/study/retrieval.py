@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
+from svdlib import checks
 from svdlib.network.opened import find_layers
 from svdlib.study.running.inputs import refusing
 
@@ -29,6 +30,7 @@ LEARNED, TESTED = ("numpy", "pandas", "torch"), ("scipy", "sklearn")
 IGNORED = re.compile(r"test|\.(_|externals|setup|onnx|distributed|utils\.bench|ao|f2py|distutils)")
 TOKENS = 128  # of the encoder's longest text
 INPUTS = ("input_ids", "attention_mask")  # of a batch, for the encoder
+METHODS = ("plain", "FWSVD", "ASVD", "SVD-LLM", "calibrated", "compress", "trained on")
 MIN_SHARE = 0.02  # of the encoder's weights, at which each layer still has a rank
 Batch = dict[str, Tensor]
 
@@ -147,10 +149,16 @@ def cosine_distance(model: nn.Module, batch: Batch) -> Tensor:
     return 1 - (embed(model, batch) * batch["dense"]).sum(1)
 
 
-def contrastive_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross-entropy of finding each text's dense embedding in the batch, by 20 times cosine."""
+def contrastive_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy of picking each text's dense embedding in the batch, by 20 times cosine: (n,)."""
     similarity = 20 * embed(model, batch) @ batch["dense"].mT
-    return cross_entropy(similarity, torch.arange(len(similarity), device=similarity.device))
+    labels = torch.arange(len(similarity), device=similarity.device)
+    return cross_entropy(similarity, labels, reduction="none")
+
+
+def contrastive_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The mean of `contrastive_losses`."""
+    return contrastive_losses(model, batch).mean()
 
 
 def even_ranks(encoder: nn.Module, share: float) -> dict[str, int]:
@@ -235,9 +243,11 @@ def recall_table(table: pd.DataFrame) -> pd.DataFrame:
     return out.sort_values(["share", "recall"], ascending=False).set_index(["share", "form"])
 
 
-@refusing(whole="texts pairs finetune", shares="shares", switch="everything")
-def check(shares: Sequence[float]) -> None:
+@refusing(whole="texts pairs finetune", shares="shares", names="methods")
+def check(shares: Sequence[float], methods: Sequence[str]) -> None:
     """Refuse what 10_your_network could not use."""
+    for method in methods:
+        checks.one_of(method, METHODS, "each of methods")
     if min(shares) < MIN_SHARE:
         least = f"{MIN_SHARE}, where each layer of the encoder still has a rank"
         raise ValueError(f"each of shares must be at least {least}, not {min(shares)}")
