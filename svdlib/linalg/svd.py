@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from svdlib import checks, threads
 from svdlib.linalg.bases import normalized, orthonormal, range_basis
@@ -104,11 +103,16 @@ class _RankK(torch.autograd.Function):
         return SVD(U, S, Vh, S).matrix()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor, None, None, None]:
-        dtype = G.dtype
-        A, U, S, Vh, G = (part.detach().double() for part in (*ctx.saved_tensors, G))
-        U2, S2, Vh2 = torch.linalg.svd(A - (U * S.unsqueeze(-2)) @ Vh, full_matrices=False)
+        dtype, (A, U, S, Vh), k = G.dtype, ctx.saved_tensors, ctx.saved_tensors[2].shape[-1]
+        A, U, S, Vh, G = (part.double() for part in (A, U, S, Vh, G))
+        if torch.is_grad_enabled():  # second derivatives, by torch's own first ones
+            U, S, Vh = torch.linalg.svd(A, full_matrices=False)
+            (U, U2), (S, S2), (Vh, Vh2) = (
+                part.tensor_split([k], dim) for part, dim in ((U, -1), (S, -1), (Vh, -2))
+            )
+        else:
+            U2, S2, Vh2 = torch.linalg.svd(A - (U * S.unsqueeze(-2)) @ Vh, full_matrices=False)
         outside = G - U @ (U.mT @ G)
         gradient = G - (outside - (outside @ Vh.mT) @ Vh)
         first, second = S.unsqueeze(-1), S2.unsqueeze(-2)
@@ -320,7 +324,8 @@ def _moderate(A: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
 def _powers(A: Tensor) -> Tensor:
     """Powers of two (…, 1, 1) that bring A's largest entries near 1, as far as possible."""
     peak = A.detach().abs().amax((-2, -1), keepdim=True)
-    exponent = peak.double().frexp().exponent.clamp(-126, 126)
+    limit = round(-math.log2(torch.finfo(A.dtype).tiny))  # 126 of float32, 1022 of float64
+    exponent = peak.double().frexp().exponent.clamp(-limit, limit)
     return torch.where(peak > 0, torch.exp2(-exponent.double()), 1.0).to(A.dtype)
 
 
@@ -352,6 +357,11 @@ def _check(A: Tensor) -> None:
         raise ValueError(f"a dense matrix is needed, not layout {A.layout}; see A.to_dense()")
     if A.is_meta:
         raise ValueError("the matrix is on device 'meta', where it has no numbers")
+    if torch._C._functorch.is_functorch_wrapped_tensor(A):
+        raise ValueError(
+            "torch.func's transforms, such as vmap and jacrev, can't look into a decomposition; "
+            "give a batch (…, m, n), and use torch.autograd"
+        )
     if A.ndim < 2 or A.numel() == 0:
         raise ValueError(f"non-empty matrices (…, m, n) are needed, not shape {tuple(A.shape)}")
 

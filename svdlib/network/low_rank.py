@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -16,6 +17,45 @@ class Approximations(Protocol):
     """Factors of any rank of a layer's matrix, and a change of its bias, see `layers.calibrate`."""
 
     def at(self, rank: int) -> tuple[Tensor, Tensor, Tensor | None]: ...
+
+
+class Product(Tensor):
+    """The weight of a `LowRank` layer, made anew at each reading: to be read, not written to.
+
+    >>> layer = thin_twin(layer_of(nn.Linear(9, 8)), 2)
+    >>> layer.weight.mul_(2)
+    Traceback (most recent call last):
+    ...
+    RuntimeError: mul_ would change a product that is thrown away; change layer[0].weight and \
+layer[1].weight, the factors, or give the model to svdlib.merge
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs, name = kwargs or {}, func.__name__
+        changes = WRITING.fullmatch(name) is not None and isinstance(args[0], Product)
+        if changes or isinstance(kwargs.get("out"), Product):
+            raise RuntimeError(
+                f"{name} would change a product that is thrown away; change layer[0].weight and "
+                "layer[1].weight, the factors, or give the model to svdlib.merge"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            if name in ("__deepcopy__", "__reduce_ex__"):  # of numbers, which may be kept
+                args = (args[0].as_subclass(Tensor), *args[1:])
+            found = func(*args, **kwargs)
+        view = func == DATA or name == "detach" or (isinstance(found, Tensor) and found._is_view())
+        return found.as_subclass(Product) if view and isinstance(args[0], Product) else found
+
+
+# Names of operations that change their first argument, and the getter of a tensor's data.
+WRITING = re.compile(r"(?!_|requires_grad_$).*[^_]_|__(i(?!n)[a-z]+|set|setitem)__")
+DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 class LowRank(nn.Sequential):
@@ -75,7 +115,8 @@ class LowRank(nn.Sequential):
     def weight(self) -> Tensor:
         """The product of the factors, in the shape of the weight that they replace."""
         first, second = (as_layer(factor).to_matrix(factor.weight) for factor in self.factors)
-        return as_layer(self.main).to_weight(second @ first)
+        product = as_layer(self.main).to_weight(second @ first)
+        return product.as_subclass(Product) if type(product) is Tensor else product
 
     @property
     def bias(self) -> Tensor | None:

@@ -405,3 +405,43 @@ def test_factors_can_be_quantized_and_keep_their_rank():
     assert (int8(x) - small(x)).norm() < 0.1 * small(x).norm()
     with pytest.raises(ValueError, match="quantize"):
         svdlib.merge(int8)
+
+
+def test_a_product_can_be_read_and_not_written_to():
+    layer = svdlib.factorize(nn.Sequential(nn.Linear(30, 20)), 4)[0]
+    before = layer.weight.clone()
+
+    def set_item(weight):
+        weight[0] = 1
+
+    def add_to(weight):
+        weight += 1
+
+    def set_data(weight):
+        weight.data = torch.zeros(2)
+
+    for write in (
+        *(lambda w: w.mul_(2), lambda w: w.data.clamp_(0, 1), lambda w: w[0].zero_()),
+        *(lambda w: w.detach().fill_(2), lambda w: w.T.copy_(w.T), nn.init.zeros_, set_item),
+        *(add_to, set_data, lambda w: torch.add(w, w, out=w)),
+    ):
+        with torch.no_grad(), pytest.raises(RuntimeError, match=r"layer\[0\].weight and layer"):
+            write(layer.weight)
+    assert torch.equal(layer.weight, before) and type(before) is torch.Tensor
+    for read in (lambda w: w + 1, lambda w: w @ w.T, lambda w: w.double(), copy.deepcopy):
+        with torch.no_grad():
+            assert type(read(layer.weight)) is torch.Tensor
+    layer.weight.square().sum().backward()
+    assert all(factor.weight.grad is not None for factor in layer)
+
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.layer.weight, self.layer.bias)
+
+    x, model = torch.randn(4, 30), Reads()
+    for other in (torch.export.export(model, (x,)).module(), torch.func.vmap(model)):
+        torch.testing.assert_close(other(x), layer(x))

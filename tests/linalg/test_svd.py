@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -304,6 +306,14 @@ def test_entries_whose_squares_do_not_fit(method, size, generator):
     assert bound <= 3 * torch.linalg.matrix_norm(A.double() - rebuilt, 2)
 
 
+@pytest.mark.parametrize("size", [1e-300, 1e-200, 1e-40, 1e40, 1e200, 1e300])
+def test_tol_holds_at_every_size_that_float64_has(size, generator):
+    A = matrix((40, 30), 0) * size
+    svd = svdlib.randomized_svd(A, tol=0.1, relative=True, generator=generator)
+    off = (((svd.matrix() - A) / size).norm() / (A / size).norm()).item()
+    assert off <= 0.1 and off == pytest.approx((svd.error / size / (A / size).norm()).item())
+
+
 def test_half_precision_is_worked_in_float32_and_refused_where_it_does_not_fit():
     A = torch.full((200, 300), 250.0, dtype=torch.float16)  # σ_1 = 61,237
     found = svdlib.truncated_svd(A, 1)
@@ -362,3 +372,19 @@ def test_gradients_at_exactly_deficient_rank(method, dtype, generator):
     nothing = torch.zeros(6, 5, dtype=dtype, requires_grad=True)
     svdlib.truncated_svd(nothing, 3).matrix().sum().backward()
     assert nothing.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (4, 7), (2, 5, 4)])
+def test_second_derivatives_of_the_rank_k_matrix_are_those_of_finite_differences(shape):
+    A = matrix(shape, 0).requires_grad_()
+    for decompose in (svdlib.truncated_svd, partial(svdlib.randomized_svd, oversample=20)):
+        assert torch.autograd.gradgradcheck(lambda A: decompose(A, 2).matrix(), A)  # noqa: B023
+
+
+@pytest.mark.parametrize("decompose", [svdlib.truncated_svd, svdlib.randomized_svd])
+def test_transforms_of_functions_are_refused(decompose):
+    A = matrix((3, 6, 5), 0)
+    function = lambda A: decompose(A, 2).matrix().sum()
+    for transform in (torch.func.grad, torch.func.jacrev, torch.func.vmap):
+        with pytest.raises(ValueError, match="vmap and jacrev"):
+            transform(function)(A)
