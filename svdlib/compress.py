@@ -172,7 +172,9 @@ def compress(
     with net.measuring():
         slopes = _gradients(task, layers, own, progress)
     fits: dict[str, Fit | None] = dict.fromkeys(layers.keys() - own)
-    fits |= fits_of(net, own, inputs, slopes)
+    for name, fits[name] in fits_of(net, own, inputs, slopes):
+        if name in slopes and not sequential:
+            slopes[name].square = None  # large, and no longer needed
     if not fits:
         raise ValueError(f"calibration reaches no layer, such as {own[0]!r}")
     layers = {name: layer for name, layer in layers.items() if name in fits}

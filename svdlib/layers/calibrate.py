@@ -81,7 +81,7 @@ class Gradients:
     the mean of Σ (gᵀz)², z being the output.
     """
 
-    square: Any = 0.0
+    square: Any = 0.0  # in the type of the gradients, float32 at least
     count: int = 0
     power: float = 0.0
 
@@ -103,8 +103,8 @@ class Fit:
     1975). A layer without a bias takes second moments for covariances.
     """
 
-    left: Tensor  # S⁻¹ U (…, m, k), leading columns first, in float64 like all fields
-    right: Tensor  # Uᵀ S M (…, k, n)
+    left: Tensor  # S⁻¹ U (…, m, k), leading columns first, in the type of W; others in float64
+    right: Tensor  # Uᵀ S M (…, k, n), in the type of W
     energies: Tensor  # variance of S times the output along each column of U, (…, k), falling
     shift: Tensor | None  # W μ (…, m); None without a bias
     mean: Tensor  # μ̃ (…, n)
@@ -113,7 +113,8 @@ class Fit:
         """S⁻¹ U_r (…, m, r), U_rᵀ S M (…, r, n), and the change of the bias (…, m), if any."""
         left, right, shift = self.left[..., :rank], self.right[..., :rank, :], self.shift
         if shift is not None:
-            shift = shift - (left @ (right @ self.mean[..., None]))[..., 0]
+            moved = left.double() @ (right.double() @ self.mean[..., None])
+            shift = shift - moved[..., 0]
         return left, right, shift
 
 
@@ -126,7 +127,8 @@ def fit(layer: Layer, sums: Sums, gradients: Gradients | None = None) -> Fit:
 
     With gradients C and G are `shrunk`: what few inputs did not show still counts.
     """
-    W, S = layer.matrix().double(), None
+    own, S, weight = layer.matrix(), None, 1.0
+    W = own.double()
     m, n = W.shape[-2:]
     k = min(m, n)
     mean, C = sums.total / sums.count, sums.square / sums.count
@@ -137,9 +139,11 @@ def fit(layer: Layer, sums: Sums, gradients: Gradients | None = None) -> Fit:
         C = C - mean[..., None] * mean[..., None, :]
         shift = (W @ before[..., None])[..., 0]
     if gradients is not None:
-        C, G = shrunk(C, sums.count), shrunk(gradients.square, gradients.count)
-        S = torch.linalg.cholesky(G.to(W.device)).mT
-        W = S @ W
+        C, G = shrunk(C, sums.count), gradients.square.to(W)
+        weight = float(G.diagonal(dim1=-2, dim2=-1).mean())
+        if weight > 0:  # else any error is as good
+            S = torch.linalg.cholesky(shrunk(G / weight, gradients.count)).mT
+            W = S @ W
     if is_paired:
         cross = sums.cross / sums.count
         if shift is not None:
@@ -160,7 +164,8 @@ def fit(layer: Layer, sums: Sums, gradients: Gradients | None = None) -> Fit:
     left = left[..., :k]
     right = left.mT @ M
     left = left if S is None else torch.linalg.solve_triangular(S, left, upper=True)
-    return Fit(left, right, energies.flip(-1)[..., :k].clamp(min=0), shift, mean)
+    energies = weight * energies.flip(-1)[..., :k].clamp(min=0)
+    return Fit(left.to(own), right.to(own), energies, shift, mean)
 
 
 def shrunk(C: Tensor, count: int) -> Tensor:
@@ -179,8 +184,8 @@ def shrunk(C: Tensor, count: int) -> Tensor:
     spread = (count + 1) * (squares - n * mean.square())
     share = (squares + (n * mean).square()) / spread
     share = torch.where(spread > 0, share, 1.0).clamp(0, 1)[..., None]
-    # A layer that changes nothing has G = 0, and any fit is as good.
-    added = (share * mean[..., None]).clamp(min=1e-100)
+    # A group of a layer's may change nothing.
+    added = (share * mean[..., None]).clamp(min=1e-12 * float(mean.mean()))
     if C.ndim == 1:
         return (1 - share) * C + added
     eye = torch.eye(n, dtype=C.dtype, device=C.device)

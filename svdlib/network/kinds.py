@@ -178,7 +178,7 @@ class Layer:
         g = g.detach().movedim(self.feature_dim, -1).flatten(0, -2)
         g = g if g.element_size() >= 4 else g.float()
         g = g if self.groups == 1 else g.unflatten(1, (self.groups, -1)).transpose(0, 1)
-        return (g.mT @ g).double(), g.shape[-2]
+        return g.mT @ g, g.shape[-2]
 
     def is_centered(self) -> bool:
         """Whether a change of the bias can make up for a change of W at the mean input."""

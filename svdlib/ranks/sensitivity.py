@@ -72,7 +72,7 @@ def _moments(
     for name, each in found.items():
         if not each.count:
             m, groups = layers[name].shape[0], layers[name].groups
-            each.square = torch.zeros(groups, m, m, dtype=torch.float64).squeeze(0)
+            each.square = torch.zeros(groups, m, m).squeeze(0)
             each.count = 1
         each.square, each.power = each.square / seen, each.power / seen
     return found

@@ -149,16 +149,10 @@ def cosine_distance(model: nn.Module, batch: Batch) -> Tensor:
     return 1 - (embed(model, batch) * batch["dense"]).sum(1)
 
 
-def contrastive_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy of picking each text's dense embedding in the batch, by 20 times cosine: (n,)."""
-    similarity = 20 * embed(model, batch) @ batch["dense"].mT
-    labels = torch.arange(len(similarity), device=similarity.device)
-    return cross_entropy(similarity, labels, reduction="none")
-
-
 def contrastive_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The mean of `contrastive_losses`."""
-    return contrastive_losses(model, batch).mean()
+    """Mean cross-entropy of picking each text's dense embedding in the batch, by 20 times cosine."""
+    similarity = 20 * embed(model, batch) @ batch["dense"].mT
+    return cross_entropy(similarity, torch.arange(len(similarity), device=similarity.device))
 
 
 def even_ranks(encoder: nn.Module, share: float) -> dict[str, int]:

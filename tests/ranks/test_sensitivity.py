@@ -74,7 +74,7 @@ def test_moments_are_those_of_one_input_at_a_time():
         for z, g in zip(outs, torch.autograd.grad(loss, outs), strict=True):
             square += torch.outer(g, g) / len(x)
             power += (g @ z).item() ** 2 / len(x)
-    torch.testing.assert_close(found["first"].square, square, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(found["first"].square.double(), square, rtol=1e-4, atol=1e-8)
     assert found["first"].power == pytest.approx(power, rel=1e-4)
     assert found["first"].count == 60 and not found["last"].power
     assert not found["idle"].square.any() and found["idle"].square.shape == (5, 5)
