@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import cast
 
@@ -21,8 +22,9 @@ from svdlib.network.opened import find_layers
 
 
 def perceptron(sizes: Sequence[int]) -> nn.Sequential:
-    """``Linear, ReLU, Linear, …, Linear``, initialized by torch from its global generator."""
-    modules = [part for sides in pairwise(sizes) for part in (nn.Linear(*sides), nn.ReLU())]
+    """``Linear, ReLU, …, Linear`` in float32, initialized by torch from its global generator."""
+    linear = partial(nn.Linear, dtype=torch.float32)
+    modules = [part for sides in pairwise(sizes) for part in (linear(*sides), nn.ReLU())]
     return nn.Sequential(*modules[:-1])
 
 
@@ -87,6 +89,8 @@ class MLPEnsemble(nn.Module):
     handful of batched products. ``ensemble[i]`` is a copy of network i, which starts bit for bit as
 
         torch.manual_seed(seeds[i]); nn.Sequential(nn.Linear(…), nn.ReLU(), …, nn.Linear(…))
+
+    in float32, whatever torch's default type is.
 
     Args:
         sizes: widths (in, hidden, …, out), at least two.

@@ -32,6 +32,25 @@ def test_ensembles_are_made_on_the_device_asked_for_whatever_surrounds_them():
     assert not any(parameter.is_inference() for parameter in nets.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_type_changes_no_result(dtype, mnist):
+    data = mnist.head(500)
+    projection = svdlib.Projection("rsvd", rank=2, every="step")
+
+    def trained():
+        nets = svdlib.MLPEnsemble((784, 4, 10), seeds=(0, 1), device="cpu")
+        history = svdlib.train(nets, data, epochs=1, projection=projection, progress=False)
+        return nets, history.test_error.tolist()
+
+    expected, errors = trained()
+    try:
+        torch.set_default_dtype(dtype)
+        nets, found = trained()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found == errors and all(map(torch.equal, nets.parameters(), expected.parameters()))
+
+
 def test_global_random_state_is_left_alone():
     torch.manual_seed(3)
     expected = torch.rand(2)
