@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
@@ -19,8 +20,10 @@ class Approximations(Protocol):
     def at(self, rank: int) -> tuple[Tensor, Tensor, Tensor | None]: ...
 
 
-class Product(Tensor):
+class Product(nn.Parameter):
     """The weight of a `LowRank` layer, made anew at each reading: to be read, not written to.
+
+    A kind of parameter, as which torch's own functions compare and report it.
 
     >>> layer = thin_twin(layer_of(nn.Linear(9, 8)), 2)
     >>> layer.weight.mul_(2)
@@ -39,18 +42,26 @@ layer[1].weight, the factors, or give the model to svdlib.merge
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs, name = kwargs or {}, func.__name__
-        changes = WRITING.fullmatch(name) is not None and isinstance(args[0], Product)
-        if changes or isinstance(kwargs.get("out"), Product):
-            raise RuntimeError(
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        changed = first if WRITING.fullmatch(name) else kwargs.get("out")
+        if isinstance(changed, Product):
+            raise RuntimeError(  # noqa: TRY004  # as torch's own of writes
                 f"{name} would change a product that is thrown away; change layer[0].weight and "
                 "layer[1].weight, the factors, or give the model to svdlib.merge"
             )
         with torch._C.DisableTorchFunctionSubclass():
-            if name in ("__deepcopy__", "__reduce_ex__"):  # of numbers, which may be kept
-                args = (args[0].as_subclass(Tensor), *args[1:])
             found = func(*args, **kwargs)
         view = func == DATA or name == "detach" or (isinstance(found, Tensor) and found._is_view())
-        return found.as_subclass(Product) if view and isinstance(args[0], Product) else found
+        return found.as_subclass(Product) if view and isinstance(first, Product) else found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(self.as_subclass(Tensor), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return repr(self.as_subclass(Tensor))
 
 
 # Names of operations that change their first argument, and the getter of a tensor's data.

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import fields, is_dataclass
+from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
-from functools import cached_property, partial
-from types import FunctionType, MethodType, SimpleNamespace
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -19,16 +16,13 @@ from svdlib import checks, clock, threads
 from svdlib.network import modes
 from svdlib.network.attention import HELD, Made, pack_, projections, unpack_
 from svdlib.network.calls import Batch, Call, copied_to, prepared, run, tensors
+from svdlib.network.held import fixed, held
 from svdlib.network.kinds import Layer, Linear, layer_of
 from svdlib.network.low_rank import Factorized, LowRank, low_rank_layers, tied
 from svdlib.network.modes import After, Before
 
-# Where a module keeps its parts: what it holds elsewhere, it does not know as its own.
-REGISTERED = ("_modules", "_parameters", "_buffers")
 # What other libraries' models need when they are given away, or when their ranks have changed.
 FINISHERS: list[Callable[[nn.Module], nn.Module]] = []
-# Values that hold no module: a vocabulary has many.
-ATOMS = (str, bytes, int, float, complex, type(None), type)
 # Networks of fewer numbers repeat small operations, which more threads only hold up.
 SMALL = 100_000
 READ = "the model reads its weight without calling it, which would multiply the factors each time"
@@ -69,7 +63,7 @@ class Network:
         """
         if merge and low_rank_layers(model):
             return cls(unpack_(merge_(duplicate(model))))
-        if _fixed(model):
+        if fixed(model):
             return cls(model)
         try:
             twin = duplicate(model, shared=True)
@@ -161,8 +155,8 @@ class Network:
     @cached_property
     def _fixed(self) -> dict[str, str]:
         """Why modules can't be replaced, by name. Functions in a copy hold the original's modules."""
-        found = {} if self._original is None else _fixed(self._original)
-        return found | _fixed(self.model)
+        found = {} if self._original is None else fixed(self._original)
+        return found | fixed(self.model)
 
     @cached_property
     def ties(self) -> list[list[str]]:
@@ -239,7 +233,11 @@ class Network:
 
     def put(self, name: str, module: nn.Module) -> None:
         """Put a module wherever the layer of that name is."""
-        self.model = replace_module(self.model, self.layers[name].module, module)
+        old = self.layers[name].module
+        for parent, place in self._places.get(id(old), []):
+            parent._modules[place] = module
+        self._places[id(module)] = self._places.pop(id(old), [])
+        self.model = module if self.model is old else self.model
         self.layers[name] = layer_of(module) or Factorized(cast(LowRank, module))
 
     @contextmanager
@@ -253,6 +251,11 @@ class Network:
         finally:
             for name, module in own.items():
                 self.put(name, module)
+
+    @cached_property
+    def _places(self) -> Places:
+        """Where each module is, by its id: looked up once, as models have thousands of modules."""
+        return places_of(self.model)
 
     # Calling it.
 
@@ -348,69 +351,14 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
     return layers
 
 
-def _fixed(model: nn.Module) -> dict[str, str]:
-    """Why modules can't be replaced, by name: they are compiled, or attributes of others."""
-    found: dict[int, str] = {}
-    for name, part in model.named_modules():
-        if modes.is_compiled(part):
-            place = name or "the model"
-            reason = f"{place!r} is compiled with it; factorize first, then compile"
-            found |= dict.fromkeys(map(id, part.modules()), reason)
-    for name, part in model.named_modules():
-        for attribute, value in vars(part).items():
-            place = f"{name}.{attribute}".lstrip(".")
-            reason = f"{place!r} holds it besides, where a factorized one would not be seen"
-            for inner in _held([value]) if attribute not in REGISTERED else ():
-                if inner is not part:
-                    found.setdefault(id(inner), reason)
-        if isinstance(forward := vars(part).get("forward"), FunctionType):
-            reason = f"{name or 'the model'!r} has a forward that calls it, which is not copied"
-            called = (inner for inner in _held([forward]) if isinstance(inner, nn.Module))
-            ids = (id(each) for inner in called for each in inner.modules())
-            found = dict.fromkeys(ids, reason) | found
-    return {name: found[id(part)] for name, part in model.named_modules() if id(part) in found}
-
-
-def _held(values: Iterable[object]) -> Iterator[nn.Module | Tensor]:
-    """The modules and tensors in values: in containers, functions, and objects that are plain data."""
-    left, seen = list(values), set[int]()
-    while left:
-        value = left.pop()
-        if isinstance(value, nn.Module | Tensor):
-            yield value
-        elif not isinstance(value, ATOMS) and id(value) not in seen:
-            seen.add(id(value))
-            left += _parts(value)
-
-
-def _parts(value: Any) -> Iterable[object]:
-    if isinstance(value, Mapping):
-        return value.values()
-    if isinstance(value, list | tuple | set | frozenset | deque):
-        return value
-    if isinstance(value, partial):
-        return [value.func, *value.args, *value.keywords.values()]
-    if isinstance(value, MethodType):
-        return [value.__self__]
-    if isinstance(value, FunctionType):
-        found = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-        for cell in value.__closure__ or ():
-            with suppress(ValueError):  # a name that is not bound yet
-                found.append(cell.cell_contents)
-        return found
-    if is_dataclass(value):
-        return [getattr(value, field.name, None) for field in fields(value)]
-    return vars(value).values() if isinstance(value, SimpleNamespace) else ()
-
-
 def duplicate(model: nn.Module, *, shared: bool = False) -> nn.Module:
     """A deep copy or, with ``shared``, one whose parameters share the numbers of the model's.
 
     Tensors with a history, results of the last call or pruned weights, which ``copy.deepcopy``
     refuses, are copied without it.
     """
-    held = (part for module in model.modules() for part in _held(vars(module).values()))
-    past = {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}
+    inside = (part for module in model.modules() for part in held(vars(module).values()))
+    past = {id(t): t.detach().clone() for t in inside if isinstance(t, Tensor) and not t.is_leaf}
     kept = {id(parameter): _alias(parameter) for parameter in model.parameters() if shared}
     return copy.deepcopy(model, cast(dict[int, object], {**past, **kept}))
 
@@ -432,23 +380,29 @@ def _alias(parameter: nn.Parameter) -> nn.Parameter:
 def merge_(model: nn.Module) -> nn.Module:
     """Make each `LowRank` layer one dense layer again, in place."""
     layers = {name: Factorized(layer) for name, layer in low_rank_layers(model).items()}
-    dense = {name: layer.dense() for name, layer in layers.items()}
+    dense, places = {name: layer.dense() for name, layer in layers.items()}, places_of(model)
     for name, layer in layers.items():
         trained = layer.factors[0].weight.requires_grad
         dense[name].weight.copy_(layer.weight).requires_grad_(trained)
         if layer.bias is not None:
             dense[name].bias = layer.bias
-        model = replace_module(model, layer.module, dense[name])
+        for parent, place in places.get(id(layer.module), []):
+            parent._modules[place] = dense[name]
+        model = dense[name] if model is layer.module else model
     for first, *others in tied(layers):
         for name in others:
             dense[name].weight = dense[first].weight
     return model
 
 
-def replace_module(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """The root with ``new`` wherever ``old`` is; a layer may have several places."""
-    for parent in list(root.modules()):
+# The parents that have a module, and its names there, by its id.
+Places = dict[int, list[tuple[nn.Module, str]]]
+
+
+def places_of(model: nn.Module) -> Places:
+    """All places of a model's modules; a layer may have several."""
+    places: Places = {}
+    for parent in model.modules():
         for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
-    return new if root is old else root
+            places.setdefault(id(child), []).append((parent, name))
+    return places
