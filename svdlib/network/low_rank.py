@@ -33,6 +33,8 @@ class Product(nn.Parameter):
 layer[1].weight, the factors, or give the model to svdlib.merge
     """
 
+    _is_hf_initialized = True  # so that the transformers library's initializers pass it by
+
     @classmethod
     def __torch_function__(
         cls,
