@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Literal
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from svdlib import checks
 from svdlib.ensemble import thin
@@ -17,6 +17,7 @@ from svdlib.ensemble.affine import Affine
 from svdlib.ensemble.networks import MLPEnsemble
 from svdlib.ensemble.stacks import Generators, layer_stacks
 from svdlib.layers.project import project_
+from svdlib.layers.steps import Attached, after_steps
 from svdlib.linalg.svd import METHODS, OVERSAMPLE, POWER_ITERS
 from svdlib.network.opened import Network
 
@@ -70,10 +71,12 @@ class Projection:
         *,
         layers: Iterable[str] | None = None,
         generator: torch.Generator | None = None,
-    ) -> RemovableHandle:
-        """Project a model's weights after steps of an optimizer, in a training loop of your own.
+    ) -> Attached:
+        """Project a model's weights after steps of its optimizer, in a training loop of your own.
 
-        Steps that a gradient scaler skips are not counted.
+        The optimizer may be wrapped or copied, before or after. Steps that a gradient scaler skips
+        are not counted. Layers whose weights the optimizer does not step stay, such as a frozen
+        backbone's.
 
         Args:
             model: changed in place; layers that can't be projected stay, with one warning.
@@ -82,10 +85,12 @@ class Projection:
             generator: the source of sketches, on the model's device.
 
         Returns:
-            a handle; ``handle.remove()`` ends the projections.
+            a handle; ``handle.remove()`` ends the projections, and ``handle.project()`` projects
+            once more, where the last step was not one that a projection follows.
 
         Raises:
-            ValueError: ``every="epoch"``, which an optimizer does not know, or as `project_`.
+            ValueError: ``every="epoch"``, which an optimizer does not know, an optimizer of none of
+                the layers or without one that is named, or as `project_`.
 
         >>> model = nn.Linear(20, 15)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -93,25 +98,41 @@ class Projection:
         """
         if self.every == "epoch":
             raise ValueError("an optimizer knows no epochs; give every='step' or a number of steps")
-        if not (isinstance(model, nn.Module) and isinstance(optimizer, torch.optim.Optimizer)):
+        groups = getattr(optimizer, "param_groups", None)
+        if not isinstance(model, nn.Module) or groups is None:
             given = f"{type(model).__name__} and {type(optimizer).__name__}"
-            raise ValueError(f"attach takes a model and its optimizer, not {given}")  # noqa: TRY004
+            raise ValueError(f"attach takes a model and its optimizer, not {given}")
         net = Network(model)
         chosen = net.choose(layers, "project")
+        # By memory, as the projections of attention are views of its parameters.
+        stepped = {p.untyped_storage().data_ptr() for group in groups for p in group["params"]}
+        place = lambda layer: layer.weights[-1].untyped_storage().data_ptr()
+        foreign = [name for name, layer in chosen.items() if place(layer) not in stepped]
+        if foreign and (layers is not None or len(foreign) == len(chosen)):
+            raise ValueError(
+                f"the optimizer does not step layer {foreign[0]!r}; give the one that trains it"
+            )
+        net.left |= dict.fromkeys(foreign, "the optimizer does not step it")
+        chosen = {name: layer for name, layer in chosen.items() if name not in foreign}
         net.warn()
         ranks = dict(zip(chosen, self.ranks(len(chosen)), strict=True))
         net.check_ties(ranks, "project")
         if not ranks:
             raise ValueError("no layer of the model can be projected")
         sketch = {"oversample": self.oversample, "power_iters": self.power_iters}
-        steps = count(1)
+        steps, known = count(1), ref(model)
 
-        def project(*_: object) -> None:
+        def project() -> None:
+            if (alive := known()) is not None:
+                project_(alive, ranks, self.method, **sketch, generator=generator)
+
+        def follow() -> None:
             if self.is_due(next(steps)):
-                project_(model, ranks, self.method, **sketch, generator=generator)
+                project()
 
-        # The library accelerate wraps an optimizer, whose own hooks are called.
-        return getattr(optimizer, "optimizer", optimizer).register_step_post_hook(project)
+        places = set(map(place, chosen.values()))
+        own = [p for p in model.parameters() if p.untyped_storage().data_ptr() in places]
+        return Attached(project, after_steps(own, follow))
 
     def is_due(self, done: int, epoch: int = 0) -> bool:
         """Whether a projection follows step ``done`` (from 1); ``epoch`` is an epoch's steps."""

@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -204,6 +206,121 @@ def test_steps_that_a_scaler_skips_are_not_counted():
         scaler.update()
         ranks.append(int(torch.linalg.matrix_rank(model.weight, rtol=1e-5)))
     assert ranks[1] == 5 and ranks[2] == 2 and ranks[3] > 2
+
+
+class Sharp(torch.optim.Optimizer):
+    """Steps twice, as sharpness-aware minimization does, the second time by an optimizer inside."""
+
+    def __init__(self, params, inner):
+        super().__init__(params, {})
+        self.base_optimizer = inner
+        self.param_groups = inner.param_groups
+
+    def second_step(self):
+        self.base_optimizer.step()
+
+    def step(self, closure=None):
+        self.second_step()
+        with torch.no_grad():  # as Lookahead's slow weights would
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.add_(0.01 * torch.eye(*p.shape) if p.ndim == 2 else 0)
+
+
+class Plain:
+    """A wrapper that is no optimizer of torch's."""
+
+    def __init__(self, inner):
+        self.inner, self.param_groups = inner, inner.param_groups
+
+    def step(self):
+        self.inner.step()
+
+
+@pytest.mark.parametrize("way", ["sharp", "second step", "plain", "copy", "inner"])
+def test_wrapped_and_copied_optimizers_are_followed(way):
+    model = torch.nn.Linear(6, 5)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    wrapped = Plain(inner) if way == "plain" else Sharp(model.parameters(), inner)
+    given = inner if way in ("copy", "inner") else wrapped
+    handle = svdlib.Projection("truncsvd", 2, every=2).attach(model, given)
+    stepping = {"copy": copy.copy(inner), "plain": wrapped}.get(way, wrapped)
+    ranks = []
+    for _ in range(4):
+        model(torch.randn(9, 6)).square().sum().backward()
+        stepping.second_step() if way == "second step" else stepping.step()
+        ranks.append(int(torch.linalg.matrix_rank(model.weight, rtol=1e-5)))
+    assert ranks[0] > 2 and ranks[1] == 2 and ranks[2] > 2 and ranks[3] == 2
+    stepping.step()
+    handle.project()
+    assert torch.linalg.matrix_rank(model.weight, rtol=1e-5) == 2
+    handle.remove()
+    handle.remove()
+    for _ in range(2):
+        stepping.step()
+    assert torch.linalg.matrix_rank(model.weight, rtol=1e-5) > 2
+
+
+def test_a_step_that_fails_is_none():
+    model = torch.nn.Linear(6, 5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    svdlib.Projection("truncsvd", 2, every=2).attach(model, optimizer)
+
+    def fails():
+        raise RuntimeError("in the closure")
+
+    model(torch.randn(9, 6)).square().sum().backward()
+    for n in range(4):
+        with pytest.raises(RuntimeError, match="in the closure"):
+            optimizer.step(fails)
+        optimizer.step()
+        rank = int(torch.linalg.matrix_rank(model.weight, rtol=1e-5))
+        assert rank == 2 if n % 2 else rank > 2
+
+
+def test_a_fused_step_that_a_scaler_skips_is_none():
+    model = torch.nn.Linear(6, 5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    svdlib.Projection("truncsvd", 2, every=2).attach(model, optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    ranks = []
+    for size in (1.0, torch.inf, 1.0, 1.0):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.full((1, 6), size)).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        ranks.append(int(torch.linalg.matrix_rank(model.weight, rtol=1e-5)))
+    assert ranks[1] == 5 and ranks[2] == 2 and ranks[3] > 2
+
+
+def test_only_what_the_optimizer_steps_is_projected():
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 5))
+    frozen = model[0].weight.clone()
+    optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1)
+    projection = svdlib.Projection("truncsvd", 2, every="step")
+    with pytest.warns(UserWarning, match="'0' .the optimizer does not step it"):
+        handle = projection.attach(model, optimizer)
+    model(torch.randn(9, 6)).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(model[0].weight, frozen)
+    assert torch.linalg.matrix_rank(model[1].weight, rtol=1e-5) == 2
+    handle.remove()
+    with pytest.raises(ValueError, match="does not step layer '0'"):
+        projection.attach(model, optimizer, layers=["0", "1"])
+    other = torch.optim.SGD(torch.nn.Linear(6, 5).parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="does not step layer '0'"):
+        projection.attach(model, other)
+
+
+def test_attention_is_followed_by_its_packed_weights():
+    model = torch.nn.MultiheadAttention(8, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    svdlib.Projection("truncsvd", 2, every="step").attach(model, optimizer)
+    x = torch.randn(3, 8)
+    model(x, x, x)[0].square().sum().backward()
+    optimizer.step()
+    for part in model.in_proj_weight.split(8):
+        assert torch.linalg.matrix_rank(part, rtol=1e-5) == 2
 
 
 def test_attach_refuses_what_it_cannot_project():
