@@ -1,5 +1,7 @@
 """How much of a neural network's weights does it need?"""
 
+from importlib.metadata import version
+
 from svdlib.compress import Compressed, compress
 from svdlib.data import Data, load
 from svdlib.ensemble.networks import MLPEnsemble
@@ -59,3 +61,10 @@ __all__ = [
     "truncated_svd",
     "verify_ranks",
 ]
+
+__version__ = version("svdlib")
+
+
+def __dir__() -> list[str]:
+    """The public names alone."""
+    return [*__all__, "__version__"]

@@ -1,6 +1,7 @@
 """The files around the code agree with it."""
 
 import ast
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+
+import svdlib
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -149,3 +152,8 @@ def test_an_error_shows_no_inner_one_above_it():
                         if not none:
                             found.add(path.relative_to(ROOT).as_posix())
     assert found == SHOWN
+
+
+def test_what_the_package_shows_is_public():
+    assert svdlib.__version__ == importlib.metadata.version("svdlib")
+    assert set(dir(svdlib)) == {*svdlib.__all__, "__version__"}

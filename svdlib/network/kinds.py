@@ -124,6 +124,13 @@ class Layer:
             return f"its type is {weight.dtype}"
         if weight.is_meta or weight.layout != torch.strided:
             return f"its weight has no numbers here (device {weight.device}, {weight.layout})"
+        if type(weight).__torch_dispatch__ != Tensor.__torch_dispatch__:
+            kind = type(weight).__name__
+            return (
+                f"its weight is a {kind}, which is no plain tensor; decompose it before it is made"
+            )
+        if weight.numel() == 0:
+            return f"its weight has no numbers, shape {tuple(weight.shape)}"
         if replace and self.types and type(self.module) not in self.types:
             kind = type(self.module).__name__
             return f"a {kind} may do other things with its weight than a plain layer"

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from operator import length_hint
 
 import pandas as pd
 import torch
@@ -122,7 +123,7 @@ class Task:
         Those of a single batch's pieces are kept; the next pass over others may show other ones.
         """
         known, losses, seen = list(self._own), 0.0, 0
-        total = len(self.data) if self.size is None and hasattr(self.data, "__len__") else None
+        total = length_hint(self.data) or None if self.size is None else None
         pieces = bar(
             calls.batches(self.data, self.size), progress=progress, total=total, desc="batches"
         )

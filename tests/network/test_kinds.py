@@ -515,3 +515,16 @@ def test_tied_layers_factorized_twice_share_their_factors_still():
     torch.testing.assert_close(
         small(x), svdlib.factorize(model, {"embed": 2, "head": 2, "inner": 4})(x)
     )
+
+
+def test_weights_that_only_look_like_tensors_are_left_by_name():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    model = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 0), nn.Linear(0, 9), nn.Linear(9, 8))
+    model[0].weight = nn.Parameter(TwoTensor(torch.rand(10, 12), torch.rand(10, 12)))
+    for call in (svdlib.project_, svdlib.factorize):
+        with pytest.warns(UserWarning, match="'0' .its weight is a TwoTensor.*'1' .*'2' .*no numb"):
+            made = call(duplicate(model), 3)
+        assert len(svdlib.network.low_rank.low_rank_layers(made)) == (call is svdlib.factorize)
+    with pytest.raises(ValueError, match="layer '0': its weight is a TwoTensor"):
+        svdlib.factorize(model, {"0": 3})

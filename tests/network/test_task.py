@@ -212,3 +212,16 @@ def test_what_does_not_fit_is_said_in_one_sentence():
     refused("accept must say which rows", look=svdlib.search_ranks)
     refused("ranks must say where to start", look=svdlib.refine_ranks, tolerance=1)
     assert all(map(torch.equal, before.values(), model.state_dict().values()))
+
+
+def test_a_loader_without_a_length():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            g = torch.Generator().manual_seed(0)
+            return ((torch.randn(6, generator=g), i % 3) for i in range(20))
+
+    model = nn.Linear(6, 3)
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=5)
+    found = svdlib.loss_profile(model, loader, progress=True)
+    expected = svdlib.loss_profile(model, list(loader), progress=False)
+    assert found.loss.tolist() == pytest.approx(expected.loss.tolist())
