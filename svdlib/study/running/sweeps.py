@@ -134,8 +134,9 @@ def _name(
     """What differs from the notebook's own parameters, for a person, and a hash of everything."""
     content = json.dumps([sources, everything, code()], sort_keys=True, default=repr)
     summary = ",".join(f"{name}={value}" for name, value in changed.items())
-    summary = re.sub(r"[^\w.,=+-]+", "_", summary)[:80] or "own"
-    return f"{summary}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+    # Folders' names hold 255 bytes; of 100,000 runs, 8 digits would make two the same.
+    summary = re.sub(r"[^\w.,=+-]+", "_", summary).encode()[:80].decode(errors="ignore") or "own"
+    return f"{summary}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
 
 @cache

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -56,6 +57,8 @@ def test_a_place_is_named_for_a_person_and_by_all_that_matters(folder):
     assert own.startswith("own-") and name(("n", "1"), ("progress", "false")) == own
     assert name(("n", "2")).startswith("n=2-") and name(("n", "2")) != name(("n", "3"))
     assert name(("text", "b/c: d")).startswith("text=b_c_d-")
+    long = name(("text", "𝒳" * 100))
+    assert len(long.encode()) < 150 and re.fullmatch(r"text=𝒳+-[0-9a-f]{16}", long)
     before = name(("n", "2"))
     write(folder, "a", TABLE, "1 + 1")
     assert name(("n", "2")) != before, "other code, another run"
