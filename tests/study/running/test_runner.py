@@ -347,7 +347,7 @@ def test_values_may_begin_with_a_dash(folder, scheduler, capsys):
     capsys.readouterr()
     assert runner.main(["run", *over, "--dry-run"]) == 0
     places = capsys.readouterr().out.splitlines()
-    assert [place[:-9] for place in places] == [
+    assert [place[:-17] for place in places] == [
         "good/rate=-1.0,dataset=-p",
         "good/rate=-2.5,dataset=-p",
     ]
