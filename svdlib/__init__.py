@@ -14,6 +14,7 @@ from svdlib.layers.adapt import (
     spectral_decay,
     truncate_,
 )
+from svdlib.layers.calibrate import Calibration
 from svdlib.layers.cost import cost
 from svdlib.layers.factorize import factorize, merge
 from svdlib.layers.project import project_
@@ -29,6 +30,7 @@ from svdlib.ranks.rules import reveal_ranks
 
 __all__ = [
     "SVD",
+    "Calibration",
     "Compressed",
     "Data",
     "LowRank",

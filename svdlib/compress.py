@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from svdlib import checks, threads
-from svdlib.layers.calibrate import BATCH, Calibration, Fit, Gradients, Mask, fits_of
+from svdlib.layers.calibrate import BATCH, Calibration, Fit, Gradients, calibration_of, fits_of
 from svdlib.layers.cost import WHOLE_MODEL, cost, counted
 from svdlib.layers.factorize import Fits, factorized, one_after_another
 from svdlib.network.calls import (
     Batches,
-    Call,
     Objective,
     count_inputs,
     first_batch,
@@ -100,10 +99,7 @@ def compress(
     objective: Objective | None = None,
     accuracy: Objective | None = None,
     validation: Batches | None = None,
-    calibration: Batches | None = None,
-    call: Call | None = None,
-    mask: Mask | None = None,
-    sequential: bool = False,
+    calibration: Batches | Calibration | None = None,
     include: Iterable[str] | None = None,
     exclude: Iterable[str] = (),
     multiple_of: int = 1,
@@ -128,7 +124,8 @@ def compress(
         validation: data like ``x``, or (x, y), by which the result is judged. By default every
             fifth input, or batch of a list, is held back for that; of other iterables, such as a
             DataLoader, nothing is, and the result says so.
-        calibration, call, mask, sequential: as in `factorize`; by default the inputs in ``x``.
+        calibration: inputs that factors are fitted to, or a `Calibration`; by default those in
+            ``x``, as in ``Calibration(call=…)``.
         include, exclude: layers by name or pattern, such as "encoder.*". By default all but
             embeddings, and layers that share a weight with one: words that are rare here would be
             lost.
@@ -154,10 +151,11 @@ def compress(
     if low_rank_layers(model):
         raise ValueError("the model has factorized layers already; give svdlib.merge(model)")
     data, judges, judged_by = _parted(x if y is None else (x, y), validation)
-    given = data[0] if y is not None else data
-    inputs = Calibration(given if calibration is None else calibration, call, mask, progress)
-    for each in (data, judges, inputs.data):
-        refuse_generator(each, "compress")
+    inputs = calibration_of(calibration)
+    if inputs.data is None:
+        inputs = replace(inputs, data=data if y is None else data[0])
+    for source in (data, judges, inputs.data):
+        refuse_generator(source, "compress")
     net = Network.copy_of(model)
     names = net.matching(include, exclude)
     if include is None:
@@ -165,35 +163,36 @@ def compress(
         names = [name for name in names if name not in spared] or names
     with net.measuring():
         task = task_of(net, data, None, objective, accuracy)
-        task.measure()
-    few = first_batch(inputs.data, BATCH)
-    layers = net.replaceable(names, few, call)
-    own = net.untied(layers)
+        task.measure(progress)
+    batch = first_batch(inputs.data, BATCH)
+    layers = net.replaceable(names, batch, inputs.call)
+    untied = net.untied(layers)
     with net.measuring():
-        slopes = _gradients(task, layers, own, progress)
-    fits: dict[str, Fit | None] = dict.fromkeys(layers.keys() - own)
-    for name, fits[name] in fits_of(net, own, inputs, slopes):
-        if name in slopes and not sequential:
+        slopes = _gradients(task, layers, untied, progress)
+    fits: dict[str, Fit | None] = dict.fromkeys(layers.keys() - untied)
+    for name, fits[name] in fits_of(net, untied, inputs, slopes, progress):
+        if name in slopes and not inputs.sequential:
             slopes[name].square = None  # large, and no longer needed
     if not fits:
-        raise ValueError(f"calibration reaches no layer, such as {own[0]!r}")
+        raise ValueError(f"calibration reaches no layer, such as {untied[0]!r}")
     layers = {name: layer for name, layer in layers.items() if name in fits}
     errors = {
         name: expected_losses(layer, fits[name], slopes.get(name)) for name, layer in layers.items()
     }
-    costs = counted(net, few, call)[kind if kind == "multiply_adds" else "parameters"]
+    costs = counted(net, batch, inputs.call)[kind if kind == "multiply_adds" else "parameters"]
     plan = plan_of(net, layers, errors, costs, multiple_of, f"{kind}={budget:g}")
-    maker = _Maker(task, fits, slopes, inputs, sequential)
+    maker = _Maker(task, fits, slopes, inputs, progress)
     while True:
         small, ranks, tried = maker.best(plan, budget, kind == "increase")
-        table = cost(small, few, call=call, repeats=REPEATS if faster else 0).set_index("layer")
+        repeats = REPEATS if faster else 0
+        table = cost(small, batch, call=inputs.call, repeats=repeats).set_index("layer")
         slow = _slow(table) if faster else []
         if not slow:
             break
         plan = plan.without(slow)
     with net.measuring(small):
         task = task_of(net, judges, None, objective, accuracy)
-        means = task.means(lambda: [nullcontext(small)], 1, progress)
+        means = task.means(lambda: [nullcontext(small)], 1, progress, "judging")
     added = means["increase"][1]
     judged = {"loss_added": added, "se": means["se"][1], "data": judged_by}
     kept = tried[tried.kept].iloc[0]
@@ -224,11 +223,11 @@ def _parted(data: Batches, validation: Batches | None) -> tuple[Batches, Batches
 
 
 def _gradients(
-    task: Task, layers: Mapping[str, Layer], own: Collection[str], progress: bool
+    task: Task, layers: Mapping[str, Layer], untied: Collection[str], progress: bool
 ) -> dict[str, Gradients]:
     """`gradients`, or none, with a warning, where the loss has none."""
     try:
-        return gradients(task, layers, layers.keys() - own, progress)
+        return gradients(task, layers, layers.keys() - untied, progress)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError) as error:
@@ -261,41 +260,48 @@ class _Maker:
     fits: Mapping[str, Fit | None]
     slopes: Mapping[str, Gradients]
     inputs: Calibration
-    sequential: bool
+    progress: bool
 
     def made(self, ranks: Mapping[str, int]) -> nn.Module:
         net = self.task.net
         small = Network.copy_of(net.model)
-        own = small.untied(ranks)
-        found: Fits = ((name, self.fits[name]) for name in own)
-        if self.sequential:
-            found = one_after_another(small, net, own, self.inputs, self.slopes)
+        untied = small.untied(ranks)
+        found: Fits = ((name, self.fits[name]) for name in untied)
+        if self.inputs.sequential:
+            found = one_after_another(small, net, untied, self.inputs, self.slopes, self.progress)
         return factorized(small, ranks, found)
 
-    def added(self, small: nn.Module) -> tuple[float, float]:
+    def added(self, small: nn.Module, progress: bool = False) -> tuple[float, float]:
         """The increase of the loss and its standard error."""
         with self.task.net.measuring(small):
-            means = self.task.means(lambda: [nullcontext(small)], 1)
+            means = self.task.means(lambda: [nullcontext(small)], 1, progress, "choosing ranks")
         return means["increase"][1], means["se"][1]
 
     def best(
         self, plan: Plan, budget: float, searched: bool
     ) -> tuple[nn.Module, dict[str, int], pd.DataFrame]:
         """The better of a plan and of even ranks, by the loss or, if ``searched``, by the cost."""
-        rows, made = [], []
-        for name, choose in (("allocated", plan.ranks), ("even", plan.even)):
+        rows: list[dict[str, object]] = []
+        kept, least = 0, math.inf
+        for number, (name, choose) in enumerate((("allocated", plan.ranks), ("even", plan.even))):
             spent = budget * plan.total
             if searched:
                 added = lambda ranks: self.added(self.made(ranks))[0]
-                spent = plan.smallest(choose, added, budget, self.inputs.progress)
+                spent = plan.smallest(choose, added, budget, self.progress)
             small = self.made(ranks := choose(spent))
-            loss, se = self.added(small)
-            row = {"plan": name, "share": plan.cost(ranks) / plan.total}
-            rows.append(row | {"loss_added": loss, "se": se, "data": "the data that chose"})
-            made.append((small, ranks))
+            loss, se = self.added(small, self.progress)
+            share = plan.cost(ranks) / plan.total
+            row = {"plan": name, "share": share, "loss_added": loss, "se": se}
+            rows.append(row | {"data": "the data that chose"})
+            criterion = share if searched else loss
+            if number == 0 or criterion < least:  # the other is freed, as models may be large
+                kept, least, best = (
+                    number,
+                    math.inf if math.isnan(criterion) else criterion,
+                    (small, ranks),
+                )
         table = pd.DataFrame(rows)
-        at = table["share" if searched else "loss_added"].fillna(np.inf).argmin()
-        return *made[at], table.assign(kept=table.index == at)
+        return *best, table.assign(kept=table.index == kept)
 
 
 def _budget(**budgets: float | None) -> tuple[str, float]:

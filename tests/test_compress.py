@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import re
 import warnings
 from itertools import pairwise
 
@@ -14,11 +15,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import svdlib
+from svdlib import bars
 from svdlib.network.low_rank import low_rank_layers
 
 module = importlib.import_module("svdlib.compress")  # svdlib.compress is the function
 
 QUICK = {"progress": False}
+SEQUENTIAL = {"calibration": svdlib.Calibration(sequential=True)}
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +93,8 @@ def test_the_budget_is_spent_also_where_no_rank_changes_the_loss():
 @pytest.mark.parametrize("sequential", [False, True])
 def test_an_increase_is_not_passed_and_more_of_it_leaves_less(sequential):
     model, x, y = small_task()
-    sizes, more = [], {"sequential": sequential, "validation": (x, y), **QUICK}  # none held back
+    sizes, more = [], {"validation": (x, y), **QUICK}  # none held back
+    more["calibration"] = svdlib.Calibration(sequential=sequential)
     for increase in (0.02, 0.2, 1000):
         result = svdlib.compress(model, x, y, increase=increase, **more)
         assert added(model, result.model, x, y) <= increase + 1e-6
@@ -100,7 +104,7 @@ def test_an_increase_is_not_passed_and_more_of_it_leaves_less(sequential):
     assert added(model, none.model, x, y) <= 1e-6
 
 
-@pytest.mark.parametrize("more", [{}, {"sequential": True}, {"faster": True}])
+@pytest.mark.parametrize("more", [{}, SEQUENTIAL, {"faster": True}])
 def test_the_report_is_what_cost_and_the_losses_say(more, monkeypatch):
     monkeypatch.setattr(module, "_slow", lambda table: [])
     model, x, y = small_task()
@@ -341,10 +345,10 @@ class Tied(nn.Module):
         return self.head(h) if self.called else F.linear(h, self.head.weight)
 
 
-@pytest.mark.parametrize("sequential", [False, True])
-def test_shared_weights_count_once_and_stay_shared(sequential):
+@pytest.mark.parametrize("how", [{}, SEQUENTIAL])
+def test_shared_weights_count_once_and_stay_shared(how):
     model, ids = Tied(), torch.randint(60, (50, 7), generator=torch.Generator().manual_seed(2))
-    more = {"objective": svdlib.next_token_losses, "parameters": 0.5, "sequential": sequential}
+    more = {"objective": svdlib.next_token_losses, "parameters": 0.5, **how}
     result = svdlib.compress(model, ids, include=["*"], **more, **QUICK)
     assert 0.45 < count(result.model) / count(model) <= 0.5
     assert result.ranks["embed"] == result.ranks["head"]
@@ -402,17 +406,15 @@ def images():
     ids=["transformer", "convolutions"],
 )
 @pytest.mark.parametrize("budget", ["parameters", "multiply_adds"])
-@pytest.mark.parametrize("sequential", [False, True])
-def test_networks_of_other_kinds(make, shape, budget, sequential):
+@pytest.mark.parametrize("how", [{}, SEQUENTIAL])
+def test_networks_of_other_kinds(make, shape, budget, how):
     model = make()
     x, y = answers(model, torch.randn(60, *shape))
     model.train()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "the result is wrecked")
-        result = svdlib.compress(
-            model, x, y, **{budget: 0.6}, sequential=sequential, validation=(x, y), **QUICK
-        )
+        result = svdlib.compress(model, x, y, **{budget: 0.6}, validation=(x, y), **how, **QUICK)
     assert 0.55 < share(result, budget) <= 0.6
     assert share(result) == count(result.model) / count(model)
     assert result.losses.loss_added.iloc[-1] == pytest.approx(
@@ -455,7 +457,7 @@ def test_data_of_every_kind():
     result = svdlib.compress(
         model, other, validation=other, parameters=0.5,
         objective=lambda model, batch: objective(model, {**batch, "input": batch["x"]}),
-        call=lambda model, batch: model(batch["x"]), **QUICK,
+        calibration=svdlib.Calibration(call=lambda model, batch: model(batch["x"])), **QUICK,
     )  # fmt: skip
     assert result.ranks == expected.ranks
 
@@ -472,15 +474,16 @@ def test_a_mask_reaches_calibration():
 
     more = {"objective": objective, "validation": padded, "parameters": 0.5, **QUICK}
     for sequential in (False, True):
-        more["sequential"] = sequential
-        result = svdlib.compress(model, padded, mask=lambda batch: batch[..., 0] != 9, **more)
-        expected = svdlib.compress(model, padded, calibration=x[keep], **more)
+        masked = svdlib.Calibration(mask=lambda batch: batch[..., 0] != 9, sequential=sequential)
+        result = svdlib.compress(model, padded, calibration=masked, **more)
+        kept = svdlib.Calibration(x[keep], sequential=sequential)
+        expected = svdlib.compress(model, padded, calibration=kept, **more)
         torch.testing.assert_close(
             result.model.state_dict(), expected.model.state_dict(), rtol=1e-3, atol=1e-4
         )
 
 
-@pytest.mark.parametrize("more", [{}, {"sequential": True}, {"faster": True}])
+@pytest.mark.parametrize("more", [{}, SEQUENTIAL, {"faster": True}])
 def test_nothing_of_the_caller_s_changes(more, slow_first):
     model, x, y = small_task()
     model.train()[2].eval()
@@ -536,7 +539,10 @@ MODEL, X, Y = small_task()
         ({"parameters": 0.5, "calibration": torch.rand(5, 9)}, r"does not take float32 \(5, 9\)"),
         ({"parameters": 0.5, "calibration": torch.full((5, 40), torch.nan)}, "calibration has NaN"),
         ({"parameters": 0.5, "calibration": iter([X])}, "compress looks at the data several times"),
-        ({"parameters": 0.5, "mask": lambda batch: batch[:3, 0]}, r"mask gives places \(3,\)"),
+        (
+            {"parameters": 0.5, "calibration": svdlib.Calibration(mask=lambda batch: batch[:3, 0])},
+            r"mask gives places \(3,\)",
+        ),
     ],
 )
 def test_bad_input(more, message):
@@ -593,6 +599,19 @@ def test_models_that_do_not_fit():
         svdlib.compress(tiny, torch.rand(9, 2), Y[:9] % 2, parameters=0.9, **QUICK)
 
 
+STAGES = ["losses", "gradients", "calibration", "factors", "choosing ranks", "judging"]
+
+
+@pytest.mark.parametrize("budget", [{"parameters": 0.8}, {"increase": 0.1}])
+def test_progress_names_the_stages_in_their_order(budget, capsys, monkeypatch):
+    real = bars.tqdm
+    monkeypatch.setattr(bars, "tqdm", lambda *args, **more: real(*args, **{**more, "delay": 0}))
+    svdlib.compress(MODEL, X, Y, **budget)
+    lines = re.split(r"[\r\n]+", capsys.readouterr().err)
+    named = [line.partition(":")[0] for line in lines if ":" in line]
+    assert list(dict.fromkeys(named)) == STAGES
+
+
 class Idle(nn.Module):
     def __init__(self):
         super().__init__()
@@ -627,10 +646,10 @@ def test_layers_that_can_not_be_replaced_are_left_with_a_warning():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("sequential", [False, True])
-def test_cuda_agrees_with_cpu(sequential):
+@pytest.mark.parametrize("how", [{}, SEQUENTIAL])
+def test_cuda_agrees_with_cpu(how):
     model, x, y = small_task()
-    more = {"parameters": 0.5, "sequential": sequential, **QUICK}
+    more = {"parameters": 0.5, **how, **QUICK}
     expected = svdlib.compress(model, x, y, **more)
     there = copy.deepcopy(model).cuda()
     for data in ((x.cuda(), y.cuda()), DataLoader(TensorDataset(x, y), batch_size=64)):

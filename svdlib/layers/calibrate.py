@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from svdlib import checks
 from svdlib.bars import bar
-from svdlib.network.calls import Batch, Batches, Call, batches, copied, run
+from svdlib.network.calls import Batch, Batches, Call, batches, copied, count_batches, run
 from svdlib.network.kinds import Layer
 from svdlib.network.opened import Network
 
@@ -27,25 +28,58 @@ RIDGE = 1e-5
 BATCH = 128
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Calibration:
-    """Inputs of a model that its layers are fitted to, and how to call the model on them."""
+    """Inputs that layers are fitted to, and how they are read.
 
-    data: Batches
+    `factorize` and `compress` take one as their ``calibration``, or the data alone.
+
+    Attributes:
+        data: a few hundred inputs of the model: a tensor (n, …), a tuple or mapping (of keyword
+            arguments) of tensors, or an iterable of batches. Targets are ignored. In `compress`
+            None stands for the inputs in ``x``.
+        call: ``call(model, batch)`` runs the model on a batch. By default a batch is the model's
+            arguments.
+        mask: ``mask(batch)`` returns a tensor (n, T), nonzero at the places that count; the others
+            are padding. By default a mapping's "attention_mask".
+        sequential: fit layers in the order of their calls, each on the inputs that the cut layers
+            before it leave, which reads the data twice per layer.
+
+    Raises:
+        ValueError: call or mask is not a function.
+
+    >>> import svdlib
+    >>> padded = svdlib.Calibration(torch.rand(50, 6, 20), mask=lambda x: torch.arange(6) < 4)
+    >>> svdlib.factorize(torch.nn.Linear(20, 30), 5, calibration=padded).rank
+    5
+    """
+
+    data: Batches = None
     call: Call | None = None
     mask: Mask | None = None
-    progress: bool = False
+    sequential: bool = False
 
-    def kept(self, batch: Batch) -> Tensor | None:
-        """The places of a batch that count, by ``mask`` or by a mapping's "attention_mask"."""
-        if self.mask is not None:
-            keep = self.mask(copied(batch))
-            if not torch.is_tensor(keep) or keep.ndim == 0:
-                raise ValueError(f"mask must give a tensor of places (n, …), not {keep!r}")
-            return keep != 0
-        inputs = batch[0] if isinstance(batch, tuple | list) and len(batch) else batch
-        found = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-        return found != 0 if isinstance(found, Tensor) and found.ndim == 2 else None
+    def __post_init__(self) -> None:
+        for name, function in (("call", self.call), ("mask", self.mask)):
+            if function is not None and not callable(function):
+                given = type(function).__name__
+                raise ValueError(f"{name} must be a function, got {given}; see svdlib.Calibration")
+
+
+def calibration_of(given: Batches | Calibration) -> Calibration:
+    return given if isinstance(given, Calibration) else Calibration(given)
+
+
+def _kept(batch: Batch, mask: Mask | None) -> Tensor | None:
+    """The places of a batch that count, by ``mask`` or by a mapping's "attention_mask"."""
+    if mask is not None:
+        keep = mask(copied(batch))
+        if not torch.is_tensor(keep) or keep.ndim == 0:
+            raise ValueError(f"mask must give a tensor of places (n, …), not {keep!r}")
+        return keep != 0
+    inputs = batch[0] if isinstance(batch, tuple | list) and len(batch) else batch
+    found = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    return found != 0 if isinstance(found, Tensor) and found.ndim == 2 else None
 
 
 @dataclass
@@ -197,13 +231,15 @@ def fits_of(
     names: Iterable[str],
     calibration: Calibration,
     gradients: Mapping[str, Gradients] = MappingProxyType({}),
+    progress: bool = False,
 ) -> Iterator[tuple[str, Fit]]:
     """The fits of the layers that calibration reaches, one by one, so that sums can be freed."""
-    names, data = list(names), batches(calibration.data, BATCH)
-    shown = bar(data, progress=calibration.progress, desc="calibration", delay=3, leave=False)
-    sums = input_sums(net, names, replace(calibration, data=shown))
+    names, shown = list(names), partial(bar, progress=progress, delay=3, leave=False)
+    total = count_batches(calibration.data, BATCH)
+    data = shown(batches(calibration.data, BATCH), desc="calibration", total=total)
+    sums = input_sums(net, names, replace(calibration, data=data))
     net.left |= {name: "calibration does not reach it" for name in names if name not in sums}
-    for name in bar(list(sums), progress=calibration.progress, desc="fits", delay=3, leave=False):
+    for name in shown(list(sums), desc="factors"):
         yield name, fit(net.layers[name], sums.pop(name), gradients.get(name))
 
 
@@ -237,7 +273,7 @@ def _observe(
                 break
             if torch.is_tensor(batch):
                 checks.finite(batch, "calibration")
-            keep, latest = calibration.kept(batch), None
+            keep, latest = _kept(batch, calibration.mask), None
             run(net.model, batch, calibration.call)
     if calibration.mask is not None and keep is not None and fits == {False}:
         inputs = f"no layer has such inputs, {(*keep.shape, 'features')}"
@@ -309,7 +345,7 @@ def paired_sums(
     first, sums = names[0], Sums()
     layer = small.layers[first]
     for batch in batches(calibration.data, BATCH):
-        keep = calibration.kept(batch)
+        keep = _kept(batch, calibration.mask)
         originals = _inputs(dense, first, batch, calibration.call, once)
         inputs = _inputs(small, first, batch, calibration.call, once)
         if [x.shape for x in originals] != [x.shape for x in inputs]:

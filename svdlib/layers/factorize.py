@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import chain
 from types import MappingProxyType
 
@@ -15,14 +16,14 @@ from svdlib.layers.calibrate import (
     BATCH,
     Calibration,
     Gradients,
-    Mask,
+    calibration_of,
     call_order,
     fit,
     fits_of,
     paired_sums,
 )
 from svdlib.network.attention import pack_
-from svdlib.network.calls import Batches, Call, batches, refuse_generator
+from svdlib.network.calls import Batches, batches, refuse_generator
 from svdlib.network.kinds import Layer
 from svdlib.network.low_rank import Approximations, LowRank, low_rank_layers, thin_twins
 from svdlib.network.opened import READ, Network, duplicate, finished, merge_
@@ -33,10 +34,7 @@ def factorize(
     model: nn.Module,
     ranks: float | Mapping[str, int],
     *,
-    calibration: Batches | None = None,
-    call: Call | None = None,
-    mask: Mask | None = None,
-    sequential: bool = False,
+    calibration: Batches | Calibration | None = None,
     progress: bool = True,
 ) -> nn.Module:
     """A copy of a model in which weight matrices W (m × n) are products of thin factors.
@@ -51,9 +49,9 @@ def factorize(
     second moment for a layer without a bias and for a transposed convolution, whose windows
     overlap. Layers that share a weight share the factors of W itself.
 
-    With ``sequential``, layers are cut in the order of their calls. Each is fitted on the inputs
-    that the cut layers before it leave to the dense layer's outputs on its own inputs
-    (reduced-rank regression, Izenman 1975), and so makes up for their errors.
+    With ``Calibration(…, sequential=True)``, layers are cut in the order of their calls. Each is
+    fitted on the inputs that the cut layers before it leave to the dense layer's outputs on its own
+    inputs (reduced-rank regression, Izenman 1975), and so makes up for their errors.
 
     The singular values are shared evenly, √σ per factor. An ``nn.MultiheadAttention`` has the
     layers q_proj, k_proj, v_proj and out_proj. A `LowRank` layer gets lower ranks only.
@@ -61,12 +59,7 @@ def factorize(
     Args:
         ranks: {layer: rank}, as from `reveal_ranks`; one rank for all layers; or a fraction in
             (0, 1) of each layer's min(m, n).
-        calibration: some hundred inputs of the model: a tensor (n, …), a tuple or mapping (of
-            keyword arguments) of tensors, or an iterable of batches. Targets are ignored.
-        call: ``call(model, batch)`` calls the model on a batch in another way.
-        mask: ``mask(batch)`` gives the places (n, T) that count where others are padding; by
-            default a mapping's "attention_mask".
-        sequential: calibrate one layer after the other, reading the data twice for each.
+        calibration: a few hundred inputs of the model, as in `Calibration`, or a `Calibration`.
 
     Raises:
         ValueError: a model without matrices, an unknown layer or impossible rank, NaN or infinite
@@ -82,32 +75,31 @@ def factorize(
       (1): Linear(in_features=10, out_features=80, bias=True)
     )
     """
-    if calibration is None and (sequential or mask is not None):
-        raise ValueError("sequential=True and mask are about calibration, which is not given")
-    if torch.is_tensor(calibration) and len(calibration) == 0:
-        raise ValueError("calibration is empty; some hundreds of inputs would do")
-    if sequential:
-        refuse_generator(calibration, "calibration of one layer after the other")
+    inputs = None if calibration is None else calibration_of(calibration)
+    if inputs is not None and inputs.data is None:
+        raise ValueError("calibration has no data, got Calibration(data=None); give it inputs")
+    if inputs is not None and inputs.sequential:
+        refuse_generator(inputs.data, "calibration of one layer after the other")
     net, named = Network.copy_of(model), isinstance(ranks, Mapping)
     earlier = low_rank_layers(duplicate(model)) if low_rank_layers(model) else {}
     chosen = _chosen(net, ranks, earlier)
     fits: Fits = dict.fromkeys(net.untied(chosen)).items()
     with torch.random.fork_rng(devices=[]):  # a DataLoader draws random numbers
-        if calibration is not None:
-            data = batches(calibration, BATCH)
-            few = next(data)
-            for name in net.weights_read(chosen, few, call):
+        if inputs is not None:
+            data = batches(inputs.data, BATCH)
+            first = next(data)
+            for name in net.weights_read(chosen, first, inputs.call):
                 if named:
                     raise ValueError(f"can't factorize layer {name!r}: {READ}; leave it out")
                 net.leave(name, READ)
             chosen = {name: rank for name, rank in chosen.items() if name not in net.left}
-            own = net.untied(chosen)
-            inputs = calibration if sequential else chain([few], data)
-            inputs = Calibration(inputs, call, mask, progress)
-            if sequential:
-                fits = one_after_another(net, Network.copy_of(model), own, inputs)
+            untied = net.untied(chosen)
+            if inputs.sequential:
+                dense = Network.copy_of(model)
+                fits = one_after_another(net, dense, untied, inputs, progress=progress)
             else:
-                fits = fits_of(net, own, inputs)
+                inputs = replace(inputs, data=chain([first], data))
+                fits = fits_of(net, untied, inputs, progress=progress)
         for name, layer in earlier.items():
             if name not in chosen:
                 net.put(name, layer)
@@ -179,11 +171,11 @@ def one_after_another(
     names: Collection[str],
     calibration: Calibration,
     gradients: Mapping[str, Gradients] = MappingProxyType({}),
+    progress: bool = False,
 ) -> Iterator[tuple[str, Approximations]]:
     """Fits in the order of the calls, each on the inputs that the layers cut before it leave."""
     order, once = call_order(net, names, calibration)
-    progress = calibration.progress
-    for group in bar(order, progress=progress, desc="layers", delay=3, leave=False):
+    for group in bar(order, progress=progress, desc="factors", delay=3, leave=False):
         sums = paired_sums(dense, net, group, calibration, once.issuperset(group))
         for name in sums:
             yield name, fit(net.layers[name], sums[name], gradients.get(name))

@@ -6,7 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from functools import partial
-from operator import itemgetter
+from operator import itemgetter, length_hint
 from typing import Any
 
 import torch
@@ -63,6 +63,13 @@ def refuse_generator(data: Batches, why: str) -> None:
             f"{why} looks at the data several times, not possible with this {type(data).__name__}; "
             "give a list of batches or a DataLoader"
         )
+
+
+def count_batches(data: Batches, size: int | None = None) -> int | None:
+    """How many batches `batches` gives, None where that shows only at their end."""
+    if is_single(data):
+        return 1 if size is None else -(-count_inputs(data) // size)
+    return length_hint(data) or None
 
 
 def count_inputs(data: Batch) -> int:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from operator import length_hint
 
 import pandas as pd
 import torch
@@ -117,17 +116,20 @@ class Task:
         self.mixes = not equal_up_to_rounding(halves, together)
         return n if self.mixes else max(1, self.memory // (2 * max(sizes)))
 
-    def batches(self, progress: bool = False) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+    def batches(
+        self, progress: bool = False, stage: str = "losses"
+    ) -> Iterator[tuple[Batch, Tensor, Tensor]]:
         """Each batch, and the network's own losses on it and right answers (n,).
 
         Those of a single batch's pieces are kept; the next pass over others may show other ones.
         """
         known, losses, seen = list(self._own), 0.0, 0
-        total = length_hint(self.data) or None if self.size is None else None
-        pieces = bar(
-            calls.batches(self.data, self.size), progress=progress, total=total, desc="batches"
+        pieces, total = (
+            calls.batches(self.data, self.size),
+            calls.count_batches(self.data, self.size),
         )
-        for number, batch in enumerate(pieces):
+        shown = bar(pieces, progress=progress, total=total, desc=stage, delay=3, leave=False)
+        for number, batch in enumerate(shown):
             full, right = known[number] if known else self.judge(self.net.model, batch)
             if not known and not bool(full.isfinite().all()):
                 raise ValueError("the model gives NaN or infinite losses on these data")
@@ -139,21 +141,21 @@ class Task:
             raise ValueError("the data are empty: they give no loss")
         self.loss = losses / seen
 
-    def measure(self) -> float:
+    def measure(self, progress: bool = False) -> float:
         """See all batches once; the network's own mean loss."""
-        for _ in self.batches():
+        for _ in self.batches(progress):
             pass
         return self.loss
 
     def means(
-        self, variants: Variants, number: int, progress: bool = False
+        self, variants: Variants, number: int, progress: bool = False, stage: str = "losses"
     ) -> dict[str, list[float]]:
         """`Moments.means` of the model itself, and of so many variants, in one pass over the data.
 
         All see each batch, so that losses are paired also where the next pass shows other batches.
         """
         moments, seen = Moments.zeros(0, torch.device("cpu")), 0
-        for batch, full, right in self.batches(progress):
+        for batch, full, right in self.batches(progress, stage):
             moments = moments if seen else Moments.zeros(1 + number, full.device)
             moments.add(slice(0, 1), full[None], right[None], full)
             for row, variant in enumerate(variants(), 1):

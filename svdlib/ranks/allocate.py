@@ -231,7 +231,8 @@ class Plan:
         low, high = self.smallest_cost, self.total
         if added(ranks(low)) <= increase:
             return low
-        for _ in bar(range(HALVINGS), progress=progress, desc="budgets", leave=False):
+        shown = bar(range(HALVINGS), progress=progress, desc="choosing ranks", delay=3, leave=False)
+        for _ in shown:
             middle = (low + high) / 2
             low, high = (low, middle) if added(ranks(middle)) <= increase else (middle, high)
         return high

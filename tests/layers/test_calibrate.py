@@ -375,35 +375,37 @@ def test_a_layer_that_is_called_twice_and_one_that_shares_an_input_with_it(seque
     assert sums["shared"].count == 300 and sums["other"].count == 100
     torch.testing.assert_close(sums["other"].total, inner.double().sum(0))
     # alone, it is fitted as on its own: by its own inputs, not those of the layer that shares one
-    small = svdlib.factorize(model, {"other": 4}, calibration=x, sequential=sequential)
+    calibration = Calibration(x, sequential=sequential)
+    small = svdlib.factorize(model, {"other": 4}, calibration=calibration)
     alone = svdlib.factorize(model.other, 4, calibration=inner)
     away = (small.other.weight - alone.weight).norm() / alone.weight.norm()
     assert away < (0.02 if sequential else 1e-5)  # RIDGE, or rounding
 
 
-def test_padding_counts_for_nothing():
+@pytest.mark.parametrize("sequential", [False, True])
+def test_padding_counts_for_nothing(sequential):
     model, (ids, mask) = Attends().double(), texts()
     ranks = {"embed": 4, "q": 5, "v": 5, "out": 4, "head": 3}
-    shorter = [{"input_ids": row[keep != 0][None]} for row, keep in zip(ids, mask, strict=True)]
-    for sequential in (False, True):
-        more = {"sequential": sequential, "progress": False}
-        expected = svdlib.factorize(model, ranks, calibration=shorter, **more)
-        batch = {"input_ids": ids, "attention_mask": mask}
-        halves = [{name: t[at : at + 6] for name, t in batch.items()} for at in (0, 6)]
-        cases = [
-            (batch, {}),
-            (halves, {}),
-            ([(each, each["input_ids"][:, 0]) for each in halves],
-             {"call": lambda model, batch: model(**batch[0])}),
-            ((ids, mask), {"mask": lambda batch: batch[1], "call": lambda m, b: m(*b)}),
-        ]  # fmt: skip
-        for data, others in cases:
-            small = svdlib.factorize(model, ranks, calibration=data, **more, **others)
-            torch.testing.assert_close(weights_of(small), weights_of(expected))
-        padded = svdlib.factorize(
-            model, ranks, calibration=batch, mask=lambda batch: torch.ones_like(mask), **more
-        )
-        assert (padded.q.weight - expected.q.weight).abs().max() > 1e-3
+
+    def cut(data, **how):
+        calibration = Calibration(data, sequential=sequential, **how)
+        return svdlib.factorize(model, ranks, calibration=calibration, progress=False)
+
+    expected = cut(
+        [{"input_ids": row[keep != 0][None]} for row, keep in zip(ids, mask, strict=True)]
+    )
+    batch = {"input_ids": ids, "attention_mask": mask}
+    halves = [{name: t[at : at + 6] for name, t in batch.items()} for at in (0, 6)]
+    labeled = [(each, each["input_ids"][:, 0]) for each in halves]
+    for small in (
+        cut(batch),
+        cut(halves),
+        cut(labeled, call=lambda model, batch: model(**batch[0])),
+        cut((ids, mask), mask=lambda batch: batch[1], call=lambda model, batch: model(*batch)),
+    ):
+        torch.testing.assert_close(weights_of(small), weights_of(expected))
+    padded = cut(batch, mask=lambda batch: torch.ones_like(mask))
+    assert (padded.q.weight - expected.q.weight).abs().max() > 1e-3
 
 
 def test_a_mask_is_of_places_not_of_features():
@@ -414,15 +416,15 @@ def test_a_mask_is_of_places_not_of_features():
     with pytest.raises(ValueError, match=r"mask gives places \(9, 9\), and no layer has such inp"):
         input_sums(Network(model), ["1"], Calibration([x], mask=lambda batch: keep))
     with pytest.raises(ValueError, match=r"mask gives places \(9, 9\)"):
-        svdlib.factorize(
-            model, {"0": 2}, calibration=x, mask=lambda batch: keep, sequential=True, progress=False
-        )
+        bad = Calibration(x, mask=lambda batch: keep, sequential=True)
+        svdlib.factorize(model, {"0": 2}, calibration=bad, progress=False)
     some = Calibration([x], mask=lambda batch: torch.arange(9) < 4)
     kept = input_sums(Network(model), ["0"], some)["0"]
     assert kept.count == 4
     torch.testing.assert_close(kept.total, x[:4].sum(0))
     with pytest.raises(ValueError, match="mask must give a tensor of places"):
-        svdlib.factorize(model, {"0": 2}, calibration=x, mask=lambda batch: None)
+        bad = Calibration(x, mask=lambda batch: None)
+        svdlib.factorize(model, {"0": 2}, calibration=bad)
 
 
 class Idle(nn.Module):
@@ -439,7 +441,7 @@ class Idle(nn.Module):
 @pytest.mark.parametrize("sequential", [False, True])
 def test_a_layer_that_is_not_reached_is_left_with_a_warning(sequential):
     model, x = Idle(), torch.randn(50, 20)
-    more = {"calibration": x, "sequential": sequential}
+    more = {"calibration": Calibration(x, sequential=sequential)}
     with pytest.warns(UserWarning, match="left as they were: 'spare' .*; 'empty' .*not reach it"):
         small = svdlib.factorize(model, 3, **more)
     assert weights_of(small).keys() == {"used"}
@@ -462,7 +464,7 @@ def test_a_layer_that_only_later_batches_reach_is_in_the_order_too():
     model, data = Switches(), [-x, x]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        small = svdlib.factorize(model, 3, calibration=data, sequential=True)
+        small = svdlib.factorize(model, 3, calibration=Calibration(data, sequential=True))
     assert weights_of(small).keys() == {"negative", "positive"}
 
 
@@ -470,17 +472,18 @@ def test_what_is_refused():
     model, x = Idle(), torch.randn(50, 20)
     batches = (part for part in x.split(10))
     with pytest.raises(ValueError, match=r"one layer after the other looks at the data several"):
-        svdlib.factorize(model, {"used": 2}, calibration=batches, sequential=True)
+        svdlib.factorize(model, {"used": 2}, calibration=Calibration(batches, sequential=True))
     assert next(batches) is not None  # not one was taken
-    for more in ({"sequential": True}, {"mask": lambda batch: batch}):
-        with pytest.raises(ValueError, match=r"about calibration, which is not given"):
-            svdlib.factorize(model, {"used": 2}, **more)
+    with pytest.raises(ValueError, match=r"calibration has no data"):
+        svdlib.factorize(model, {"used": 2}, calibration=Calibration(sequential=True))
+    with pytest.raises(ValueError, match="mask must be a function, got Tensor"):
+        Calibration(x, mask=torch.ones(50))
     bad = x.clone()
     bad[3, 4] = torch.nan
     for sequential in (False, True):
-        more = {"sequential": sequential, "progress": False}
+        calibration = Calibration([(bad,)], sequential=sequential)
         with pytest.raises(ValueError, match="calibration gives to layer 'used' has NaN"):
-            svdlib.factorize(model, {"used": 2}, calibration=[(bad,)], **more)
+            svdlib.factorize(model, {"used": 2}, calibration=calibration, progress=False)
     with pytest.raises(ValueError, match="calibration has NaN"):
         svdlib.factorize(model, {"used": 2}, calibration=bad)
 
@@ -497,7 +500,8 @@ def test_layers_whose_inputs_change_in_number_are_not_fitted_one_after_the_other
             return self.second(z[z[:, 0] > 0])
 
     with pytest.raises(ValueError, match="'second' has other numbers of inputs once layers before"):
-        svdlib.factorize(Selects(), 1, calibration=torch.randn(99, 20), sequential=True)
+        data = Calibration(torch.randn(99, 20), sequential=True)
+        svdlib.factorize(Selects(), 1, calibration=data)
 
 
 def two_layers(seed):
@@ -512,7 +516,8 @@ def test_sequential_is_no_worse_in_what_the_network_puts_out(seed, rank):
     x = matrix((400, 30), seed + 10)
     errors = []
     for sequential in (True, False):
-        small = svdlib.factorize(model, rank, calibration=x, sequential=sequential, progress=False)
+        calibration = Calibration(x, sequential=sequential)
+        small = svdlib.factorize(model, rank, calibration=calibration, progress=False)
         errors.append((small(x) - model(x)).square().sum().item())
     assert errors[0] <= errors[1] * (1 + 1e-9)
 
@@ -526,13 +531,14 @@ def test_nothing_of_the_caller_s_changes(sequential):
     given_ = x.clone()
     loader = DataLoader(TensorDataset(x, y), batch_size=16, shuffle=True)
     state = torch.get_rng_state()
-    small = svdlib.factorize(model, 4, calibration=loader, sequential=sequential, progress=False)
+    more = {"sequential": sequential}
+    small = svdlib.factorize(model, 4, calibration=Calibration(loader, **more), progress=False)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(x, given_)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [part.training for part in model.modules()] == modes
     assert not any(part._forward_pre_hooks for part in [*model.modules(), *small.modules()])
-    expected = svdlib.factorize(model, 4, calibration=x, sequential=sequential)
+    expected = svdlib.factorize(model, 4, calibration=Calibration(x, **more))
     torch.testing.assert_close(weights_of(small), weights_of(expected))
 
 
@@ -541,7 +547,7 @@ def test_nothing_of_the_caller_s_changes(sequential):
 def test_cuda_agrees_with_cpu(sequential):
     model, (ids, mask) = Attends().double(), texts()
     ranks, data = {"embed": 4, "q": 5, "out": 4}, {"input_ids": ids, "attention_mask": mask}
-    more = {"calibration": data, "sequential": sequential, "progress": False}
+    more = {"calibration": Calibration(data, sequential=sequential), "progress": False}
     expected = svdlib.factorize(model, ranks, **more)
     small = svdlib.factorize(copy.deepcopy(model).cuda(), ranks, **more)
     torch.testing.assert_close(

@@ -260,7 +260,8 @@ def test_networks_of_real_size(name):
         (0.0, {}, "fraction of the ranks must be between 0 and 1"),
         ({"0": 2.5}, {}, "the rank of layer '0' must be a whole number"),
         ({"9": 2}, {}, "unknown layer '9'; known: 0, 2"),
-        (2, {"calibration": torch.rand(0, 40)}, "calibration is empty"),
+        (2, {"calibration": torch.rand(0, 40)}, "the data are empty"),
+        (2, {"calibration": svdlib.Calibration()}, "calibration has no data"),
         (2, {"calibration": torch.full((3, 40), torch.nan)}, "calibration has NaN"),
     ],
 )
@@ -318,7 +319,7 @@ def test_calibration_takes_batches_of_every_kind(generator):
         (iter(x.split(30)), None),
         (({"name": part} for part in x.split(30)), lambda model, batch: model(batch.pop("name"))),
     ):
-        small = svdlib.factorize(model, {"0": 2}, calibration=data, call=call)
+        small = svdlib.factorize(model, {"0": 2}, calibration=svdlib.Calibration(data, call))
         torch.testing.assert_close(small[0].weight, expected.weight, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(small[0].bias, expected.bias, rtol=1e-4, atol=1e-5)
     assert torch.equal(torch.get_rng_state(), state)

@@ -225,7 +225,8 @@ def test_calibration_sees_what_queries_keys_and_values_are():
         return model(*batch, need_weights=False)
 
     for name, part in zip(PARTS, x, strict=False):
-        small = svdlib.factorize(model, {name: 3}, calibration=[tuple(x)], call=call)
+        calibration = svdlib.Calibration([tuple(x)], call)
+        small = svdlib.factorize(model, {name: 3}, calibration=calibration)
         layer = getattr(unpack_(copy.deepcopy(model)), name)
         alone = svdlib.factorize(layer, 3, calibration=part.flatten(0, 1))
         torch.testing.assert_close(getattr(small, name).weight, alone.weight)
