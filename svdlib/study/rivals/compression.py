@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
@@ -10,15 +10,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from svdlib.layers.calibrate import Calibration, input_sums
+from svdlib.layers.calibrate import Calibration, fits_of, input_sums
 from svdlib.layers.factorize import factorized
 from svdlib.network.calls import Batch, Objective, run
+from svdlib.network.chain import task_of
+from svdlib.network.low_rank import Approximations
 from svdlib.network.modes import evaluating
 from svdlib.network.opened import Network
+from svdlib.ranks.sensitivity import gradients as output_gradients
 from svdlib.study.evidence.cutting import widest
 from svdlib.study.running import inputs
 
-Ranks = Mapping[str, int]
+Names = Collection[str]
+Factors = Mapping[str, Approximations | None]  # None: the truncated SVD
 
 
 @dataclass(frozen=True)
@@ -32,59 +36,96 @@ class Product:
         return self.left[:, :rank], self.right[:rank], None
 
 
-def svd_llm(model: nn.Module, ranks: Ranks, data: Sequence[Batch]) -> nn.Module:
+def cut(model: nn.Module, ranks: Mapping[str, int], factors: Factors) -> nn.Module:
+    """A copy of a model with these factors at these ranks."""
+    return factorized(Network.copy_of(model), ranks, ((name, factors[name]) for name in ranks))
+
+
+def truncated(model: nn.Module, names: Names) -> dict[str, Product]:
+    """The truncated SVD of each matrix."""
+    net, products = Network.copy_of(model), {}
+    for name in names:
+        U, s, Vh = torch.linalg.svd(net.layers[name].matrix().double(), full_matrices=False)
+        products[name] = _product(net, name, U * s, Vh)
+    return products
+
+
+def svd_llm(model: nn.Module, names: Names, data: Sequence[Batch]) -> dict[str, Product]:
     """SVD-LLM's data whitening (Wang et al. 2024, section 3.1): the SVD of W S, X Xᵀ = S Sᵀ."""
     net = Network.copy_of(model)
-    sums, products = input_sums(net, ranks, Calibration(data)), {}
-    for name in ranks:
+    sums, products = input_sums(net, names, Calibration(data)), {}
+    for name in names:
         W = net.layers[name].matrix().double()
         C = cast(Tensor, sums[name].square) / sums[name].count
         ridge = 1e-10 * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device)
         S = torch.linalg.cholesky(C + ridge)
         U, s, Vh = torch.linalg.svd(W @ S, full_matrices=False)
         right = torch.linalg.solve_triangular(S.mT, Vh.mT, upper=True).mT
-        products[name] = Product(U * s, right)
-    return factorized(net, ranks, products.items())
+        products[name] = _product(net, name, U * s, right)
+    return products
 
 
-def asvd(model: nn.Module, ranks: Ranks, data: Sequence[Batch], alpha: float = 0.5) -> nn.Module:
+def asvd(
+    model: nn.Module, names: Names, data: Sequence[Batch], alpha: float = 0.5
+) -> dict[str, Product]:
     """ASVD (Yuan et al. 2023, section 3.2): the SVD of W D, D the inputs' mean sizes to the α."""
     net = Network.copy_of(model)
-    sizes: dict[str, Any] = dict.fromkeys(ranks, 0)
+    sizes: dict[str, Any] = dict.fromkeys(names, 0)
 
     def add_sizes(name: str, inputs: tuple[Tensor, ...]) -> None:
         sizes[name] += inputs[0].flatten(0, -2).double().abs().sum(0)
 
-    with torch.no_grad(), net.hooked(ranks, before=add_sizes):
+    with torch.no_grad(), net.hooked(names, before=add_sizes):
         for batch in data:
             run(net.model, batch, None)
     products = {}
-    for name in ranks:
+    for name in names:
         W = net.layers[name].matrix().double()
         D = (sizes[name] / sizes[name].mean()).clamp(min=1e-6) ** alpha
         U, s, Vh = torch.linalg.svd(W * D, full_matrices=False)
-        products[name] = Product(U * s, Vh / D)
-    return factorized(net, ranks, products.items())
+        products[name] = _product(net, name, U * s, Vh / D)
+    return products
 
 
-def fisher(model: nn.Module, ranks: Ranks, data: Iterable[Batch], loss: Objective) -> nn.Module:
+def fisher(
+    model: nn.Module, names: Names, data: Iterable[Batch], loss: Objective
+) -> dict[str, Product]:
     """FWSVD (Hsu et al. 2022, section 3.2): the SVD of D W, D the roots of each row's Fisher sum."""
     net = Network.copy_of(model)
-    weights = {name: net.layers[name].weight for name in ranks}
+    weights = {name: net.layers[name].weight for name in names}
     sums = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in weights.items()}
     with torch.enable_grad(), evaluating(net.model):
         for batch in data:
-            gradients = torch.autograd.grad(loss(net.model, batch), list(weights.values()))
-            for name, gradient in zip(weights, gradients, strict=True):
-                sums[name] += gradient.double().square()
+            total = loss(net.model, batch).sum()
+            slopes = torch.autograd.grad(total, list(weights.values()))
+            for name, slope in zip(weights, slopes, strict=True):
+                sums[name] += slope.double().square()
     products = {}
-    for name in ranks:
+    for name in names:
         W = net.layers[name].matrix().double()
         D = sums[name].sum(1, keepdim=True).sqrt()
         D = (D / D.mean()).clamp(min=1e-6)
         U, s, Vh = torch.linalg.svd(D * W, full_matrices=False)
-        products[name] = Product(U * s / D, Vh)
-    return factorized(net, ranks, products.items())
+        products[name] = _product(net, name, U * s / D, Vh)
+    return products
+
+
+def _product(net: Network, name: str, left: Tensor, right: Tensor) -> Product:
+    weight = net.layers[name].weight
+    return Product(left.to(weight), right.to(weight))
+
+
+def calibrated(
+    model: nn.Module, names: Names, data: Sequence[Batch], loss: Objective | None = None
+) -> Factors:
+    """Factors that are best for each layer's output or, with a loss, for its gradients there."""
+    net, slopes = Network.copy_of(model), {}
+    with net.measuring():
+        if loss is not None:
+            task = task_of(net, data, None, loss, None)
+            task.measure()
+            slopes = output_gradients(task, {name: net.layers[name] for name in names}, (), False)
+        return dict(fits_of(net, names, Calibration(data), slopes))
 
 
 @inputs.refusing(

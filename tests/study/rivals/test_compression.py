@@ -7,7 +7,7 @@ from torch import nn
 
 import svdlib
 from svdlib.network.low_rank import low_rank_layers
-from svdlib.study.rivals.compression import asvd, fisher, svd_llm
+from svdlib.study.rivals.compression import asvd, calibrated, cut, fisher, svd_llm, truncated
 
 RANKS = {"0": 4, "2": 3}
 
@@ -28,10 +28,14 @@ def weights(model):
     return {name: layer.weight for name, layer in low_rank_layers(model).items()}
 
 
+def found_by(formula, model, ranks, *data, **settings):
+    return weights(cut(model, ranks, formula(model, ranks, *data, **settings)))
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_svd_llm_is_the_best_approximation_of_the_output_not_centred(bias):
     model, data = network(bias), batches()
-    found = weights(svd_llm(model, RANKS, data))
+    found = found_by(svd_llm, model, RANKS, data)
     x = torch.cat(data)
     for name, rank in RANKS.items():
         W = model[int(name)].weight.detach()
@@ -48,12 +52,13 @@ def test_svd_llm_is_the_best_approximation_of_the_output_not_centred(bias):
 def test_asvd_without_weighing_and_fisher_of_equal_gradients_are_the_truncated_svd():
     model, data = network(), batches()
     plain = weights(svdlib.factorize(model, RANKS))
-    torch.testing.assert_close(weights(asvd(model, RANKS, data, alpha=0)), plain)
+    torch.testing.assert_close(found_by(truncated, model, RANKS), plain)
+    torch.testing.assert_close(found_by(asvd, model, RANKS, data, alpha=0), plain)
 
     def total(model, batch):
         return model[0].weight.sum() + model[2].weight.sum()
 
-    torch.testing.assert_close(weights(fisher(model, RANKS, data, total)), plain)
+    torch.testing.assert_close(found_by(fisher, model, RANKS, data, total), plain)
 
 
 def test_they_weigh_columns_by_inputs_and_rows_by_gradients():
@@ -62,9 +67,9 @@ def test_they_weigh_columns_by_inputs_and_rows_by_gradients():
     W = layer[0].weight.detach()
     x = torch.full((5, 30), 1e-9).double()
     x[:, 7] = 1e3
-    found = weights(asvd(layer, rank, [x], alpha=1.0))["0"]
+    found = found_by(asvd, layer, rank, [x], alpha=1.0)["0"]
     torch.testing.assert_close(found[:, 7], W[:, 7], rtol=1e-4, atol=1e-6)
-    found = weights(fisher(layer, rank, [x], lambda model, _: model[0].weight[3].sum()))["0"]
+    found = found_by(fisher, layer, rank, [x], lambda model, _: model[0].weight[3].sum())["0"]
     torch.testing.assert_close(found[3], W[3], rtol=1e-4, atol=1e-6)
 
 
@@ -79,3 +84,12 @@ def test_the_model_is_left_as_it_was():
     assert [part.training for part in model] == [False, True, True]
     assert all(p.grad is None for p in model.parameters())
     assert not any(part._forward_pre_hooks for part in model.modules())
+
+
+def test_calibrated_is_what_factorize_finds_and_a_loss_weighs_the_outputs():
+    model, data = network(bias=True), batches()
+    ours = weights(svdlib.factorize(model, RANKS, calibration=data))
+    torch.testing.assert_close(found_by(calibrated, model, RANKS, data), ours)
+    first = lambda model, x: model(x)[:, :1].square().sum(1)  # nothing but one output counts
+    layer = found_by(calibrated, model, {"2": 1}, data, first)["2"]
+    torch.testing.assert_close(layer[0], model[2].weight[0].detach(), rtol=1e-2, atol=1e-2)
