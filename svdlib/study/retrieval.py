@@ -62,7 +62,7 @@ def docstrings(packages: Iterable[str], number: int | None = None) -> list[tuple
     """Different pairs (first sentence, rest) of public docstrings, in a fixed random order."""
     pairs: dict[str, str] = {}
     for package in packages:
-        for first, rest in map(_split, sorted(_docs(package))):
+        for first, rest in map(_split, docstring_texts(package)):
             if len(first.split()) >= 4 and len(rest.split()) >= 20:
                 pairs.setdefault(first, rest)
     shuffled = list(pairs.items())
@@ -70,7 +70,8 @@ def docstrings(packages: Iterable[str], number: int | None = None) -> list[tuple
     return shuffled[:number]
 
 
-def _docs(package: str) -> set[str]:
+def docstring_texts(package: str) -> list[str]:
+    """Different public docstrings of a package, sorted."""
     docs = set()
     for module in _modules(package):
         for name, value in list(vars(module).items()):
@@ -78,7 +79,7 @@ def _docs(package: str) -> set[str]:
             own = str(getattr(value, "__module__", None) or package).startswith(package)
             if own and callable(value) and isinstance(doc, str) and not name.startswith("_"):
                 docs.add(inspect.cleandoc(doc))
-    return docs
+    return sorted(docs)
 
 
 def _modules(name: str) -> Iterator[ModuleType]:
