@@ -24,7 +24,7 @@ def render() -> str:
     numbers = (
         _when() | _headline() | _ranks_below_ten() | _rules() | _forms() | _lenet() | _recall()
     )
-    template = (ROOT / "docs" / "README.md.j2").read_text()
+    template = (ROOT / "docs" / "README.md.j2").read_text("utf-8")
     return environment.from_string(template).render(numbers)
 
 

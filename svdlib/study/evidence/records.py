@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from svdlib import checks
+
 RESULTS = Path(__file__).parents[3] / "results"
 
 
@@ -31,7 +33,11 @@ def committed(
     path, sweep, other = (folder / f"{name}.{kind}" for kind in ("csv", "toml", "json"))
     if not path.is_file() or not (sweep.is_file() or other.is_file()):
         return None
-    about = tomllib.loads(sweep.read_text()) if sweep.is_file() else json.loads(other.read_text())
+    about = (
+        tomllib.loads(sweep.read_text("utf-8"))
+        if sweep.is_file()
+        else json.loads(other.read_text("utf-8"))
+    )
     table = pd.read_csv(path)
     if list(table) != about.get("columns", list(table)):
         return None  # an older sweep's
@@ -65,10 +71,26 @@ def collect(out: str | Path, notebook: str, table: str) -> pd.DataFrame:
     """One table of all runs of a notebook in ``out``, with their parameters as columns.
 
     A parameter named as a column of the runs' ``table`` becomes the column ``NAME (parameter)``.
+    Of several versions of the notebook or of svdlib, only the runs of the latest are taken.
+
+    Warns:
+        UserWarning: runs of other versions are left out.
     """
-    places = sorted(path.parent for path in Path(out, notebook).glob("*/run.json"))
-    complete = [p for p in places if p.suffix != ".failed" and not p.name.startswith(".")]
-    return gathered(complete, table)
+    paths = sorted(Path(out, notebook).glob("*/run.json"))
+    versions: dict[tuple[str | None, ...], list[Path]] = {}
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime):
+        if path.parent.suffix != ".failed" and not path.parent.name.startswith("."):
+            about = json.loads(path.read_text("utf-8"))
+            version = about.get("code"), about.get("source")
+            versions[version] = [*versions.pop(version, []), path.parent]
+    *others, latest = versions.values() or [[]]
+    if others:
+        number = sum(map(len, others))
+        checks.warn(
+            f"{number} runs are of other versions of {notebook} or svdlib and left out; "
+            f"{len(latest)} are of the latest"
+        )
+    return gathered(sorted(latest), table)
 
 
 def gathered(places: Sequence[Path], table: str) -> pd.DataFrame:
@@ -77,7 +99,7 @@ def gathered(places: Sequence[Path], table: str) -> pd.DataFrame:
     for path in (place / f"{table}.csv" for place in places):
         if path.is_file():
             part = pd.read_csv(path)
-            run = json.loads(path.with_name("run.json").read_text())
+            run = json.loads(path.with_name("run.json").read_text("utf-8"))
             for name, value in run["parameters"].items():
                 part[f"{name} (parameter)" if name in part else name] = [value] * len(part)
             parts.append(part)

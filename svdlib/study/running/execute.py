@@ -19,6 +19,7 @@ from pathlib import Path
 import nbformat
 import papermill
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
+from papermill.translators import PythonTranslator, papermill_translators
 
 from svdlib import clock, files
 
@@ -62,12 +63,14 @@ def _execute(
     source, figures = output.with_name("source.ipynb"), output.with_name("figures")
     figures.mkdir()
     source.write_text(text, encoding="utf-8")
+    cwd = home if Path(home).is_dir() else str(output.parent)
+    papermill_translators.register("python", _Literals)
     try:
         papermill.execute_notebook(
             str(source),
             str(output),
             parameters=None if parameters is None else {"figures": str(figures), **parameters},
-            cwd=home if Path(home).is_dir() else str(output.parent),
+            cwd=cwd,
             kernel_name="python3",
             language="python",
             execution_timeout=CELL_TIMEOUT,
@@ -83,8 +86,25 @@ def _execute(
         done.error, done.final = f"the kernel died: {failure}", False
     except Exception as failure:  # noqa: BLE001 - such as a full disk: named, and others go on
         done.error, done.final = f"{type(failure).__name__}: {failure}", False
-    written = [path for path in (*figures.iterdir(), output) if path.is_file()]
-    done.files = {path.name: path.read_bytes() for path in written}
+    folder = output.parent if cwd == str(output.parent) else figures
+    own = {source, output, *figures.rglob("*")} if folder != figures else set()
+    written = {
+        path.relative_to(place).as_posix(): path.read_bytes()
+        for place in dict.fromkeys((figures, folder))
+        for path in place.rglob("*")
+        if path.is_file() and (place == figures or path not in own)
+    }
+    if taken := sorted({"run.json", output.name} & written.keys()):
+        done.error = done.error or f"the notebook writes {taken[0]}; give the file another name"
+    done.files = written | ({output.name: output.read_bytes()} if output.is_file() else {})
+
+
+class _Literals(PythonTranslator):
+    """Parameters as Python writes them, also tuples, and dictionaries with keys of any kind."""
+
+    @classmethod
+    def translate(cls, val: object) -> str:
+        return str(super().translate(val)) if isinstance(val, float) else repr(val)
 
 
 # Waits for the end of its input; then kills all processes with the mark, and removes a folder.
@@ -127,6 +147,9 @@ def guarded(place: str) -> Iterator[None]:
     try:
         with environment():
             os.environ["SVDLIB_RUN"] = mark
+            # The kernel "python3" is this interpreter's, whatever others are installed elsewhere.
+            os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+            os.environ.pop("JUPYTER_PATH", None)
             yield
     finally:
         guard.communicate()

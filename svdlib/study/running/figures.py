@@ -59,21 +59,23 @@ def publish(
     """
     with files.alone(folder), files.unfinished(folder) as stage:
         new, old = stage / "new", stage / "old"
-        shutil.copytree(place, new, ignore=shutil.ignore_patterns("*.ipynb", "*.json"))
-        old.mkdir()
+        shutil.copytree(place, new, ignore=shutil.ignore_patterns("*.ipynb", "run.json"))
+        paths = sorted(path.relative_to(new) for path in new.rglob("*") if path.is_file())
         copied: dict[str, bool] = {}
-        for name in sorted({path.stem for path in new.iterdir()}):
+        for name in sorted({path.with_suffix("").as_posix() for path in paths}):
             there = folder / f"{name}.csv"
             stays = (name in times and there.is_file()) or agrees(new / f"{name}.csv", there)
             copied[name] = rewrite or not stays
         with contextlib.ExitStack() as undo:
-            for path in [path for path in new.iterdir() if copied[path.stem]]:
-                target, copy = folder / path.name, old / path.name
+            for path in [path for path in paths if copied[path.with_suffix("").as_posix()]]:
+                target, copy = folder / path, old / path
+                for parent in (target.parent, copy.parent):
+                    parent.mkdir(parents=True, exist_ok=True)
                 if target.exists():
                     shutil.copy2(target, copy)
                     undo.callback(copy.replace, target)
                 else:
                     undo.callback(target.unlink, missing_ok=True)
-                path.replace(target)
+                (new / path).replace(target)
             undo.pop_all()  # all are in place
     return copied

@@ -38,7 +38,7 @@ def copies(folder: Path = NOTEBOOKS, lab: Path = LAB) -> list[str]:
     changed = []
     with files.alone(lab):
         record = lab / COPIED
-        copied = json.loads(record.read_text()) if record.is_file() else {}
+        copied = json.loads(record.read_text("utf-8")) if record.is_file() else {}
         for notebook in notebooks:
             copy, now, before = lab / notebook.name, _digest(notebook), copied.get(notebook.name)
             if copy.exists() and _digest(copy) not in (before, now):

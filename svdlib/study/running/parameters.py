@@ -16,6 +16,7 @@ NOTEBOOKS = Path("notebooks")
 MAX_COMBINATIONS = 100_000  # more are a typing mistake
 # Declared types that a text is checked against; any other declaration takes any value.
 TYPES = {"str", "int", "float", "bool", "list", "dict", "tuple", "None"}
+QUOTED_OR_ONE = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|."""  # a text in quotes, or a character
 Values = str | Sequence[object]  # several values of a parameter: as text, or one by one
 
 
@@ -98,13 +99,13 @@ def parse(
 
 
 def _value(text: str, kinds: set[str]) -> object:
-    """The text as one of the types; a string only if no other type fits."""
-    if kinds == {"str"}:
-        return text
+    """The text as one of the types; a string only if no other type fits, without its quotes."""
     try:
         value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         value = text
+    if isinstance(value, str) and (not kinds or "str" in kinds):
+        return value
     kind = "None" if value is None else type(value).__name__
     if kind == "int" and "float" in kinds and "int" not in kinds:
         return float(value)
@@ -129,7 +130,7 @@ def combinations(
     for name, values in over:
         if name in given or name in texts:
             raise ValueError(f"parameter {name!r} is given twice; once is enough")
-        texts[name] = _several(name, values)
+        texts[name] = _several(name, values, known.get(name, set()))
     if (number := math.prod(map(len, texts.values()))) > MAX_COMBINATIONS:
         raise ValueError(f"{number:,} combinations are more than {MAX_COMBINATIONS:,}; use fewer")
     parsed = [[parse(notebook, {name: text}, known) for text in texts[name]] for name in texts]
@@ -139,11 +140,16 @@ def combinations(
     ]
 
 
-def _several(name: str, values: Values) -> list[str]:
-    """The values of a list or a range, as text, each once. Commas in brackets separate none."""
+def _several(name: str, values: Values, kinds: set[str]) -> list[str]:
+    """The values of a list or a range, as text, each once.
+
+    Commas in brackets or quotes separate nothing. Of a parameter that takes text and no numbers,
+    ``10:20`` is a text.
+    """
+    numbers = not kinds or bool(kinds & {"int", "float"})
     if not isinstance(values, str):
-        texts = [str(value) for value in values]
-    elif re.fullmatch(r"-?\d+:-?\d+(:-?\d+)?", values):
+        texts = [repr(value) for value in values]
+    elif numbers and re.fullmatch(r"-?\d+:-?\d+(:-?\d+)?", values):
         low, high, step = [*map(int, values.split(":")), 1][:3]
         if step == 0:
             raise ValueError(f"--over {name}: the range {values} has step 0; give another")
@@ -154,13 +160,16 @@ def _several(name: str, values: Values) -> list[str]:
         texts = [str(number) for number in range(low, high, step)]
     else:
         texts, depth = [""], 0
-        for character in values:
-            depth += (character in "[({") - (character in "])}")
-            if character == "," and depth == 0:
+        for part in re.findall(QUOTED_OR_ONE, values, re.DOTALL):
+            depth += (part in "[({") - (part in "])}")
+            if part == "," and depth <= 0:
                 texts.append("")
             else:
-                texts[-1] += character
-        texts = [text.strip() for text in texts if text.strip()]
+                texts[-1] += part
+        texts = [text.strip() for text in texts]
+        if "" in texts and any(texts):
+            raise ValueError(f"--over {name}: {values!r} has a gap; give a value between commas")
+        texts = [text for text in texts if text]
     if not texts:
         raise ValueError(f"--over {name}: {values!r} holds no value; give 1,2,3 or 0:10:2")
     return list(dict.fromkeys(texts))

@@ -39,7 +39,7 @@ def sweeps(names: Sequence[str] = (), folder: Path = RESULTS) -> list[Sweep]:
 
 def _read(path: Path) -> Sweep:
     try:
-        content = tomllib.loads(path.read_text())
+        content = tomllib.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no TOML: {error}") from None
     kinds = {"notebook": str, "table": str, "columns": list, "parameters": dict, "over": dict}
@@ -52,7 +52,7 @@ def _read(path: Path) -> Sweep:
     for name, values in content["over"].items():
         if not isinstance(values, str | list):
             raise ValueError(f"{path}: over {name} takes a list, or a range as text")  # noqa: TRY004
-    content["parameters"] = {name: str(value) for name, value in content["parameters"].items()}
+    content["parameters"] = {name: repr(value) for name, value in content["parameters"].items()}
     return Sweep(path.stem, **content)
 
 
@@ -64,7 +64,7 @@ def write(sweep: Sweep, places: Sequence[Path], folder: Path = RESULTS) -> None:
     """
     runs = []
     for place in places:
-        about = json.loads((place / "run.json").read_text())
+        about = json.loads((place / "run.json").read_text("utf-8"))
         parameters = about.pop("parameters")
         runs.append(({name: parameters[name] for name in sweep.over}, about, place))
     runs.sort(key=lambda run: list(run[0].values()))

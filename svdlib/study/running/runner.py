@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import os
 import signal
 import sys
 import tempfile
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from operator import methodcaller
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm.auto import tqdm
 
@@ -63,8 +64,7 @@ def run(
         already = f", {len(complete)} there already" if complete else ""
         _note(f"{len(missing)} {'run' if len(missing) == 1 else 'runs'}{already}")
     if dry_run:
-        for planned in missing:
-            print(planned.place)
+        _say("\n".join(str(planned.place) for planned in missing), sys.stdout)
         return []
     for place in (out, *targets.values(), *(out / notebook.stem for notebook in notebooks)):
         _prepare(place)
@@ -113,8 +113,21 @@ def _executed(
     return outcomes
 
 
+def _say(text: str, stream: TextIO) -> bool:
+    """Print to a stream, and say whether that worked: finished work outlives a closed pipe."""
+    try:
+        print(text, file=stream, flush=True)
+    except (OSError, ValueError):  # a reader that has seen enough, a full disk, a closed file
+        with contextlib.suppress(OSError, ValueError):
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, stream.fileno())  # so that Python's own flush at the end succeeds
+            os.close(nothing)
+        return False
+    return True
+
+
 def _note(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    _say(line, sys.stderr)
 
 
 def _check_options(
@@ -201,7 +214,8 @@ def _shown(
                 failed += outcome.error is not None
                 bar.update()
                 if progress and total <= LISTED:
-                    tqdm.write(_line(outcome), file=sys.stderr)
+                    with bar.external_write_mode(sys.stderr):
+                        _note(_line(outcome))
             bar.set_postfix_str(f"{running} running, {failed} failed", refresh=False)
             now = clock.now()
             if progress and not bars and now - noted >= line:
@@ -253,7 +267,9 @@ def report(outcomes: Sequence[Outcome]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line, ``python -m svdlib``; returns the exit status."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = list(map(_text, sys.argv[1:]) if arguments is None else arguments)
+    if named := os.environ.get("SVDLIB_DATA"):  # kernels work in other folders
+        os.environ["SVDLIB_DATA"] = str(Path(named).expanduser().absolute())
     try:
         if arguments[:1] == ["lab"]:  # all other arguments are JupyterLab's
             return lab.main(arguments[1:])
@@ -264,21 +280,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = vars(_parser().parse_args(arguments))
         outcomes = COMMANDS[options.pop("command")](**options)
     except (ValueError, OSError) as error:
-        print(f"svdlib: {error}", file=sys.stderr)
+        _note(f"svdlib: {str(error) or type(error).__name__}")
         return 2
     except KeyboardInterrupt as stop:
-        print("svdlib: stopped; the kernels are stopped too", file=sys.stderr)
+        _note("svdlib: stopped; the kernels are stopped too")
         return 128 + int(stop.args[0] if stop.args else signal.SIGINT)
     if outcomes is None or options.get("dry_run"):
         return 0
-    print(report(outcomes))
+    _say(report(outcomes), sys.stdout)
     return int(any(outcome.error for outcome in outcomes))
+
+
+def _text(argument: str) -> str:
+    """An argument as text, also where the locale knows ASCII alone."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(argument).decode(errors="replace")
+    return argument
 
 
 def _collect(out: Path, notebook: str, table: str) -> None:
     collected = records.collect(out, notebook, table)
-    with contextlib.suppress(BrokenPipeError):  # a reader that has seen enough, as head
-        print(collected.to_csv(index=False), end="", flush=True)
+    try:
+        sys.stdout.write(collected.to_csv(index=False))
+        sys.stdout.flush()
+    except BrokenPipeError:  # a reader that has seen enough, as head
+        _say("", sys.stdout)
 
 
 COMMANDS: dict[str, Callable[..., list[Outcome] | None]] = {
@@ -290,11 +318,19 @@ COMMANDS: dict[str, Callable[..., list[Outcome] | None]] = {
 }
 
 
+def _folder(text: str) -> Path:
+    """A folder by its name, in which ~ is the user's own."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m svdlib", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     out = argparse.ArgumentParser(add_help=False)
-    out.add_argument("--out", type=Path, default=Path("runs"), help="folder of the runs (runs)")
+    out.add_argument("--out", type=_folder, default=Path("runs"), help="folder of the runs (runs)")
     many = argparse.ArgumentParser(add_help=False, parents=[out])
     jobs = "runs at a time on this machine (2; those that time something alone, last)"
     many.add_argument("--jobs", type=int, help=jobs)
@@ -311,7 +347,7 @@ def _parser() -> argparse.ArgumentParser:
     runner.add_argument("-p", "--parameter", dest="given", metavar=("NAME", "VALUE"), **pair)
     runner.add_argument("--over", metavar=("NAME", "1,2,3|0:100:10"), **pair)
     where = "folder for the figures (figures at a notebook's own parameters, else beside it)"
-    runner.add_argument("--figures", type=Path, help=where)
+    runner.add_argument("--figures", type=_folder, help=where)
     runner.add_argument("--rewrite", action="store_true", help="replace figures that agree, too")
     swept = add("sweep", help="measure what is in results/", parents=[many])
     swept.add_argument("names", nargs="*", metavar="NAME", help="of results/NAME.toml; all")

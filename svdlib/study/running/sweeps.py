@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -135,7 +136,9 @@ def _name(
     content = json.dumps([sources, everything, code()], sort_keys=True, default=repr)
     summary = ",".join(f"{name}={value}" for name, value in changed.items())
     # Folders' names hold 255 bytes; of 100,000 runs, 8 digits would make two the same.
-    summary = re.sub(r"[^\w.,=+-]+", "_", summary).encode()[:80].decode(errors="ignore") or "own"
+    named = sys.getfilesystemencoding()
+    short = re.sub(r"[^\w.,=+-]+", "_", summary).encode(named, "ignore")[:80]
+    summary = short.decode(named, "ignore") or "own"
     return f"{summary}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
 
@@ -342,13 +345,15 @@ def save(run: Run, done: Done, out: Path) -> Outcome:
         "parameters": run.everything,
         "seconds": round(done.seconds, 3),
         "code": code(),
+        "source": hashlib.sha256(run.text.encode()).hexdigest()[:12],
         **done.about,
         **({"error": done.error} if done.error else {}),
     }
     with files.complete_folder(target) as part:
         for name, content in done.files.items():
+            (part / name).parent.mkdir(parents=True, exist_ok=True)
             (part / name).write_bytes(content)
-        (part / "run.json").write_text(json.dumps(about, indent=1, default=repr) + "\n")
+        (part / "run.json").write_text(json.dumps(about, indent=1, default=repr) + "\n", "utf-8")
     if not done.error:
         shutil.rmtree(failed, ignore_errors=True)
     return Outcome(run.notebook.stem, target, done.seconds, done.error)

@@ -42,6 +42,9 @@ def notebook(tmp_path):
         ("y", "4", 4),
         ("z", "2", 2.0),
         ("thing", "there", "there"),
+        ("dataset", "'7'", "7"),
+        ("s", "'a \"b\"'", 'a "b"'),
+        ("x", "'None'", "None"),
     ],
 )
 def test_values_take_the_declared_type(notebook, name, text, value):
@@ -59,6 +62,10 @@ def test_every_combination(notebook):
     assert len(parameters.combinations(notebook, {}, [("seeds", "1,1,2")])) == 2
     down = parameters.combinations(notebook, {}, [("seeds", "2:-1:-1")])
     assert [values["seeds"] for values in down] == [2, 1, 0]
+    texts = parameters.combinations(notebook, {}, [("s", "'a,b','[',10:20")])
+    assert [values["s"] for values in texts] == ["a,b", "[", "10:20"]
+    (text,) = parameters.combinations(notebook, {}, [("s", "10:20")])
+    assert text == {"s": "10:20"}
 
 
 @pytest.mark.parametrize(
@@ -69,6 +76,8 @@ def test_every_combination(notebook):
         ([("seeds", "0:300000")], "300,000 values, more than 100,000"),
         ([("seeds", "1,many")], "parameter 'seeds' must be an int, not 'many'"),
         ([("seeds", "5:5")], "--over seeds: '5:5' holds no value"),
+        ([("seeds", "4,,6")], "--over seeds: '4,,6' has a gap"),
+        ([("seeds", "4,")], "--over seeds: '4,' has a gap"),
         ([("seeds", " , ")], "holds no value; give 1,2,3 or 0:10:2"),
         ([("seeds", "0:9:0")], "the range 0:9:0 has step 0"),
         ([("seeds", "1,2"), ("seeds", "3")], "parameter 'seeds' is given twice"),

@@ -400,3 +400,32 @@ def test_an_error_of_another_alphabet_is_printed_in_ascii(folder):
     )
     assert run.returncode == 1
     assert "cell 3: ValueError: \\u03c3 is not positive" in run.stdout.decode("ascii")
+
+
+SHELL = """
+cd {folder}
+{python} -m svdlib run >&- 2>/dev/null; echo $?
+{python} -m svdlib run -p seeds 3 2>&- >/dev/null; echo $?
+{python} -m svdlib run -p seeds 4 >/dev/full; echo $?
+{python} -m svdlib run --over seeds 0:3000 --dry-run | head -1 >/dev/null; echo ${{PIPESTATUS[0]}}
+{python} -m svdlib collect one MNIST >/dev/full; echo $?
+DASK_CONFIG=broken.yaml {python} -m svdlib run; echo $?
+LC_ALL=C PYTHONCOERCECLOCALE=0 PYTHONUTF8=0 {python} -m svdlib run -p dataset µ; echo $?
+HOME={folder} SVDLIB_DATA=here {python} -m svdlib run -p seeds 5 --out "~/elsewhere"; echo $?
+"""
+
+
+@pytest.mark.slow
+def test_finished_work_outlives_closed_streams_and_odd_surroundings(folder, tmp_path):
+    where = "import os; open(f'{figures}/where.csv', 'w').write(os.environ.get('SVDLIB_DATA', ''))"
+    write(folder, "one", "open(f'{figures}/MNIST.csv', 'w').write(str(seeds))", where)
+    (tmp_path / "broken.yaml").write_text("{{{:")
+    script = SHELL.format(folder=tmp_path, python=sys.executable)
+    found = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    codes = [line for line in found.stdout.splitlines() if line.isdigit()]
+    assert codes == ["0", "0", "0", "0", "2", "2", "0", "0"], found
+    assert "Traceback" not in found.stderr and "BrokenPipe" not in found.stderr
+    assert not any(line.strip() == "svdlib:" for line in found.stderr.splitlines())
+    assert len(list((tmp_path / "runs" / "one").glob("*/run.json"))) == 4
+    (where,) = (tmp_path / "elsewhere" / "one").glob("*/where.csv")
+    assert where.read_text() == str(tmp_path / "here")

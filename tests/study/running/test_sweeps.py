@@ -17,6 +17,7 @@ from distributed import Client
 from faults import kills
 from nbformat.v4 import new_code_cell, new_notebook
 
+import svdlib
 from svdlib.study import collect
 from svdlib.study.running import runner, sweeps
 from svdlib.study.running.execute import Done, cores
@@ -91,6 +92,58 @@ def test_a_sweep_is_saved_resumed_and_collected(folder, scheduler, capsys):
     capsys.readouterr()
     assert runner.main(["collect", "a", "table"]) == 0
     assert pd.read_csv(pd.io.common.StringIO(capsys.readouterr().out)).shape == (3, 3)
+
+
+VALUES = """
+text: str = "a"
+pair: tuple = ()
+table: dict = {}
+figures: str = ""
+"""
+WRITE = """
+from pathlib import Path
+import svdlib, sys
+Path(figures, "plots").mkdir()
+values = repr([text, pair, table, svdlib.__file__, sys.executable])
+Path(figures, "plots", "a.txt").write_text(values, "utf-8")
+"""
+
+
+def test_a_notebook_gets_what_run_json_says_and_keeps_what_it_writes(
+    folder, scheduler, tmp_path, monkeypatch
+):
+    """Also with another kernel of the same name on Jupyter's path."""
+    other = tmp_path / "jupyter" / "kernels" / "python3"
+    other.mkdir(parents=True)
+    spec = {"argv": ["/bin/false"], "display_name": "other", "language": "python"}
+    (other / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    cells = [new_code_cell(VALUES, metadata={"tags": ["parameters"]}), new_code_cell(WRITE)]
+    nbformat.write(new_notebook(cells=cells), folder / "a.ipynb")
+    given = {"text": "'\"q\" [µ'", "pair": "(1, 2)", "table": "{1: 'a'}"}
+    (done,) = runner.run(["a"], given, scheduler=scheduler, progress=False)
+    assert done.error is None
+    about = json.loads((done.output / "run.json").read_text("utf-8"))
+    found = eval((done.output / "plots" / "a.txt").read_text("utf-8"))
+    assert found == ['"q" [µ', (1, 2), {1: "a"}, svdlib.__file__, sys.executable]
+    assert about["parameters"]["text"] == found[0]
+    (own,) = runner.run(["a"], scheduler=scheduler, progress=False)
+    assert Path("figures/plots/a.txt").is_file() and own.error is None
+
+
+def test_a_file_named_as_one_of_ours_is_refused(folder, scheduler):
+    write(folder, "a", "open(f'{figures}/run.json', 'w').write('{}')")
+    (done,) = runner.run(["a"], scheduler=scheduler, progress=False)
+    assert "run.json" in done.error
+
+
+def test_runs_of_an_older_version_are_not_mixed_with_the_latest(folder, scheduler):
+    write(folder, "a", TABLE)
+    runner.run(["a"], {}, [("n", "2,3")], scheduler=scheduler, progress=False)
+    write(folder, "a", TABLE, "1 + 1")
+    runner.run(["a"], {}, [("n", "4")], scheduler=scheduler, progress=False)
+    with pytest.warns(UserWarning, match=r"2 runs .* a "):
+        assert collect("runs", "a", "table").square.tolist() == [16]
 
 
 KILL = """
