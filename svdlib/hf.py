@@ -33,6 +33,9 @@ from svdlib.network.kinds import Layer
 from svdlib.network.low_rank import low_rank_layers, ranks_of, thin_twins, tied
 
 METHOD, FORMAT = "svdlib", 1
+# transformers only logs an unknown quantization method, and then leaves the weights random. An
+# unknown entry of fusion_config is an error, which shows the entry.
+NOTE = "its layers are factorized by svdlib, so run `import svdlib.hf` first"
 
 
 @register_quantization_config(METHOD)
@@ -57,6 +60,13 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def is_serializable(self) -> bool:
         return True
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The config without `NOTE`: the only method that sees it before fusions are looked up."""
+        unmark(config)
+        return config
+
+    update_tp_plan = update_attn_implementation  # what earlier versions of transformers call
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         net = opened.Network(unpack_(model))
@@ -120,6 +130,20 @@ def parts(model: nn.Module) -> list[Any]:
     return [part for part in model.modules() if isinstance(part, PreTrainedModel)]
 
 
+def mark(config: Any) -> None:
+    """Make transformers without svdlib.hf raise an error, with `NOTE`, where it reads a config."""
+    config.fusion_config = {**(getattr(config, "fusion_config", None) or {}), NOTE: False}
+
+
+def unmark(config: Any) -> None:
+    """Undo `mark`."""
+    left = {k: v for k, v in (getattr(config, "fusion_config", None) or {}).items() if k != NOTE}
+    if left:
+        config.fusion_config = left
+    else:
+        vars(config).pop("fusion_config", None)
+
+
 def tie(model: Any) -> None:
     """Tell transformers which factors are one parameter, in place of the weights they replace."""
     thin = low_rank_layers(model)
@@ -166,8 +190,10 @@ def prepare(model: nn.Module) -> nn.Module:
             configs.add(id(part.config))
             if ranks:
                 part.config.quantization_config = LowRankConfig(ranks)
+                mark(part.config)
             elif own:
                 del part.config.quantization_config
+                unmark(part.config)
         if ranks or own:
             part.__dict__.pop("hf_quantizer", None)  # of a GGUF file, whose weights are plain now
         if ranks:

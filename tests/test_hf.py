@@ -141,6 +141,25 @@ def test_a_fresh_process_reads_it_by_the_import_alone(tmp_path):
     torch.testing.assert_close(torch.load(tmp_path / "z.pt"), small(IDS).logits)
 
 
+@pytest.mark.parametrize("name", ["Llama, tied", "BERT", "T5", "ViT"])
+def test_without_the_import_reading_fails_and_says_what_to_run(name, tmp_path):
+    small = made(name)
+    small.save_pretrained(tmp_path, max_shard_size="20KB")
+    code = (
+        "import sys, transformers\n"
+        "for kind in ('AutoModel', sys.argv[2]):\n"
+        "    try:\n"
+        "        getattr(transformers, kind).from_pretrained(sys.argv[1])\n"
+        "    except ValueError as error:\n"
+        "        print(error)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path), type(small).__name__]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout.count("run `import svdlib.hf` first") == 2
+    svdlib.merge(small).save_pretrained(tmp_path / "merged")
+    assert "svdlib" not in (tmp_path / "merged" / "config.json").read_text()
+
+
 @torch.no_grad()
 def test_generation_with_a_cache_goes_on_as_without():
     small = made("Llama, tied")
