@@ -122,6 +122,11 @@ def test_what_is_written_is_read(name, dtype, tmp_path):
     again.save_pretrained(tmp_path / "again")
     third = type(small).from_pretrained(tmp_path / "again", dtype=dtype)
     assert_same(third, small)
+    # The config read back still refuses a process without the import.
+    first, second = (
+        json.loads((tmp_path / way / "config.json").read_text()) for way in ("", "again")
+    )
+    assert first["fusion_config"] == second["fusion_config"]
 
 
 @torch.no_grad()
@@ -265,6 +270,21 @@ def test_what_was_read_trains_on_and_the_original_is_left_alone(tmp_path):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["Llama, tied", "GPT-2", "BERT", "T5", "ViT"])
+def test_int8_on_top_runs_and_keeps_ranks_and_sizes(name):
+    small = made(name)
+    int8 = torch.ao.quantization.quantize_dynamic(small, {nn.Linear}, dtype=torch.qint8)
+    exact, near = logits(small), logits(int8)  # T5 reads a weight at each call
+    assert (near - exact).norm() < 0.05 * exact.norm()
+    layers = low_rank_layers(small)
+    for part, layer in low_rank_layers(int8).items():
+        assert layer.rank == layers[part].rank and layer.weight.shape == layers[part].weight.shape
+    for refused in (svdlib.merge, lambda model: svdlib.factorize(model, 2)):
+        with pytest.raises(ValueError, match="call svdlib before you quantize"):
+            refused(int8)
 
 
 def test_a_folder_that_does_not_fit_is_refused(tmp_path):

@@ -93,9 +93,10 @@ class LowRank(nn.Sequential):
         """Sides and settings of the layer replaced, from the factor that knows them."""
         if name not in ATTRIBUTES or not hasattr(self.main, name):
             return super().__getattr__(name)
-        first, second = map(as_layer, self.factors)
-        sides = zip(as_layer(self.main).side_names, (first.sides[0], second.sides[1]), strict=True)
-        return dict(sides).get(name, getattr(self.main, name))
+        first, second = map(readable, self.factors)
+        sides = (first.sides[0], second.sides[1])
+        names = zip(readable(self.main).side_names, sides, strict=True)
+        return dict(names).get(name, getattr(self.main, name))
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """The second factor of the first; ``output_size`` is the transposed convolution's."""
@@ -112,29 +113,32 @@ class LowRank(nn.Sequential):
     @property
     def main(self) -> nn.Module:
         """The factor that is of the kind of the layer replaced, and has its window."""
-        first, second = self.factors
-        later = as_layer(second).own_factor == 1 or isinstance(first, TransposedLinear)
-        return cast(nn.Module, second if later else first)
+        first, second = map(plain, self.factors)
+        later = getattr(layer_of(second), "own_factor", 0) == 1
+        return second if later or isinstance(first, TransposedLinear) else first
 
     @property
     def rank(self) -> int:
         """The number r of terms."""
-        first, names = self.factors[0], (kind.side_names[1] for kind in KINDS)
+        first, names = plain(self.factors[0]), (kind.side_names[1] for kind in KINDS)
         # By its sides, as the weight of a quantized factor is no matrix.
         width = next(getattr(first, name) for name in names if hasattr(first, name))
         return int(width) // getattr(first, "groups", 1)
 
     @property
     def weight(self) -> Tensor:
-        """The product of the factors, in the shape of the weight that they replace."""
-        first, second = (as_layer(factor).to_matrix(factor.weight) for factor in self.factors)
-        product = as_layer(self.main).to_weight(second @ first)
+        """The product of the factors, in the shape of the weight that they replace.
+
+        Adapters on the factors are not in it, as they are in no weight of PEFT's layers.
+        """
+        first, second = (layer.to_matrix(layer.weight) for layer in map(readable, self.factors))
+        product = readable(self.main).to_weight(second @ first)
         return product.as_subclass(Product) if type(product) is Tensor else product
 
     @property
     def bias(self) -> Tensor | None:
         """The bias of the second factor."""
-        return as_layer(self.factors[1]).bias
+        return readable(self.factors[1]).bias
 
     def fill_(self, layer: Layer, found: Approximations | None) -> None:
         """Take the factors of a layer's matrix, the best in itself or by a fit."""
@@ -159,15 +163,33 @@ def as_layer(factor: nn.Module) -> Layer:
     """A factor as the layer that it is.
 
     Raises:
-        ValueError: it has become another module, as by quantization.
+        ValueError: it has become another module, as by quantization or an adapter.
     """
     if (found := layer_of(factor)) is None:
         kind = type(factor)
         raise ValueError(
-            f"a factor is a {kind.__module__}.{kind.__name__}, whose weight can't be multiplied "
-            "out; merge before you quantize"
+            f"a factor is a {kind.__module__}.{kind.__name__}, which has no plain weight to multiply "
+            "out; call svdlib before you quantize, or merge adapters into the factors first"
         )
     return found
+
+
+def plain(factor: nn.Module) -> nn.Module:
+    """A factor without the adapters that PEFT puts around it."""
+    return cast(nn.Module, getattr(factor, "base_layer", factor))
+
+
+def readable(factor: nn.Module) -> Layer:
+    """A factor as a layer to read: without adapters, and with the numbers that int8 stands for."""
+    factor = plain(factor)
+    if not callable(getattr(factor, "weight", None)):
+        return as_layer(factor)
+    quantized: Any = factor  # torch's nn.Linear in int8 has methods where a layer has tensors
+    linear = nn.Linear(quantized.in_features, quantized.out_features, False, device="meta")
+    linear.weight = nn.Parameter(quantized.weight().dequantize(), requires_grad=False)
+    if quantized.bias() is not None:
+        linear.bias = nn.Parameter(quantized.bias().detach(), requires_grad=False)
+    return as_layer(linear)
 
 
 class Factorized(Layer):
