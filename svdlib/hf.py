@@ -40,13 +40,21 @@ NOTE = "its layers are factorized by svdlib, so run `import svdlib.hf` first"
 
 @register_quantization_config(METHOD)
 class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """{"quant_method": "svdlib", "format": 1, "ranks": {layer: rank}} in ``config.json``."""
+    """{"quant_method": "svdlib", "format": 1, "ranks": {layer: rank}} in ``config.json``.
+
+    "tied", {layer: layer whose factors it has}, holds whatever tie_word_embeddings says: PEFT sets
+    that to False as it merges adapters, since two products share no memory.
+    """
 
     def __init__(
-        self, ranks: Mapping[str, int] | None = None, format: int = FORMAT, **_: Any
+        self,
+        ranks: Mapping[str, int] | None = None,
+        format: int = FORMAT,
+        tied: Mapping[str, str] | None = None,
+        **_: Any,
     ) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
-        self.format, self.ranks = format, dict(ranks or {})
+        self.format, self.ranks, self.tied = format, dict(ranks or {}), dict(tied or {})
         if format != FORMAT:
             raise ValueError(f"format must be {FORMAT}, got {format!r}; update svdlib")
 
@@ -70,10 +78,11 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         net = opened.Network(unpack_(model))
-        ranks = placed(model, net.layers, vars(self.quantization_config)["ranks"])
+        noted = vars(self.quantization_config)
+        ranks = placed(model, net.layers, noted["ranks"])
         # Weights are tied after they are loaded, but factors must be tied now. The rank of one
         # holds for both, as where a base is read into a model with a head.
-        for pair in model.all_tied_weights_keys.items():
+        for pair in (*model.all_tied_weights_keys.items(), *noted["tied"].items()):
             names = [key.removesuffix(".weight") for key in pair]
             known = [ranks[name] for name in names if name in ranks]
             if known and all(name in net.layers for name in names):
@@ -148,14 +157,20 @@ def tie(model: Any) -> None:
     """Tell transformers which factors are one parameter, in place of the weights they replace."""
     thin = low_rank_layers(model)
     pairs: dict[str, str] = {}
-    for first, *others in tied(opened.find_layers(model)):
-        if first in thin:
-            pairs |= dict(_same(thin[first], first, {name: thin[name] for name in others}))
+    for name, first in ties_of(model).items():
+        pairs |= dict(_same(thin[first], first, {name: thin[name]}))
     gone = {f"{name}.{part}" for name in thin for part in ("weight", "bias")}
     for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
         known = getattr(model, attribute, None) or {}
         left = {key: source for key, source in known.items() if not {key, source} & gone}
         setattr(model, attribute, {**left, **pairs})  # of this object, not of its class
+
+
+def ties_of(model: nn.Module) -> dict[str, str]:
+    """The factorized layers that have another one's factors, with the name of that one."""
+    thin = low_rank_layers(model)
+    groups = tied(opened.find_layers(model))
+    return {name: first for first, *others in groups if first in thin for name in others}
 
 
 def _same(
@@ -189,7 +204,7 @@ def prepare(model: nn.Module) -> nn.Module:
         if id(part.config) not in configs:  # parts that share one are named as its first owner's
             configs.add(id(part.config))
             if ranks:
-                part.config.quantization_config = LowRankConfig(ranks)
+                part.config.quantization_config = LowRankConfig(ranks, tied=ties_of(part))
                 mark(part.config)
             elif own:
                 del part.config.quantization_config

@@ -287,6 +287,55 @@ def test_int8_on_top_runs_and_keeps_ranks_and_sizes(name):
             refused(int8)
 
 
+def with_lora(small, targets):
+    """The model with random adapters, and its logits."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    model = peft.get_peft_model(small, config).eval()
+    return model, logits(model.base_model.model)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied")
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize("name", ["Llama, tied", "Llama, untied", "GPT-2", "BERT", "T5", "ViT"])
+def test_adapters_on_factors_are_merged_and_written(name, tmp_path):
+    small = made(name)
+    before, ranks = logits(small), {n: layer.rank for n, layer in low_rank_layers(small).items()}
+    model, after = with_lora(small, "all-linear")  # not those whose weight two layers share
+    assert not torch.allclose(after, before)
+    assert {layer.rank for layer in low_rank_layers(model).values()} == set(ranks.values())
+    with pytest.raises(ValueError, match="merge adapters into the factors first"):
+        svdlib.merge(model)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), after, rtol=1e-4, atol=1e-4)
+    merged.save_pretrained(tmp_path)
+    again = type(merged).from_pretrained(tmp_path)
+    assert {n: layer.rank for n, layer in low_rank_layers(again).items()} == ranks
+    assert_same(again, merged)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "target", ["q_proj", "lm_head", "lm_head.0", "lm_head.1", "embed_tokens.1"]
+)
+def test_adapters_are_refused_around_a_product_and_on_shared_factors(target):
+    with pytest.raises(ValueError, match=r"Target module (LowRank|TiedLinear)\("):
+        with_lora(made("Llama, tied"), [target])
+
+
+@torch.no_grad()
+def test_adapters_are_read_onto_the_factors_they_were_written_from(tmp_path):
+    peft = pytest.importorskip("peft")
+    made("Llama, tied").save_pretrained(tmp_path / "model")
+    read = lambda: transformers.LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    model, after = with_lora(read(), ["q_proj.0", "q_proj.1"])
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(read(), tmp_path / "adapter").eval()
+    assert torch.equal(logits(again.base_model.model), after)
+
+
 def test_a_folder_that_does_not_fit_is_refused(tmp_path):
     made("BERT").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

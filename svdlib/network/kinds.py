@@ -224,24 +224,46 @@ class Linear(Layer):
         return self.new(nn.Linear, ins, outs, bias=bias)
 
 
-class TransposedLinear(nn.Linear):
-    """A linear map without bias whose weight is (in, out).
+class TiedLinear(nn.Module):
+    """A linear map whose weight is another layer's too, (out, in) or, ``transposed``, (in, out).
 
     The output layer of a tied model h ↦ P (Qᵀ h), factorized, shares both its factors with the
-    embedding's rows i ↦ Q P_i, and Q, (in, rank), is its first.
+    embedding's rows i ↦ Q P_i, and Q, (in, rank), is its first. None of them is an nn.Linear: what
+    merges adapters into those, one by one, would change the other layer as well.
     """
 
-    def __init__(self, ins: int, outs: int, device: Any = None, dtype: Any = None) -> None:
-        super().__init__(ins, outs, False, device, dtype)
-        self.weight = nn.Parameter(self.weight.detach().mT.contiguous())
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        transposed: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.transposed = transposed
+        shape = (in_features, out_features) if transposed else (out_features, in_features)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.bias = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
 
     def forward(self, input: Tensor) -> Tensor:
-        return input @ self.weight
+        return F.linear(input, self.weight.mT if self.transposed else self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        sides = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sides}, bias={self.bias is not None}, transposed={self.transposed}"
 
 
-class OfTransposedLinear(Linear):
-    types = (TransposedLinear,)
-    transposed = True
+class OfTiedLinear(Linear):
+    types = (TiedLinear,)
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.transposed = bool(module.transposed)
 
 
 class Conv1D(Layer):
@@ -361,7 +383,7 @@ class TransposedConvolution(Convolution):
 
 
 # The first that includes a module is its kind.
-KINDS = (OfTransposedLinear, Linear, Embedding, Convolution, TransposedConvolution, Conv1D)
+KINDS = (Linear, OfTiedLinear, Embedding, Convolution, TransposedConvolution, Conv1D)
 # What layers call their sides and settings.
 ATTRIBUTES = {name for kind in KINDS for name in (*kind.side_names, *kind.settings)}
 

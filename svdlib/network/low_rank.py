@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from svdlib.linalg.svd import SVD, truncated_svd
-from svdlib.network.kinds import ATTRIBUTES, KINDS, Layer, TransposedLinear, layer_of
+from svdlib.network.kinds import ATTRIBUTES, KINDS, Layer, TiedLinear, layer_of
 
 
 class Approximations(Protocol):
@@ -115,7 +115,8 @@ class LowRank(nn.Sequential):
         """The factor that is of the kind of the layer replaced, and has its window."""
         first, second = map(plain, self.factors)
         later = getattr(layer_of(second), "own_factor", 0) == 1
-        return second if later or isinstance(first, TransposedLinear) else first
+        turned = isinstance(first, TiedLinear) and first.transposed
+        return second if later or turned else first
 
     @property
     def rank(self) -> int:
@@ -242,17 +243,25 @@ def thin_twins(layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> dict[st
     """
     twins = {name: thin_twin(layer, ranks[name]) for name, layer in layers.items()}
     for names in tied(layers):
-        names = sorted(names, key=lambda name: layers[name].multiplies)
-        shared, *others = (twins[name] for name in names)
-        left, right = shared[0].weight, shared[1].weight
-        for twin in others:
-            if type(shared[0]) is type(twin[0]):
-                twin[0].weight, twin[1].weight = left, right
-            else:
-                factor = as_layer(twin[0])
-                twin[0] = factor.new(TransposedLinear, *factor.sides)
-                twin[0].weight, twin[1].weight = right, left
+        first, *others = (
+            twins[name] for name in sorted(names, key=lambda name: layers[name].multiplies)
+        )
+        turned = [type(twin[0]) is not type(first[0]) for twin in others]
+        share_(first, False)
+        for twin, transposed in zip(others, turned, strict=True):
+            share_(twin, transposed)
+            weights = [factor.weight for factor in first]
+            twin[0].weight, twin[1].weight = weights[::-1] if transposed else weights
     return twins
+
+
+def share_(twin: LowRank, transposed: bool) -> None:
+    """Make the linear factors of a twin `TiedLinear`, the first one ``transposed`` or not."""
+    for place, factor in enumerate(twin):
+        if type(factor) is nn.Linear:
+            layer, turned = as_layer(factor), transposed and place == 0
+            more = {"bias": layer.bias is not None, "transposed": turned}
+            twin[place] = layer.new(TiedLinear, *layer.sides, **more)
 
 
 def tied(layers: Mapping[str, Layer]) -> list[list[str]]:
