@@ -336,6 +336,25 @@ def test_adapters_are_read_onto_the_factors_they_were_written_from(tmp_path):
     assert torch.equal(logits(again.base_model.model), after)
 
 
+@torch.no_grad()
+def test_a_dispatched_model_keeps_its_hooks(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    model = MODELS["Llama, tied"]().eval()
+    expected, places = logits(model), dict.fromkeys(dict(model.named_children()), "cpu")
+    model = accelerate.dispatch_model(model, places, force_hooks=True)
+    with pytest.warns(UserWarning, match="load the model without device_map"):
+        same = svdlib.factorize(model, 0.3)
+    hooked = lambda model: {n for n, part in model.named_modules() if hasattr(part, "_hf_hook")}
+    assert hooked(same) == hooked(model) and not low_rank_layers(same)
+    assert torch.equal(logits(same), expected)
+    with pytest.raises(ValueError, match="load the model without device_map"):
+        svdlib.factorize(model, {"lm_head": 3, "model.embed_tokens": 3})
+    with pytest.raises(ValueError, match="its weight has no numbers here"):
+        offloaded = accelerate.cpu_offload(model, "cpu")
+        svdlib.factorize(offloaded, {"model.layers.0.mlp.up_proj": 3})
+
+
 def test_a_folder_that_does_not_fit_is_refused(tmp_path):
     made("BERT").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -135,7 +135,10 @@ class Layer:
             kind = type(self.module).__name__
             return f"a {kind} may do other things with its weight than a plain layer"
         if replace and "forward" in vars(self.module):
-            return "its forward is not its class's, as where accelerate or a patch replaced it"
+            return (
+                "its forward is not its class's, as where accelerate or a patch replaced it; load "
+                "the model without device_map, or undo the patch"
+            )
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         if replace and any(getattr(self.module, name) for name in hooks):
             return "its hooks would be lost; remove them first"
