@@ -19,6 +19,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -184,6 +185,27 @@ def _same(
                 yield key, own[id(value)]
 
 
+def refuse_resize(*_: Any, **__: Any) -> None:
+    """What a model with a factorized embedding or output layer has for ``resize_token_embeddings``.
+
+    That of transformers would resize a dense embedding, and then fail at the output layer.
+    """
+    raise ValueError(
+        "resize_token_embeddings cannot resize a factorized embedding or output layer; resize "
+        "svdlib.merge(model), or resize before you factorize"
+    )
+
+
+def guard_resize(model: Any) -> None:
+    """Refuse ``resize_token_embeddings`` while one of the layers it would resize is factorized."""
+    if vars(model).get("resize_token_embeddings") is refuse_resize:
+        del model.resize_token_embeddings
+    with suppress(NotImplementedError):  # a model without token embeddings
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        if any(layer in ends for layer in low_rank_layers(model).values()):
+            model.resize_token_embeddings = refuse_resize
+
+
 def prepare(model: nn.Module) -> nn.Module:
     """Note ranks in the configs of all transformers models in a model, in place.
 
@@ -211,6 +233,7 @@ def prepare(model: nn.Module) -> nn.Module:
                 unmark(part.config)
         if ranks or own:
             part.__dict__.pop("hf_quantizer", None)  # of a GGUF file, whose weights are plain now
+        guard_resize(part)
         if ranks:
             tie(part)
         elif "_tied_weights_keys" in part.__dict__:  # it was factorized before

@@ -1,5 +1,6 @@
 """Models of the transformers library: saved thin, read thin, and used as before."""
 
+import copy
 import inspect
 import json
 import subprocess
@@ -197,7 +198,7 @@ def test_a_tied_head_gets_the_factors_of_the_base_that_is_read(tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["Llama, tied", "T5", "Pegasus"])
+@pytest.mark.parametrize("name", ["Llama, tied", "GPT-2", "T5", "Pegasus"])
 def test_tied_factors_stay_tied(name):
     small = made(name)
     ranks = {name: layer.rank for name, layer in low_rank_layers(small).items()}
@@ -334,6 +335,33 @@ def test_adapters_are_read_onto_the_factors_they_were_written_from(tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(read(), tmp_path / "adapter").eval()
     assert torch.equal(logits(again.base_model.model), after)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["Llama, tied", "Llama, untied", "GPT-2", "BERT", "T5"])
+def test_factorized_embeddings_are_not_resized_until_they_are_merged(name, tmp_path):
+    small = made(name)
+    before = logits(small)
+    small.save_pretrained(tmp_path)
+    for model in (small, type(small).from_pretrained(tmp_path), copy.deepcopy(small)):
+        with pytest.raises(ValueError, match=r"resize svdlib\.merge\(model\)"):
+            model.resize_token_embeddings(64)
+        assert torch.equal(logits(model.eval()), before)
+    merged = svdlib.merge(small)
+    merged.resize_token_embeddings(64)
+    after = logits(merged)[..., :60]
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_dense_embedding_is_resized_beside_factors(tmp_path):
+    torch.manual_seed(0)
+    small = svdlib.factorize(llama(True).eval(), {"model.layers.0.mlp.up_proj": 3})
+    before = logits(small)
+    small.resize_token_embeddings(64)
+    assert torch.equal(logits(small)[..., :60], before)
+    small.save_pretrained(tmp_path)
+    assert_same(type(small).from_pretrained(tmp_path), small)
 
 
 @torch.no_grad()
