@@ -167,11 +167,14 @@ def test_without_the_import_reading_fails_and_says_what_to_run(name, tmp_path):
 
 
 @torch.no_grad()
-def test_generation_with_a_cache_goes_on_as_without():
-    small = made("Llama, tied")
-    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+@pytest.mark.parametrize("name", ["Llama, tied", "GPT-2", "T5"])
+def test_generation_with_a_cache_goes_on_as_without(name, tmp_path):
+    made(name).save_pretrained(tmp_path)
+    small = MODELS[name]().from_pretrained(tmp_path).eval()
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     cached = small.generate(IDS, **settings, use_cache=True)
     assert torch.equal(cached, small.generate(IDS, **settings, use_cache=False))
+    assert torch.equal(cached, made(name).generate(IDS, **settings))
 
 
 @torch.no_grad()
@@ -381,6 +384,60 @@ def test_a_dispatched_model_keeps_its_hooks(tmp_path):
     with pytest.raises(ValueError, match="its weight has no numbers here"):
         offloaded = accelerate.cpu_offload(model, "cpu")
         svdlib.factorize(offloaded, {"model.layers.0.mlp.up_proj": 3})
+
+
+PLACES = dict.fromkeys(["model.embed_tokens", "model.layers.0", "model.norm"], "cpu") | {
+    "lm_head": "cpu", "model.rotary_emb": "cpu", "model.layers.1": "disk",
+}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "places"),
+    [("Llama, tied", "auto"), ("Llama, tied", PLACES), ("T5", "auto"), ("ViT", "auto")],
+)
+def test_a_device_map_is_kept(name, places, tmp_path):
+    pytest.importorskip("accelerate")
+    small = made(name)
+    small.save_pretrained(tmp_path / "model")
+    read = {"device_map": places, "offload_folder": tmp_path / "offloaded"}
+    again = type(small).from_pretrained(tmp_path / "model", **read).eval()
+    device = next(again.parameters()).device
+    if places == "auto" and device.type != "cpu":
+        assert_same(again.cpu(), small)
+    else:
+        assert torch.equal(logits(again), logits(small))
+    again.save_pretrained(tmp_path / "again")
+    assert_same(type(small).from_pretrained(tmp_path / "again"), small)
+
+
+@pytest.mark.parametrize("name", ["Llama, tied", "T5"])
+def test_a_trainer_resumes_from_its_checkpoint(name, tmp_path):
+    pytest.importorskip("accelerate")
+    texts = torch.randint(60, (8, 9), generator=torch.Generator().manual_seed(2))
+    data = [{"input_ids": text, "labels": text} for text in texts]
+
+    def trained(model, steps, resume=None):
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), max_steps=steps, save_steps=2, logging_steps=1, use_cpu=True, seed=3,
+            per_device_train_batch_size=4, report_to=[], disable_tqdm=True, learning_rate=1e-2,
+            lr_scheduler_type="constant",
+        )  # fmt: skip
+        trainer = transformers.Trainer(model, arguments, train_dataset=data)
+        trainer.train(resume_from_checkpoint=resume)
+        return model
+
+    small = made(name)
+    straight = trained(copy.deepcopy(small), 4)
+    again = type(small).from_pretrained(tmp_path / "checkpoint-2")
+    ranks = {n: layer.rank for n, layer in low_rank_layers(small).items()}
+    assert {n: layer.rank for n, layer in low_rank_layers(again).items()} == ranks
+    resumed = trained(copy.deepcopy(small), 4, str(tmp_path / "checkpoint-2"))
+    assert any(
+        not torch.equal(p, q)
+        for p, q in zip(small.parameters(), straight.parameters(), strict=True)
+    )
+    assert_same(resumed, straight.eval())
 
 
 def test_a_folder_that_does_not_fit_is_refused(tmp_path):
