@@ -1,17 +1,21 @@
-# make study:      set up, fetch MNIST, execute every notebook, rebuild figures/
-# make test:       set up, then what protects a change (code, notebooks, style, types)
-# make test-all:   the same and the slow tests, as CI does
-# make lab:       set up, then open copies of the notebooks in JupyterLab
-# make explore:   set up, then serve the explorer as an app without code
-# make site:       set up, then the study as pages to read in a browser: docs/_build/html/index.html
-# make evidence:   set up, then measure what is too dear for a notebook (results/*.toml), over an hour
-# make processors: the numerical tests as other processors would run them
+# make study:       set up, fetch MNIST, execute every notebook, rebuild figures/
+# make test:        set up, then what protects a change (code, notebooks, style, types)
+# make test-all:    the same and the slow tests, as CI does
+# make lab:         set up, then open copies of the notebooks in JupyterLab
+# make explore:     set up, then serve the explorer as an app without code
+# make site:        set up, then the study as pages to read in a browser: docs/_build/html/index.html
+# make evidence:    set up, then measure what is too dear for a notebook (results/*.toml), over an hour
+# make processors:  the numerical tests as other processors would run them
+.DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: study test test-all site evidence processors setup lab explore refresh lint clean
+.PHONY: help study test test-all site evidence processors setup lab explore refresh lint clean
 .DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^# make /make /p' Makefile
 
 study: setup
 	$(BIN)/python -m svdlib run $(ARGS)
@@ -19,6 +23,7 @@ study: setup
 # Warnings are errors; -E reads all pages anew, because a docstring or conf.py may have changed.
 site: setup
 	$(BIN)/python -m sphinx -E -W --keep-going -q -c docs . docs/_build/html
+	@echo "open docs/_build/html/index.html"
 
 evidence: setup
 	$(BIN)/python -m svdlib sweep
@@ -82,5 +87,7 @@ pin: setup
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-header \
 		pyproject.toml --output-file requirements.txt
 
+# Copies in lab/ may have changes of yours, and stay.
 clean:
-	rm -rf .venv runs docs/_build
+	rm -rf .venv runs docs/_build build svdlib.egg-info
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -62,6 +62,12 @@ SMALL = {
         "kept_at": "[1]",
         "validation": "100",
     },
+    "13_language_model": {
+        "passages": "4",
+        "tested": "2",
+        "layers": '["model.layers.29.*"]',
+        "shares": "[0.99]",
+    },
     "12_lenet": {
         "methods": '["dense", "narrow", "adaptive factors", "fixed factors"]',
         "budgets": "[9000]",
@@ -71,8 +77,8 @@ SMALL = {
     },
 }
 
-# 10 has no images.
-IMAGES = {name: {"train_images": "640"} for name in SMALL if name != "10_your_network"}
+# 10 and 13 have no images.
+IMAGES = {name: {"train_images": "640"} for name in SMALL if name[:2] not in ("10", "13")}
 
 
 def network(random: Random) -> list[int]:

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 
 import svdlib
 from svdlib import checks
+from svdlib.study.evidence import records
 from svdlib.study.evidence.statistics import crossed
 from svdlib.study.retrieval import docstring_texts, even_ranks
 from svdlib.study.running.inputs import refusing
@@ -37,6 +38,7 @@ METHODS = (
     "compress, int8",
     "compress, trained on",
 )
+FEWEST_DRAWS = 3  # with an interval
 MIN_SHARE = 0.4  # of all parameters, of which the embedding alone has 0.21
 
 
@@ -119,11 +121,9 @@ def megabytes(model: nn.Module, bits: int = 32) -> float:
     return (4 * (other + scales) + bits / 8 * sum(m.numel() for m in matrices)) / 1e6
 
 
-def _matrices(model: nn.Module) -> list[Tensor]:
-    """The weights of linear layers, but for those that share an embedding's."""
-    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
-    return [weight for weight in linear if id(weight) not in embedded]
+def _matrices(model: Any) -> list[Tensor]:
+    """The weights and factors of a model's blocks, without its embedding."""
+    return [p for p in model.model.layers.parameters() if p.ndim == 2]
 
 
 def train_on(model: Any, dense: Any, tokens: Tensor, steps: int, rate: float = 3e-4) -> nn.Module:
@@ -164,11 +164,21 @@ def tokens_per_second(model: Any, prompt: Tensor, number: int = 8) -> dict[str, 
     return {"prompt": prompt.numel() / seconds[0], "written": len(prompt) * number / written}
 
 
+def stored() -> pd.DataFrame | None:
+    """The committed losses of every way, or None where they are missing."""
+    names = ("language_model", "language_draws", "language_formulas")
+    tables = [records.committed(name, {}) for name in names]
+    if any(table is None for table in tables):
+        return None
+    keys = ["form", "share", "draw", "document"]  # each has the dense model's rows
+    return pd.concat(tables).drop_duplicates(keys, ignore_index=True)
+
+
 def perplexities(table: pd.DataFrame) -> pd.DataFrame:
     """Perplexity of each form and share, and times the dense model's, with a 95% interval.
 
     The interval is of the mean difference of the losses, paired by passage, over draws of the
-    calibration text and passages both (`crossed`).
+    calibration text and passages both (`crossed`). Fewer than three draws have none.
 
     Args:
         table: columns form, share, draw, document, loss, megabytes; rows of the form "dense" too.
@@ -178,19 +188,34 @@ def perplexities(table: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (share, form), part in table[table.form != "dense"].groupby(["share", "form"], sort=False):
         more = (part.set_index(keys).loss - before).dropna()
-        ends = np.exp(crossed(more.unstack("document").to_numpy()))
+        ends = crossed(more.unstack("document").to_numpy())
+        if ends["n"] < FEWEST_DRAWS:
+            ends[["low", "high"]] = np.nan
         rows.append(
             {
                 "share": share,
                 "form": form,
+                "draws": int(ends["n"]),
                 "megabytes": part.megabytes.mean(),
                 "perplexity": np.exp(part.loss.mean()),
-                "times": ends["mean"],
-                "low": ends["low"],
-                "high": ends["high"],
+                "times": np.exp(ends["mean"]),
+                "low": np.exp(ends["low"]),
+                "high": np.exp(ends["high"]),
             }
         )
     return pd.DataFrame(rows)
+
+
+def perplexity_table(summary: pd.DataFrame) -> pd.DataFrame:
+    """`perplexities` to read: three digits, and the interval as text."""
+    table = summary[["share", "form", "draws"]].assign(MB=summary.megabytes.round().astype(int))
+    table["perplexity"] = summary.perplexity.map("{:,.3g}".format)
+    table["times the dense model's"] = [
+        f"{mean:,.3g}" + ("" if np.isnan(low) else f" [{low:.3g}, {high:.3g}]")
+        for mean, low, high in summary[["times", "low", "high"]].itertuples(index=False)
+    ]
+    order = table.share.map(lambda share: -share)
+    return table.iloc[order.argsort(kind="stable")].set_index(["share", "form"])
 
 
 def ahead(table: pd.DataFrame, form: str, of: str, share: float) -> pd.Series:
@@ -198,7 +223,7 @@ def ahead(table: pd.DataFrame, form: str, of: str, share: float) -> pd.Series:
     part = table[table.share == share].pivot(
         index=["draw", "document"], columns="form", values="loss"
     )
-    ends = crossed((part[of] - part[form]).unstack("document").to_numpy())
+    ends = crossed((part[of] - part[form]).dropna().unstack("document").to_numpy())
     return pd.Series({**np.exp(ends), "n": ends["n"]})
 
 

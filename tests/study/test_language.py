@@ -63,10 +63,12 @@ def test_int8_rounds_rows_and_leaves_the_tied_embedding(model):
     assert torch.equal(model.lm_head.weight, small.lm_head.weight)
 
 
-def test_megabytes_count_numbers_and_scales():
-    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3))
-    assert language.megabytes(model) == pytest.approx(4 * (20 + 12 + 3) / 1e6)
-    assert language.megabytes(model, 8) == pytest.approx((4 * (20 + 3 + 3) + 12) / 1e6)
+def test_megabytes_count_numbers_and_scales(model):
+    total = sum(p.numel() for p in model.parameters())
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    size, rows = sum(p.numel() for p in matrices), sum(map(len, matrices))
+    assert language.megabytes(model) == pytest.approx(4 * total / 1e6)
+    assert language.megabytes(model, 8) == pytest.approx((4 * (total - size + rows) + size) / 1e6)
 
 
 def test_training_on_brings_a_cut_model_nearer(model):
@@ -114,3 +116,22 @@ def test_parameters_that_cannot_be_used_are_refused(change, said):
     language.check(good)
     with pytest.raises(ValueError, match=said):
         language.check(good | change)
+
+
+def test_fewer_than_three_draws_have_no_interval():
+    rows = [
+        {
+            "draw": draw,
+            "document": document,
+            "megabytes": 1.0,
+            "form": form,
+            "share": share,
+            "loss": 1.0,
+        }
+        for draw in range(2)
+        for document in range(3)
+        for form, share in (("dense", 1.0), ("a", 0.5))
+    ]
+    summary = language.perplexities(pd.DataFrame(rows))
+    assert summary.draws.tolist() == [2] and summary[["low", "high"]].isna().all(axis=None)
+    assert language.perplexity_table(summary).iloc[0, -1] == "1"

@@ -10,6 +10,7 @@ import pandas as pd
 from scipy.stats import gaussian_kde
 
 from svdlib import files
+from svdlib.study import language
 from svdlib.study.evidence import records
 from svdlib.study.evidence.statistics import interval, locate, paired, prediction, with_interval
 
@@ -22,7 +23,14 @@ def render() -> str:
     environment.filters["with_interval"] = with_interval
     environment.filters["mean"] = lambda values, *digits: with_interval(interval(values), *digits)
     numbers = (
-        _when() | _headline() | _ranks_below_ten() | _rules() | _forms() | _lenet() | _recall()
+        _when()
+        | _headline()
+        | _ranks_below_ten()
+        | _rules()
+        | _forms()
+        | _lenet()
+        | _recall()
+        | _language()
     )
     template = (ROOT / "docs" / "README.md.j2").read_text("utf-8")
     return environment.from_string(template).render(numbers)
@@ -153,6 +161,19 @@ def _lenet() -> dict[str, Any]:
         more = _differences(runs, "accuracy", "narrow", "method")["adaptive factors"]
         found[dataset] = {"n": len(own), "own": with_interval(interval(own)), "more": more}
     return {"lenet": found}
+
+
+def _language() -> dict[str, Any]:
+    """SmolLM2's perplexity, times the dense one's, by share and form; rows of the table by form."""
+    table = language.stored()
+    if table is None:
+        raise ValueError("results/language_model.csv is missing or has other columns")
+    found = language.perplexities(table).rename(columns={"times": "mean"})
+    cut = found[found.share < 1]
+    shares = [(share, part.set_index("form")) for share, part in cut.groupby("share")]
+    dense = table[table.form == "dense"]
+    counts = {"draws": table.draw.nunique(), "passages": dense.document.nunique()}
+    return {"language": shares[::-1], "language_counts": counts}
 
 
 def _recall() -> dict[str, Any]:

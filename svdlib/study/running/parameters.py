@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import difflib
 import itertools
 import math
 import re
@@ -29,12 +30,26 @@ def find(names: Sequence[str] = (), folder: Path = NOTEBOOKS) -> list[Path]:
     for name in names:
         path = next((path for path in known if name in (path.stem, path.name)), Path(name))
         if path.suffix != ".ipynb" or not path.is_file():
-            listed = ", ".join(path.stem for path in known) or "none"
-            raise ValueError(f"no notebook {name!r}; known: {listed}")
+            raise ValueError(_unknown(name, [path.stem for path in known], folder))
         other = found.setdefault(path.stem, path)
         if other.resolve() != path.resolve():
             raise ValueError(f"{other} and {path} have one name; run them one after the other")
     return list(found.values()) or known
+
+
+def _unknown(name: str, known: Sequence[str], folder: Path) -> str:
+    """What to say of a name that is no notebook's."""
+    if re.fullmatch(r"\w+=.*", name):
+        parameter, _, value = name.partition("=")
+        return f"no notebook {name!r}; a parameter is given as -p {parameter} {value}"
+    if not known:
+        return f"{folder.resolve()} holds no notebooks; run from the project's root"
+    close = difflib.get_close_matches(name, known, 1)
+    return (
+        f"no notebook {name!r}; "
+        + (f"did you mean {close[0]}? " if close else "")
+        + (f"known: {', '.join(known)}")
+    )
 
 
 def declared(notebook: Path) -> dict[str, set[str]]:
@@ -148,7 +163,7 @@ def _several(name: str, values: Values, kinds: set[str]) -> list[str]:
     """
     numbers = not kinds or bool(kinds & {"int", "float"})
     if not isinstance(values, str):
-        texts = [repr(value) for value in values]
+        texts = [value if isinstance(value, str) else repr(value) for value in values]
     elif numbers and re.fullmatch(r"-?\d+:-?\d+(:-?\d+)?", values):
         low, high, step = [*map(int, values.split(":")), 1][:3]
         if step == 0:

@@ -52,7 +52,7 @@ def _read(path: Path) -> Sweep:
     for name, values in content["over"].items():
         if not isinstance(values, str | list):
             raise ValueError(f"{path}: over {name} takes a list, or a range as text")  # noqa: TRY004
-    content["parameters"] = {name: repr(value) for name, value in content["parameters"].items()}
+    content["parameters"] = {name: str(value) for name, value in content["parameters"].items()}
     return Sweep(path.stem, **content)
 
 

@@ -173,8 +173,12 @@ def sweep(
     names: Sequence[str] = (), *, target: Path = Path("results"), **options: Any
 ) -> list[Outcome]:
     """Run the sweeps of these names, or all, and put their tables into ``target``; see `run`."""
-    outcomes = []
-    for wanted in results.sweeps(names, target):
+    outcomes, chosen = [], results.sweeps(names, target)
+    here = options.get("scheduler") is None
+    for wanted in chosen:  # a mistake in the last one is an error before the first one starts
+        over = list(wanted.over.items())
+        sweeps.plan(find([wanted.notebook]), wanted.parameters, over, here=here)
+    for wanted in chosen:
         found = run([wanted.notebook], wanted.parameters, list(wanted.over.items()), **options)
         if found and not any(outcome.error for outcome in found):
             results.write(wanted, [outcome.output for outcome in found], target)
@@ -242,7 +246,8 @@ def report(outcomes: Sequence[Outcome]) -> str:
     lines = [f"{'notebook':<{width}}  outcome  seconds  results"] if listed else []
     for outcome in listed:
         name, status = f"{outcome.name:<{width}}", "failed" if outcome.error else "ok"
-        lines.append(f"{name}  {status:<7}  {outcome.seconds:7.1f}  {outcome.output}")
+        seconds = f"{outcome.seconds:7.1f}" if outcome.seconds else "earlier"
+        lines.append(f"{name}  {status:<7}  {seconds}  {outcome.output}")
         if outcome.error:
             lines.append(f"    {outcome.error}")
     if len(listed) < len(outcomes):
@@ -344,8 +349,11 @@ def _parser() -> argparse.ArgumentParser:
     runner = add("run", help="execute notebooks, rebuild figures", parents=both, allow_abbrev=False)
     unguarded = methodcaller("removeprefix", " ")  # see `main`
     pair: dict[str, Any] = {"nargs": 2, "action": "append", "default": [], "type": unguarded}
-    runner.add_argument("-p", "--parameter", dest="given", metavar=("NAME", "VALUE"), **pair)
-    runner.add_argument("--over", metavar=("NAME", "1,2,3|0:100:10"), **pair)
+    once = "a notebook's parameter, such as -p epochs 3; repeat it for others"
+    several = "run every one of these values, such as --over rank 4,6,8 or --over seeds 0:100:10"
+    shown: dict[str, Any] = {"dest": "given", "metavar": ("NAME", "VALUE"), "help": once}
+    runner.add_argument("-p", "--parameter", **shown, **pair)
+    runner.add_argument("--over", metavar=("NAME", "VALUES"), help=several, **pair)
     where = "folder for the figures (figures at a notebook's own parameters, else beside it)"
     runner.add_argument("--figures", type=_folder, help=where)
     runner.add_argument("--rewrite", action="store_true", help="replace figures that agree, too")
