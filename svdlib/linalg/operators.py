@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Protocol
 
@@ -11,6 +12,9 @@ from torch import Tensor
 from svdlib import checks
 from svdlib.linalg.bases import orthonormal
 
+# Layouts of sparse matrices; those of blocks are not multiplied by everywhere.
+BLOCKS = (torch.sparse_bsr, torch.sparse_bsc)
+SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, *BLOCKS)
 PROBES = 32  # columns that the error is estimated with
 
 
@@ -34,10 +38,20 @@ def sketched_operator(
     For the residual M and a Gaussian ω, E ‖M ω‖² = ‖M‖_F². The root of the mean over 32 of them has
     a relative standard deviation of at most (2·32)^(−½), about an eighth.
     """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse (CSR|CSC|BSR|BSC) tensor support is in beta")
+        return _sketched(A, rank, oversample, power_iters, generator)
+
+
+def _sketched(
+    A: Operator, rank: int, oversample: int, power_iters: int, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = tuple(getattr(A, "shape", ()))
-    if len(shape) != 2 or not (hasattr(A, "mT") and hasattr(A, "__matmul__")):
+    known = not isinstance(A, Tensor) or A.layout in SPARSE
+    if len(shape) != 2 or not (known and hasattr(A, "mT") and hasattr(A, "__matmul__")):
         needed = "a floating-point torch tensor, or an operator with shape (m, n), @ and mT"
-        raise ValueError(f"A must be {needed}, not {type(A).__name__}")
+        found = f"{A.layout} of shape {shape}" if isinstance(A, Tensor) else type(A).__name__
+        raise ValueError(f"A must be {needed}, not {found}")
     m, n = (checks.positive_int(side, "a side of the operator") for side in shape)
     dtype = getattr(A, "dtype", torch.float32)
     if dtype not in (torch.float32, torch.float64):
@@ -45,7 +59,7 @@ def sketched_operator(
     device = torch.device(getattr(A, "device", "cpu"))
     rank = checks.rank(rank, (m, n))
     checks.generator(generator, device)
-
+    A = A.to_sparse() if isinstance(A, Tensor) and A.layout in BLOCKS else A
     gaussian = partial(torch.randn, n, dtype=dtype, device=device, generator=generator)
     At = A.mT
     Q = orthonormal(_times(A, gaussian(min(rank + oversample, m, n)), m))

@@ -1,5 +1,7 @@
 """Sparse matrices and operators, against the same matrices in dense form."""
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -37,12 +39,29 @@ def test_a_matrix_of_low_rank_is_recovered(m, n, rank, seed):
     assert found.error < 1e-9 * A.norm()
 
 
-@pytest.mark.parametrize("layout", ["coo", "csr", "csc"])
+@pytest.fixture
+def warns_always():
+    """Torch gives the warning that a layout is in beta at each matrix, not only at the first."""
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(False)
+
+
+@pytest.mark.usefixtures("warns_always")
+@pytest.mark.parametrize("layout", ["coo", "csr", "csc", "bsr", "bsc"])
 @pytest.mark.parametrize("shape", [(60, 90), (90, 60)])
 def test_sparse_matrices_of_any_layout(layout, shape, generator):
     A = matrix(shape) * (torch.rand(shape, generator=generator) < 0.1)
-    sparse = {"coo": A.to_sparse, "csr": A.to_sparse_csr, "csc": A.to_sparse_csc}[layout]()
-    found = svdlib.randomized_svd(sparse, 5, oversample=10, power_iters=6, generator=generator)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        blocks = (6, 5) if layout.startswith("b") else None
+        made = {"layout": getattr(torch, f"sparse_{layout}"), "blocksize": blocks}
+        sparse = A.to_sparse(**made)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        filters = list(warnings.filters)
+        found = svdlib.randomized_svd(sparse, 5, oversample=10, power_iters=6, generator=generator)
+        assert warnings.filters == filters
     exact = svdlib.truncated_svd(A, 5)
     torch.testing.assert_close(found.S, exact.S, rtol=1e-2, atol=0)
     true = (A - found.matrix()).norm()
@@ -91,3 +110,14 @@ class Wrong(Product):
 def test_bad_operators(A, given, message):
     with pytest.raises(ValueError, match=message):
         svdlib.randomized_svd(A, **{"oversample": 3} | given)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("layout", [torch.sparse_bsr, torch.sparse_bsc])
+def test_a_stack_of_sparse_matrices_and_the_exact_svd_of_one_are_refused(layout):
+    A = matrix((12, 16)).to_sparse(layout=layout, blocksize=(4, 4))
+    with pytest.raises(ValueError, match=r"layout torch\.sparse_bs.; see A\.to_dense"):
+        svdlib.truncated_svd(A, 2)
+    stack = matrix((2, 12, 16)).to_sparse(layout=layout, blocksize=(4, 4))
+    with pytest.raises(ValueError, match=r"shape \(m, n\), .* not torch\.sparse_bs. of shape"):
+        svdlib.randomized_svd(stack, 2)
