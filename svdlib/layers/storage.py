@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, load_model, save_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from svdlib import checks, threads
@@ -30,7 +30,9 @@ def save_factorized(model: nn.Module, path: str | Path) -> None:
     An existing file is replaced once the new one is complete.
 
     Raises:
-        ValueError: ``path`` exists and is no file, or its folder does not exist.
+        ValueError: ``path`` exists and is no file, or its folder does not exist; the model has
+            extra state, or tensors that safetensors does not store.
+        OSError: the file can't be written, as on a full disk; nothing is left of it.
 
     >>> import tempfile
     >>> from svdlib import factorize
@@ -42,8 +44,14 @@ def save_factorized(model: nn.Module, path: str | Path) -> None:
     path = _place(path)
     ranks = ranks_of(model)
     metadata = {"svdlib": json.dumps({"format": FORMAT, "ranks": ranks})}
-    with complete_file(path) as part:
-        save_model(model, str(part), metadata=metadata)
+    stored = _stored(model)
+    try:
+        with complete_file(path) as part:
+            save_file(stored, str(part), metadata=metadata)
+    except KeyError as error:
+        raise ValueError(f"safetensors stores no tensors of type {error}; convert them") from None
+    except SafetensorError as error:
+        raise OSError(f"{path} can't be written, and nothing is left of it: {error}") from None
 
 
 @threads.making()
@@ -79,15 +87,63 @@ def load_factorized(model: nn.Module, path: str | Path) -> nn.Module:
     for name, thin in thin_twins({name: net.layers[name] for name in ranks}, ranks).items():
         net.put(name, thin)
     loaded = net.closed()
-    own = loaded.state_dict()
     try:
-        for name, tensor in load_file(path).items():
-            if name in own and tensor.dtype != own[name].dtype:
-                raise RuntimeError(f"{name} is {own[name].dtype} in the model, not {tensor.dtype}")
-        load_model(loaded, path, device=str(next(loaded.parameters()).device))
+        _load_(loaded, load_file(path))
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path} does not fit the model: {error}") from None
     return loaded
+
+
+def _stored(model: nn.Module) -> dict[str, Tensor]:
+    """A model's tensors by name, each once, and none that shares memory with another."""
+    found: dict[str, Tensor] = {}
+    seen, memory = set[object](), set[int]()
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise ValueError(  # noqa: TRY004
+                f"{name!r} is a {type(value).__name__}, and only tensors are stored; keep such "
+                "extra state in a file of its own, or make it a tensor"
+            )
+        if value.layout != torch.strided or value.is_meta:
+            raise ValueError(
+                f"{name!r} is a tensor that safetensors does not store (device {value.device}, "
+                f"{value.layout}); make it dense, and give it numbers"
+            )
+        if value.numel() and (same := _memory(value)) in seen:
+            continue
+        seen.add(same if value.numel() else name)
+        place = value.untyped_storage().data_ptr()
+        free = value.is_contiguous() and place not in memory
+        found[name] = value if free else value.clone(memory_format=torch.contiguous_format)
+        memory.add(place)
+    return found
+
+
+def _memory(tensor: Tensor) -> object:
+    return tensor.device, tensor.dtype, tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+def _load_(model: nn.Module, stored: Mapping[str, Tensor]) -> None:
+    """Copy tensors into a model; those that it shares may be stored once."""
+    for part in model.modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None and 0 in buffer.stride():  # expanded: it can't be written to
+                part._buffers[name] = buffer.clone(memory_format=torch.contiguous_format)
+    own = {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)}
+    places: dict[object, str] = {}
+    for name in stored.keys() & own.keys():
+        if stored[name].dtype != own[name].dtype:
+            types = f"{own[name].dtype} in the model, not {stored[name].dtype}"
+            raise RuntimeError(f"{name} is {types}")
+        if own[name].numel() and (other := places.setdefault(_memory(own[name]), name)) != name:
+            raise RuntimeError(f"{other} and {name} are one tensor in the model, two in the file")
+    missing, unexpected = model.load_state_dict(stored, strict=False)
+    memory = {own[name].untyped_storage().data_ptr() for name in stored.keys() & own.keys()}
+    missing = [
+        n for n in missing if n not in own or own[n].untyped_storage().data_ptr() not in memory
+    ]
+    if missing or unexpected:
+        raise RuntimeError(f"missing {missing}, unexpected {unexpected}")
 
 
 def export_onnx(

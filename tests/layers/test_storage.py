@@ -121,7 +121,7 @@ def test_a_failed_save_leaves_what_was_there(model, saved, monkeypatch):
     def fails(*arguments, **more):
         raise OSError("disk full")
 
-    monkeypatch.setattr("svdlib.layers.storage.save_model", fails)
+    monkeypatch.setattr("svdlib.layers.storage.save_file", fails)
     with pytest.raises(OSError, match="disk full"):
         svdlib.save_factorized(svdlib.factorize(model, {"0": 2}), saved)
     assert saved.read_bytes() == before
@@ -225,3 +225,90 @@ def test_onnx_of_several_inputs(kind, names, tmp_path):
     assert model.training
     with pytest.raises(ValueError, match=r"the model does not take float32 .4, 9."):
         svdlib.export_onnx(model, a, tmp_path / "b.onnx")
+
+
+class Extra(nn.Sequential):
+    def get_extra_state(self):
+        return {"steps": 3}
+
+    def set_extra_state(self, state):
+        self.state = state
+
+
+def with_buffers(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(30, 30))
+    block = torch.rand(10, 6)
+    buffers = {
+        "expanded": [torch.rand(1, 5).expand(4, 5)],
+        "overlapping": [block.view(-1)[:36], block.view(-1)[24:]],
+        "part of another": [block[:3], block],
+        "the same": [block, block],
+        "strided": [block[:, ::2], block.mT],
+        "empty": [torch.empty(0), torch.empty(0)],
+        "complex": [block.to(torch.complex64)],
+        "sparse": [block.to_sparse()],
+        "meta": [block.to("meta")],
+        "complex128": [block.to(torch.complex128)],
+    }[kind]
+    for number, buffer in enumerate(buffers):
+        model.register_buffer(f"buffer{number}", buffer)
+    return model
+
+
+def zeroed(module):
+    for name, buffer in module.named_buffers(recurse=False):
+        setattr(module, name, buffer if 0 in buffer.stride() else buffer.zero_())
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["expanded", "overlapping", "part of another", "the same", "strided", "empty", "complex"],
+)
+def test_buffers_that_share_memory_are_saved_by_their_values(kind, tmp_path):
+    model = with_buffers(kind)
+    small = svdlib.factorize(model, 3)
+    svdlib.save_factorized(small, tmp_path / "small")
+    loaded = svdlib.load_factorized(with_buffers(kind).apply(zeroed), tmp_path / "small")
+    expected = small.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("sparse", "'buffer0' .*sparse_coo.*make it dense"),
+        ("meta", "'buffer0' .*device meta"),
+        ("complex128", "no tensors of type torch.complex128"),
+    ],
+)
+def test_what_can_not_be_stored_is_named_and_nothing_written(kind, message, tmp_path):
+    small = svdlib.factorize(with_buffers(kind), 3)
+    with pytest.raises(ValueError, match=message):
+        svdlib.save_factorized(small, tmp_path / "small")
+    assert not list(tmp_path.iterdir())
+
+
+def test_extra_state_is_refused_unless_it_is_a_tensor(tmp_path, monkeypatch):
+    model = nn.Sequential(Extra(nn.Linear(30, 30)))
+    small = svdlib.factorize(model, 3)
+    with pytest.raises(ValueError, match=r"'0\._extra_state' is a dict, and only tensors"):
+        svdlib.save_factorized(small, tmp_path / "small")
+    monkeypatch.setattr(Extra, "get_extra_state", lambda self: torch.tensor(3))
+    svdlib.save_factorized(small, tmp_path / "small")
+    assert svdlib.load_factorized(model, tmp_path / "small")[0].state == 3
+
+
+def test_a_full_disk_leaves_no_part(tmp_path):
+    resource = pytest.importorskip("resource")
+    small = svdlib.factorize(nn.Sequential(nn.Linear(300, 300)), 30)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"small can't be written, and nothing is left"):
+            svdlib.save_factorized(small, tmp_path / "small")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
