@@ -87,7 +87,7 @@ class Compressed:
 
 
 @threads.making()
-@torch.random.fork_rng(devices=[])  # a DataLoader draws random numbers
+@threads.same_random()  # a DataLoader draws random numbers
 def compress(
     model: nn.Module,
     x: Batches,

@@ -6,12 +6,14 @@ second thread brings. Its operations use one thread; independent pieces of work 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, wait
 from contextlib import contextmanager
 from threading import Event
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 Piece = TypeVar("Piece")
@@ -42,6 +44,22 @@ def making() -> Iterator[None]:
     gradients = torch.is_grad_enabled()  # leaving inference mode would switch them on
     with plain(), torch.inference_mode(False), torch.set_grad_enabled(gradients):
         yield
+
+
+@contextmanager
+def same_random(devices: Iterable[int] = ()) -> Iterator[None]:
+    """Leave the random states of torch, of numpy and of Python as they were.
+
+    A DataLoader draws torch's numbers, and data sets that augment draw from any of the three.
+    """
+    pythons = random.getstate()
+    numpys = np.random.get_state()  # noqa: NPY002  # of the generator that data sets share
+    try:
+        with torch.random.fork_rng(list(devices)):
+            yield
+    finally:
+        random.setstate(pythons)
+        np.random.set_state(numpys)  # noqa: NPY002
 
 
 def side_by_side(

@@ -84,7 +84,7 @@ def factorize(
     earlier = low_rank_layers(duplicate(model)) if low_rank_layers(model) else {}
     chosen = _chosen(net, ranks, earlier)
     fits: Fits = dict.fromkeys(net.untied(chosen)).items()
-    with torch.random.fork_rng(devices=[]):  # a DataLoader draws random numbers
+    with threads.same_random():  # a DataLoader draws random numbers
         if inputs is not None:
             data = batches(inputs.data, BATCH)
             first = next(data)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from svdlib import threads
+
 # A tensor, a tuple or a mapping of tensors, or whatever the caller's own function takes.
 Batch = Any
 # One batch, or an iterable of batches.
@@ -53,7 +55,7 @@ def batches(data: Batches, size: int | None = None) -> Iterator[Batch]:
 
 def first_batch(data: Batches, size: int | None = None) -> Batch:
     """The first batch; the caller's random state stays as it is, whatever a DataLoader draws."""
-    with torch.random.fork_rng(devices=[]):
+    with threads.same_random():
         return next(batches(data, size))
 
 
