@@ -1,9 +1,11 @@
 import copy
+import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -170,3 +172,64 @@ def test_calls_leave_torch_as_it_was_and_heed_no_mode(name, blobs, tmp_path):
                 other.detach(), one.detach(), rtol=0, atol=0, equal_nan=True, msg=mode
             )
             assert not (isinstance(other, nn.Parameter) and other.is_inference()), mode
+
+
+class Augmented(torch.utils.data.Dataset):
+    """Images that are changed by random numbers of torch, numpy and Python at each reading."""
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        noise = random.random() + np.random.rand() + torch.rand(())  # noqa: NPY002
+        return (self.x[i] + 0.01 * noise).float(), self.y[i]
+
+
+def drawn():
+    """What the next numbers of torch, numpy and Python will be."""
+    return torch.get_rng_state().tolist(), np.random.get_state()[1:], random.getstate()  # noqa: NPY002
+
+
+OF_LOADERS = {
+    "factorize": lambda net, data: svdlib.factorize(net, {"0": 3}, calibration=data),
+    "sequential": lambda net, data: svdlib.factorize(
+        net, {"0": 3}, calibration=svdlib.Calibration(data, sequential=True)
+    ),
+    "compress": lambda net, data: svdlib.compress(net, data, parameters=0.6, progress=False),
+    "cost": lambda net, data: svdlib.cost(net, data, repeats=1),
+    "loss_profile": lambda net, data: svdlib.loss_profile(net, data, progress=False),
+    "joint_profile": lambda net, data: svdlib.joint_profile(net, data, progress=False),
+    "verify_ranks": lambda net, data: svdlib.verify_ranks(net, {"0": 5, "2": 2}, data),
+    "search_ranks": lambda net, data: svdlib.search_ranks(
+        net, data, None, lambda rows: rows.increase <= 0.1
+    ),
+    "refine_ranks": lambda net, data: svdlib.refine_ranks(
+        net, data, None, {"0": 5, "2": 2}, tolerance=0.1
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", OF_LOADERS)
+def test_data_that_augment_leave_the_caller_s_random_numbers(name, blobs):
+    net = perceptron((12, 60, 3))
+    data = torch.utils.data.DataLoader(
+        Augmented(blobs.test_x, blobs.test_y), batch_size=64, shuffle=True
+    )
+    before = drawn()
+    OF_LOADERS[name](net, data)
+    after = drawn()
+    assert before[0] == after[0] and before[2] == after[2]
+    np.testing.assert_equal(before[1], after[1])
+
+
+def test_random_states_are_restored_after_an_error():
+    before = drawn()
+    with pytest.raises(ZeroDivisionError), threads.same_random():
+        random.random(), np.random.rand(), torch.rand(())  # noqa: NPY002
+        1 / 0  # noqa: B018
+    assert before[0] == drawn()[0] and before[2] == drawn()[2]
+    np.testing.assert_equal(before[1], drawn()[1])

@@ -118,7 +118,7 @@ class MLPEnsemble(nn.Module):
         if not seeds:
             raise ValueError("an ensemble needs at least one seed, none was given")
         modules = []
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        with threads.same_random(), torch.device("cpu"):
             for seed in seeds:
                 torch.default_generator.manual_seed(seed)  # torch.manual_seed reaches the GPUs too
                 modules.append(perceptron(sizes))

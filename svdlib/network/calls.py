@@ -54,7 +54,7 @@ def batches(data: Batches, size: int | None = None) -> Iterator[Batch]:
 
 
 def first_batch(data: Batches, size: int | None = None) -> Batch:
-    """The first batch; the caller's random state stays as it is, whatever a DataLoader draws."""
+    """The first batch; whatever a DataLoader draws leaves the caller's random states."""
     with threads.same_random():
         return next(batches(data, size))
 

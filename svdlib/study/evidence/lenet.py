@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from svdlib import checks
+from svdlib import checks, threads
 from svdlib.bars import bar
 from svdlib.data import Data
 from svdlib.layers.adapt import LowRankTraining, truncate_
@@ -45,7 +45,7 @@ def lenet(seed: int, widths: Sequence[int] = (20, 50, 500)) -> nn.Module:
     (430500, 18100)
     """
     a, b, c = widths
-    with torch.random.fork_rng(devices=[]):
+    with threads.same_random():
         torch.manual_seed(seed)
         model = nn.Sequential(
             *(nn.Conv2d(1, a, 5), nn.MaxPool2d(2), nn.ReLU()),
