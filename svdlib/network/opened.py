@@ -275,7 +275,7 @@ class Network:
             torch.no_grad(),
             threads.plain(),
             threads.inside(1 if small else torch.get_num_threads()),
-            torch.random.fork_rng(devices),
+            threads.same_random(devices),
             modes.unfused(self.model),
             modes.evaluating(self.model, *others),
         ):
