@@ -9,7 +9,6 @@ from pandas import DataFrame
 
 FORMS = {
     "SVD-LLM": "#0072B2",
-    "calibrated": "#E69F00",
     "gradients, even ranks": "#009E73",
     "compress": "#D55E00",
 }
