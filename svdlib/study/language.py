@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import random
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -149,19 +148,6 @@ def continued(model: Any, tokenizer: Any, prompt: str, number: int = 40) -> str:
     tokens = tokenizer(prompt, return_tensors="pt").to(model.device)
     out = model.generate(**tokens, max_new_tokens=number, do_sample=False)
     return str(tokenizer.decode(out[0], skip_special_tokens=True))
-
-
-@torch.no_grad()
-def tokens_per_second(model: Any, prompt: Tensor, number: int = 8) -> dict[str, float]:
-    """Tokens read from a prompt (n, T), and tokens written after it, per second."""
-    settings = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    seconds = []
-    for new in (1, 1 + number):
-        start = time.perf_counter()
-        model.generate(prompt, max_new_tokens=new, **settings)
-        seconds.append(time.perf_counter() - start)
-    written = max(seconds[1] - seconds[0], 1e-9)
-    return {"prompt": prompt.numel() / seconds[0], "written": len(prompt) * number / written}
 
 
 def stored() -> pd.DataFrame | None:

@@ -82,11 +82,6 @@ def test_training_on_brings_a_cut_model_nearer(model):
         assert distance() < 0.9 * before
 
 
-def test_tokens_per_second_are_positive(model):
-    found = language.tokens_per_second(model, torch.ones(2, 5, dtype=torch.long), 3)
-    assert found["prompt"] > 0 and found["written"] > 0
-
-
 def test_perplexities_are_paired_with_the_dense_model_by_draw_and_passage():
     rng = np.random.default_rng(0)
     rows = []
