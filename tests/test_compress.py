@@ -372,62 +372,6 @@ def test_shared_weights_count_once_and_stay_shared(how):
     assert small.ranks.keys() == {"inner"}
 
 
-class Shares(nn.Module):
-    """Layers of which these share a weight and these a bias, one perhaps with the model itself."""
-
-    def __init__(self, weights="", biases="", own=False):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleDict({name: nn.Linear(40, 40) for name in "abcd"})
-        self.embed, self.head = nn.Embedding(60, 40), nn.Linear(40, 60)
-        self.head.weight = self.embed.weight
-        for name in weights:
-            self.layers[name].weight = self.layers[weights[0]].weight
-        for name in biases:
-            self.layers[name].bias = self.layers[biases[0]].bias
-        if own:
-            self.bias = self.head.bias
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        for layer in self.layers.values():
-            x = torch.tanh(layer(x))
-        return self.head(x)
-
-
-@pytest.mark.parametrize(
-    "shared",
-    [{}, {"own": True}, {"biases": "abcd"}, {"weights": "ab", "biases": "bc", "own": True},
-     {"weights": "abc", "biases": "abc"}],
-)  # fmt: skip
-@pytest.mark.parametrize("budget", [0.75, 0.5])
-def test_a_budget_counts_what_is_shared_once_and_exactly(shared, budget):
-    model = Shares(**shared)
-    ids = torch.randint(60, (50, 7), generator=torch.Generator().manual_seed(2))
-    more = {"objective": svdlib.next_token_losses, "parameters": budget, "include": ["*"]}
-    result = svdlib.compress(model, ids, **more, **QUICK)
-    found = count(result.model) / count(model)
-    assert budget - 0.05 < found <= budget
-    assert found == pytest.approx(result.losses.share.iloc[-1], abs=1e-12)
-    whole = result.report.set_index("layer").loc["whole model"]
-    assert [whole.parameters, whole.dense_parameters] == [count(result.model), count(model)]
-
-
-def test_a_masked_language_model_keeps_its_budget_and_its_shared_bias():
-    import transformers
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.BertConfig(vocab_size=300, intermediate_size=64, **sizes)
-    model = transformers.BertForMaskedLM(config).eval()
-    ids = torch.randint(300, (50, 7), generator=torch.Generator().manual_seed(2))
-    objective = lambda model, x: model(x).logits.square().mean((1, 2))
-    more = {"objective": objective, "parameters": 0.75, "include": ["*"]}
-    small = svdlib.compress(model, ids, **more, **QUICK).model
-    assert 0.7 < count(small) / count(model) <= 0.75
-    assert small.cls.predictions.decoder.bias is small.cls.predictions.bias
-
-
 def test_a_shared_weight_that_is_read_without_its_layer_is_left_everywhere():
     model, ids = Tied(called=False), torch.randint(60, (50, 7))
     with pytest.warns(UserWarning, match="'head' .the model reads its weight.*'embed' .its weight"):

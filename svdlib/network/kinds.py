@@ -34,7 +34,6 @@ class Layer:
     overlaps = False  # whether outputs of several vectors are added up
     is_factorized = False
     own_factor = 0  # which of its two thin factors is of its own kind
-    shares_bias = False  # whether other modules have its bias, too, so that it must stay as it is
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
@@ -193,7 +192,7 @@ class Layer:
 
     def is_centered(self) -> bool:
         """Whether a change of the bias can make up for a change of W at the mean input."""
-        return self.bias is not None and not (self.overlaps or self.shares_bias)
+        return self.bias is not None and not self.overlaps
 
     def vector_kind(self) -> tuple[object, ...]:
         """Layers for which this is equal have the same vectors of the same input."""

@@ -155,7 +155,7 @@ class LowRank(nn.Sequential):
         for factor, part in zip(self.factors, parts, strict=True):
             factor.weight.copy_(as_layer(factor).to_weight(part))
             factor.weight.requires_grad_(layer.weight.requires_grad)
-        if layer.bias is not None and self.bias is not None and not layer.shares_bias:
+        if layer.bias is not None and self.bias is not None:
             moved = 0.0 if shift is None else shift.flatten().to(layer.bias.dtype)
             self.bias.copy_(layer.bias + moved).requires_grad_(layer.bias.requires_grad)
 
@@ -232,10 +232,7 @@ class Factorized(Layer):
 
 def thin_twin(layer: Layer, rank: int) -> LowRank:
     """Two thin layers of that rank in place of one, their tensors not yet filled."""
-    first, second = layer.thin(rank)
-    if layer.shares_bias:
-        second.bias = layer.module.bias
-    return LowRank(first, second).train(layer.module.training)
+    return LowRank(*layer.thin(rank)).train(layer.module.training)
 
 
 def thin_twins(layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> dict[str, LowRank]:

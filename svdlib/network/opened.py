@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
@@ -239,9 +238,7 @@ class Network:
             parent._modules[place] = module
         self._places[id(module)] = self._places.pop(id(old), [])
         self.model = module if self.model is old else self.model
-        shared = self.layers[name].shares_bias
         self.layers[name] = layer_of(module) or Factorized(cast(LowRank, module))
-        self.layers[name].shares_bias = shared
 
     @contextmanager
     def with_modules(self, modules: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
@@ -343,7 +340,6 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
     inner = {id(factor) for layer in low_rank_layers(model).values() for factor in layer}
     made: Made = {}
     layers: dict[str, Layer] = {}
-    owners = Counter(id(p) for part in model.modules() for p in part._parameters.values())
     for name, part in model.named_modules():
         if type(part) is nn.MultiheadAttention:
             own = projections(part, made)
@@ -352,8 +348,6 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
             layers[name] = Factorized(part)
         elif id(part) not in inner and (layer := layer_of(part)):
             layers[name] = layer
-            bias = part._parameters.get("bias")
-            layer.shares_bias = bias is not None and owners[id(bias)] > 1
     return layers
 
 

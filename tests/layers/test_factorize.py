@@ -163,28 +163,6 @@ def test_a_layer_used_twice_is_replaced_twice_and_a_bare_layer_too():
     assert isinstance(svdlib.merge(bare), nn.Linear)
 
 
-@pytest.mark.parametrize("calibration", [None, "x", "sequential"])
-def test_a_shared_bias_stays_shared_and_as_it_was(calibration, tmp_path):
-    torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 30)), torch.rand(200, 30)
-    model[2].bias = model[0].bias
-    inputs = svdlib.Calibration(x, sequential=calibration == "sequential") if calibration else None
-    small = svdlib.factorize(model, 5, calibration=inputs)
-    assert small[0].bias is small[2].bias and torch.equal(small[0].bias, model[0].bias)
-    dense = svdlib.merge(small)
-    assert dense[0].bias is dense[2].bias
-    again = svdlib.factorize(small, 3)
-    assert again[0].bias is again[2].bias
-    svdlib.save_factorized(small, tmp_path / "small")
-    loaded = svdlib.load_factorized(model, tmp_path / "small")
-    assert loaded[0].bias is loaded[2].bias and torch.equal(loaded(x), small(x))
-    if calibration == "x":  # the best without another bias, Zhang and others
-        C = x.double().mT @ x.double()
-        W, own = model[0].weight.double(), small[0].weight.double()
-        basis = torch.linalg.eigh(W @ C @ W.mT).eigenvectors[:, -5:]
-        torch.testing.assert_close(own, basis @ basis.mT @ W, atol=1e-5, rtol=0)
-
-
 def shared_convolutions():
     model = nn.Sequential(nn.Conv2d(30, 30, 3), nn.Conv2d(30, 30, 3))
     model[1].weight = model[0].weight
