@@ -78,6 +78,8 @@ def latency(model: nn.Module, x: Tensor, repeats: int = 50) -> float:
 @torch.no_grad()
 def counted(net: Network, x: Batch, call: Call | None) -> pd.DataFrame:
     """The columns of `cost` that need no clock, by layer."""
+    if WHOLE_MODEL in net.layers:
+        raise ValueError(f"a layer is named {WHOLE_MODEL!r}, as the row of totals; rename it")
     products = _Products(net.layers)
     # Hooks also keep torch from fused operations, in which no product is seen.
     enter = lambda name, _: products.called.append(name)

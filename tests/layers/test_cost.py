@@ -141,3 +141,10 @@ def test_several_inputs_keywords_and_batches():
         svdlib.cost(model, [])
     with pytest.raises(ValueError, match="the inputs are empty"):
         svdlib.cost(model, (a[:0], b[:0]))
+
+
+def test_a_layer_named_as_the_row_of_totals_is_refused():
+    model = nn.ModuleDict({"whole model": nn.Linear(4, 4)})
+    call = lambda model, x: model["whole model"](x)
+    with pytest.raises(ValueError, match="a layer is named 'whole model'"):
+        svdlib.cost(model, torch.rand(2, 4), call=call)
