@@ -38,19 +38,21 @@ class Calibration:
         data: a few hundred inputs of the model: a tensor (n, …), a tuple or mapping (of keyword
             arguments) of tensors, or an iterable of batches. Targets are ignored. In `compress`
             None stands for the inputs in ``x``.
-        call: ``call(model, batch)`` runs the model on a batch. By default a batch is the model's
-            arguments.
+        call: ``call(model, batch)`` runs the model on a batch. By default a tensor, or the parts
+            of a tuple or mapping, are the model's arguments.
         mask: ``mask(batch)`` returns a tensor (n, T), nonzero at the places that count; the others
             are padding. By default a mapping's "attention_mask".
         sequential: fit layers in the order of their calls, each on the inputs that the cut layers
             before it leave, which reads the data twice per layer.
 
     Raises:
-        ValueError: call or mask is not a function.
+        ValueError: call or mask is not a function. `factorize` and `compress` refuse data that are
+            empty, not finite, or do not fit the model, and a mask that fits no layer's inputs.
 
     >>> import svdlib
-    >>> padded = svdlib.Calibration(torch.rand(50, 6, 20), mask=lambda x: torch.arange(6) < 4)
-    >>> svdlib.factorize(torch.nn.Linear(20, 30), 5, calibration=padded).rank
+    >>> x = torch.nn.functional.pad(torch.ones(50, 6, 20), (0, 0, 0, 3))  # 6 places, 3 of padding
+    >>> calibration = svdlib.Calibration(x, mask=lambda batch: batch[..., 0] != 0)
+    >>> svdlib.factorize(torch.nn.Linear(20, 30), 5, calibration=calibration).rank
     5
     """
 

@@ -77,7 +77,7 @@ def factorize(
     """
     inputs = None if calibration is None else calibration_of(calibration)
     if inputs is not None and inputs.data is None:
-        raise ValueError("calibration has no data, got Calibration(data=None); give it inputs")
+        raise ValueError("calibration has no data, got Calibration(data=None); give it the inputs")
     if inputs is not None and inputs.sequential:
         refuse_generator(inputs.data, "calibration of one layer after the other")
     net, named = Network.copy_of(model), isinstance(ranks, Mapping)

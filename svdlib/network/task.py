@@ -124,10 +124,8 @@ class Task:
         Those of a single batch's pieces are kept; the next pass over others may show other ones.
         """
         known, losses, seen = list(self._own), 0.0, 0
-        pieces, total = (
-            calls.batches(self.data, self.size),
-            calls.count_batches(self.data, self.size),
-        )
+        pieces = calls.batches(self.data, self.size)
+        total = calls.count_batches(self.data, self.size)
         shown = bar(pieces, progress=progress, total=total, desc=stage, delay=3, leave=False)
         for number, batch in enumerate(shown):
             full, right = known[number] if known else self.judge(self.net.model, batch)
