@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -64,7 +65,9 @@ def language_model(device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
         "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf",
         "local_files_only": True,
     }
-    model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    reader = "transformers.modeling_gguf_pytorch_utils.tqdm"  # a bar that no setting hides
+    with mock.patch(reader, lambda items, **_: items):
+        model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     model.hf_quantizer = None  # its weights are plain numbers now
     del model.config.quantization_config
     return model.eval().to(device), AutoTokenizer.from_pretrained(**source)
