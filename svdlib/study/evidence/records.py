@@ -33,11 +33,8 @@ def committed(
     path, sweep, other = (folder / f"{name}.{kind}" for kind in ("csv", "toml", "json"))
     if not path.is_file() or not (sweep.is_file() or other.is_file()):
         return None
-    about = (
-        tomllib.loads(sweep.read_text("utf-8"))
-        if sweep.is_file()
-        else json.loads(other.read_text("utf-8"))
-    )
+    source, load = (sweep, tomllib.loads) if sweep.is_file() else (other, json.loads)
+    about = load(source.read_text("utf-8"))
     table = pd.read_csv(path)
     if list(table) != about.get("columns", list(table)):
         return None  # an older sweep's

@@ -1,4 +1,4 @@
-"""Other people's formulas for the factors of a trained layer, each in a few lines."""
+"""Other people's formulas for the factors of a trained layer, and ours, at all ranks at once."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from svdlib.layers.calibrate import Calibration, fits_of, input_sums
 from svdlib.layers.factorize import factorized
 from svdlib.network.calls import Batch, Objective, run
 from svdlib.network.chain import task_of
+from svdlib.network.kinds import Layer
 from svdlib.network.low_rank import Approximations
 from svdlib.network.modes import evaluating
 from svdlib.network.opened import Network
@@ -43,11 +44,8 @@ def cut(model: nn.Module, ranks: Mapping[str, int], factors: Factors) -> nn.Modu
 
 def truncated(model: nn.Module, names: Names) -> dict[str, Product]:
     """The truncated SVD of each matrix."""
-    net, products = Network.copy_of(model), {}
-    for name in names:
-        U, s, Vh = torch.linalg.svd(net.layers[name].matrix().double(), full_matrices=False)
-        products[name] = _product(net, name, U * s, Vh)
-    return products
+    net = Network.copy_of(model)
+    return {name: _weighted(net.layers[name]) for name in names}
 
 
 def svd_llm(model: nn.Module, names: Names, data: Sequence[Batch]) -> dict[str, Product]:
@@ -61,7 +59,7 @@ def svd_llm(model: nn.Module, names: Names, data: Sequence[Batch]) -> dict[str, 
         S = torch.linalg.cholesky(C + ridge)
         U, s, Vh = torch.linalg.svd(W @ S, full_matrices=False)
         right = torch.linalg.solve_triangular(S.mT, Vh.mT, upper=True).mT
-        products[name] = _product(net, name, U * s, right)
+        products[name] = _product(net.layers[name], U * s, right)
     return products
 
 
@@ -78,13 +76,8 @@ def asvd(
     with torch.no_grad(), net.hooked(names, before=add_sizes):
         for batch in data:
             run(net.model, batch, None)
-    products = {}
-    for name in names:
-        W = net.layers[name].matrix().double()
-        D = (sizes[name] / sizes[name].mean()).clamp(min=1e-6) ** alpha
-        U, s, Vh = torch.linalg.svd(W * D, full_matrices=False)
-        products[name] = _product(net, name, U * s, Vh / D)
-    return products
+    columns = {name: (sizes[name] / sizes[name].mean()).clamp(min=1e-6) ** alpha for name in names}
+    return {name: _weighted(net.layers[name], columns=columns[name]) for name in names}
 
 
 def fisher(
@@ -100,19 +93,19 @@ def fisher(
             slopes = torch.autograd.grad(total, list(weights.values()))
             for name, slope in zip(weights, slopes, strict=True):
                 sums[name] += slope.double().square()
-    products = {}
-    for name in names:
-        W = net.layers[name].matrix().double()
-        D = sums[name].sum(1, keepdim=True).sqrt()
-        D = (D / D.mean()).clamp(min=1e-6)
-        U, s, Vh = torch.linalg.svd(D * W, full_matrices=False)
-        products[name] = _product(net, name, U * s / D, Vh)
-    return products
+    rows = {name: sums[name].sum(1, keepdim=True).sqrt() for name in names}
+    rows = {name: (D / D.mean()).clamp(min=1e-6) for name, D in rows.items()}
+    return {name: _weighted(net.layers[name], rows[name]) for name in names}
 
 
-def _product(net: Network, name: str, left: Tensor, right: Tensor) -> Product:
-    weight = net.layers[name].weight
-    return Product(left.to(weight), right.to(weight))
+def _weighted(layer: Layer, rows: Tensor | float = 1.0, columns: Tensor | float = 1.0) -> Product:
+    """The SVD of a matrix whose rows (m, 1) and columns (n,) are weighted, without the weights."""
+    U, s, Vh = torch.linalg.svd(rows * layer.matrix().double() * columns, full_matrices=False)
+    return _product(layer, U * s / rows, Vh / columns)
+
+
+def _product(layer: Layer, left: Tensor, right: Tensor) -> Product:
+    return Product(left.to(layer.weight), right.to(layer.weight))
 
 
 def calibrated(

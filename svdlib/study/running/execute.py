@@ -63,14 +63,13 @@ def _execute(
     source, figures = output.with_name("source.ipynb"), output.with_name("figures")
     figures.mkdir()
     source.write_text(text, encoding="utf-8")
-    cwd = home if Path(home).is_dir() else str(output.parent)
     papermill_translators.register("python", _Literals)
     try:
         papermill.execute_notebook(
             str(source),
             str(output),
             parameters=None if parameters is None else {"figures": str(figures), **parameters},
-            cwd=cwd,
+            cwd=home if Path(home).is_dir() else str(output.parent),
             kernel_name="python3",
             language="python",
             execution_timeout=CELL_TIMEOUT,
@@ -86,14 +85,11 @@ def _execute(
         done.error, done.final = f"the kernel died: {failure}", False
     except Exception as failure:  # noqa: BLE001 - such as a full disk: named, and others go on
         done.error, done.final = f"{type(failure).__name__}: {failure}", False
-    folder = output.parent if cwd == str(output.parent) else figures
-    own = {source, output, *figures.rglob("*")} if folder != figures else set()
-    written = {
-        path.relative_to(place).as_posix(): path.read_bytes()
-        for place in dict.fromkeys((figures, folder))
-        for path in place.rglob("*")
-        if path.is_file() and (place == figures or path not in own)
-    }
+    written = {}
+    for path in output.parent.rglob("*"):
+        if path.is_file() and path not in (source, output):
+            place = figures if path.is_relative_to(figures) else output.parent
+            written[path.relative_to(place).as_posix()] = path.read_bytes()
     if taken := sorted({"run.json", output.name} & written.keys()):
         done.error = done.error or f"the notebook writes {taken[0]}; give the file another name"
     done.files = written | ({output.name: output.read_bytes()} if output.is_file() else {})

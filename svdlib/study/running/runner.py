@@ -113,17 +113,20 @@ def _executed(
     return outcomes
 
 
-def _say(text: str, stream: TextIO) -> bool:
-    """Print to a stream, and say whether that worked: finished work outlives a closed pipe."""
+def _say(text: str, stream: TextIO) -> None:
+    """Print to a stream where that works: finished work outlives a closed pipe and a full disk."""
     try:
         print(text, file=stream, flush=True)
-    except (OSError, ValueError):  # a reader that has seen enough, a full disk, a closed file
-        with contextlib.suppress(OSError, ValueError):
-            nothing = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nothing, stream.fileno())  # so that Python's own flush at the end succeeds
-            os.close(nothing)
-        return False
-    return True
+    except (OSError, ValueError):
+        _silence(stream)
+
+
+def _silence(stream: TextIO) -> None:
+    """Send a stream that can't be written to nowhere, so that Python's last flush succeeds."""
+    with contextlib.suppress(OSError, ValueError):
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, stream.fileno())
+        os.close(nothing)
 
 
 def _note(line: str) -> None:
@@ -308,10 +311,9 @@ def _text(argument: str) -> str:
 def _collect(out: Path, notebook: str, table: str) -> None:
     collected = records.collect(out, notebook, table)
     try:
-        sys.stdout.write(collected.to_csv(index=False))
-        sys.stdout.flush()
+        print(collected.to_csv(index=False), end="", flush=True)
     except BrokenPipeError:  # a reader that has seen enough, as head
-        _say("", sys.stdout)
+        _silence(sys.stdout)
 
 
 COMMANDS: dict[str, Callable[..., list[Outcome] | None]] = {
